@@ -1,0 +1,45 @@
+"""How every command line of the project behaves: one clear line for a user's mistake, and the exit codes.
+
+0 done; 2 the input or the call is at fault; 1 anything else (an interruption by Ctrl-C or SIGTERM included).
+"""
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from common.errors import Failure, InputError
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    # As an exception SIGTERM unwinds the stack, so that helpers are stopped and temporary files removed.
+    raise SystemExit(1)
+
+
+def run(app: typer.Typer, name: str) -> NoReturn:
+    """Run a typer application as the command ``name`` and leave the process with its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(prog_name=name, standalone_mode=False)
+    except InputError as error:
+        _leave(name, str(error), 2)
+    except typer.TyperException as error:
+        _leave(name, f"{error.format_message()} (see '{name} --help')", 2)
+    except Failure as error:
+        _leave(name, str(error), 1)
+    except (typer.Abort, KeyboardInterrupt):
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(name: str, message: str, code: int) -> NoReturn:
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def warn(message: str) -> None:
+    """Print one warning line on stderr."""
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,145 @@
+"""Audio files in and out, at the rate a bundle works at."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import soundfile
+import soxr
+
+from common.errors import InputError, existing_file, reason
+from common.files import atomic_file
+from protos.codec import Samples
+
+SampleFormat = Literal["s16", "float"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """An audio file's samples, and its own rate."""
+
+    samples: Samples  # [channels, N]
+    rate: int
+
+
+def read_audio(path: Path) -> Recording:
+    """An audio file (WAV, FLAC, OGG and whatever else libsndfile reads) as it is.
+
+    Raises:
+        InputError: no such file, not readable as audio, cut short, empty, or with samples that are not finite.
+    """
+    existing_file(path, "an audio file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            promised, rate = file.frames, file.samplerate
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: not readable as audio ({reason(error).rstrip('.')}); give WAV, FLAC or OGG"
+        ) from None
+    promised = max(promised, _promised_frames(path))
+    if not promised:
+        raise InputError(f"{path}: holds no samples")
+    if len(samples) < promised:
+        raise InputError(f"{path}: cut short, {len(samples)} of {promised} samples are there; copy it again")
+    if not np.isfinite(samples).all():
+        raise InputError(f"{path}: has samples that are NaN or infinite; write it again without them")
+    return Recording(np.ascontiguousarray(samples.T), rate)
+
+
+def _promised_frames(path: Path) -> int:
+    """Frames that a RIFF/WAVE header promises; 0 for other files. libsndfile takes what is there without a word."""
+    with path.open("rb") as file:
+        riff = file.read(12)
+        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+            return 0
+        block = 0
+        while len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[4:], "little")
+            if head[:4] == b"data":
+                # Programs that write to a pipe leave the size open, as all ones or nothing.
+                return size // block if block and 0 < size < 0xFFFFFF00 else 0
+            if head[:4] == b"fmt ":
+                block = int.from_bytes(file.read(16)[12:14], "little")
+                size -= 16
+            file.seek(size + size % 2, 1)
+    return 0
+
+
+def to_microphones(recording: Recording, microphones: int, path: Path) -> tuple[Samples, str | None]:
+    """Samples ``[M, N]`` for a network of M microphones; mono is duplicated, which a warning line tells.
+
+    Raises:
+        InputError: more channels than microphones, or fewer but more than one.
+    """
+    channels = len(recording.samples)
+    if channels == microphones:
+        return recording.samples, None
+    if channels == 1:
+        copies = np.repeat(recording.samples, microphones, axis=0)
+        return copies, f"{path}: is mono; its channel is used for all {microphones} microphones"
+    raise InputError(f"{path}: has {channels} channels; give {microphones} (binaural: left, right) or one")
+
+
+def resample(samples: Samples, rate: int, target: int) -> Samples:
+    """Samples ``[..., N]`` at another rate, without delay."""
+    if rate == target:
+        return samples
+    flat = samples.reshape(-1, samples.shape[-1])
+    converted = soxr.resample(flat.T, rate, target, quality="VHQ")
+    return np.ascontiguousarray(converted.T, dtype=np.float32).reshape(*samples.shape[:-1], -1)
+
+
+def fit_length(samples: Samples, length: int) -> Samples:
+    """Samples ``[..., N]`` cut, or extended by zeros, to ``length``."""
+    missing = length - samples.shape[-1]
+    if missing > 0:
+        return np.pad(samples, [(0, 0)] * (samples.ndim - 1) + [(0, missing)])
+    return samples[..., :length]
+
+
+def check_output(path: Path, sample_format: SampleFormat) -> None:
+    """Whether a file of that name and sample format can be written at all.
+
+    Raises:
+        InputError: unknown suffix, a folder that does not exist, or a format that cannot hold the samples.
+    """
+    kind = path.suffix[1:].upper()
+    subtype = "PCM_16" if sample_format == "s16" else "FLOAT"
+    if not kind or kind not in soundfile.available_formats():
+        raise InputError(f"{path}: '{path.suffix}' is no audio format; use .wav or .flac")
+    if not soundfile.check_format(kind, subtype):
+        raise InputError(f"{path}: {kind} files cannot hold {sample_format} samples; use .wav")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: no folder {path.parent}; make it first")
+
+
+def write_audio(path: Path, samples: Samples, rate: int, sample_format: SampleFormat, comment: str | None) -> int:
+    """Write samples ``[channels, N]``, whole or not at all.
+
+    Args:
+        comment: kept in the file's header, where the format has room for one.
+
+    Returns:
+        How many samples exceeded full scale and were clipped; always 0 for float.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    subtype = "PCM_16" if sample_format == "s16" else "FLOAT"
+    clipped = 0
+    if sample_format == "s16":
+        clipped = int((np.abs(samples) > 1).sum())
+        samples = np.clip(samples, -1, 1)
+    with atomic_file(path) as temporary:
+        try:
+            with soundfile.SoundFile(
+                temporary, "w", rate, len(samples), subtype, format=path.suffix[1:].upper()
+            ) as file:
+                if comment:
+                    file.comment = comment
+                file.write(samples.T)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise InputError(f"{path}: cannot write ({reason(error)})") from None
+    return clipped

@@ -1,0 +1,63 @@
+"""Where the network leaves hints and the frame loop picks them up."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.codec import Samples
+
+
+@dataclass(frozen=True)
+class _Entry:
+    frame: int
+    hint: Samples
+    arrived_at: int
+
+
+class HintBuffer:
+    """Hints by frame index, in a ring of fixed size. Neither side ever waits for the other.
+
+    One thread puts, another takes; a slot is one reference, replaced as a whole, so there is no lock to hold.
+    """
+
+    def __init__(self, delay: int) -> None:
+        """A buffer for hints that are due ``delay`` frames after their own."""
+        # A hint comes after its frame was captured and is due when frame + delay is: delay + 1 can wait at a time.
+        self._slots: list[_Entry | None] = [None] * (delay + 2)
+
+    def put(self, frame: int, hint: Samples, arrived_at: int) -> None:
+        """Leave the hint ``[channels, F]`` of a frame, which arrives at a time in nanoseconds."""
+        self._slots[frame % len(self._slots)] = _Entry(frame, hint, arrived_at)
+
+    def take(self, frame: int, now: int) -> Samples | None:
+        """The hint of a frame if it has arrived by ``now`` (nanoseconds; that instant included), else None."""
+        entry = self._slots[frame % len(self._slots)]
+        if entry is None or entry.frame != frame or entry.arrived_at > now:
+            return None
+        return entry.hint
+
+
+class HintLog:
+    """What became of every hint of a run of T frames."""
+
+    def __init__(self, frames: int, delay: int) -> None:
+        self.delay = delay
+        self.captured_at: NDArray[np.int64] = np.zeros(frames, np.int64)  # when the window was complete, ns
+        self.arrived_at: NDArray[np.int64] = np.full(frames, -1, np.int64)  # ns; -1: not yet
+        self.used: NDArray[np.bool_] = np.zeros(frames, np.bool_)
+
+    def classify(self, end: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which frames' hints were on time, late and missing when the run ended at ``end`` (ns), each ``[T - delay]``.
+
+        The last ``delay`` frames' hints are never due, so they are neither.
+        """
+        due = max(len(self.used) - self.delay, 0)
+        on_time = self.used[:due]
+        came = (self.arrived_at[:due] >= 0) & (self.arrived_at[:due] <= end)
+        return on_time, came & ~on_time, ~came & ~on_time
+
+    def ages_ms(self, end: int) -> NDArray[np.float64]:
+        """Milliseconds from a window's completion to its hint's arrival, ``[T]``; NaN where none came by ``end``."""
+        came = (self.arrived_at >= 0) & (self.arrived_at <= end)
+        return np.where(came, (self.arrived_at - self.captured_at) / 1e6, np.nan)

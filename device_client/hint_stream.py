@@ -1,0 +1,194 @@
+"""One session with a server: audio out, hints in."""
+
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+
+from common.errors import InputError
+from models.manifest import Manifest
+from protos import hints_pb2 as pb
+from protos.codec import (
+    ENROLLMENT_RATE,
+    HINT_ENCODINGS,
+    PCM_ENCODINGS,
+    PROTOCOL_VERSION,
+    Samples,
+    decode_hint,
+    encode_pcm,
+)
+from protos.hints_pb2_grpc import HintServiceStub
+
+_START_TIMEOUT = 10  # seconds for a server that is there to accept a session
+
+
+@dataclass(frozen=True)
+class ReceivedHint:
+    """A hint as it came off the wire."""
+
+    frame: int
+    hint: Samples  # [channels, F]
+    payload_bytes: int
+    queue_us: int
+    compute_us: int
+
+
+@dataclass(frozen=True)
+class StreamEnd:
+    """Why no more hints come."""
+
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """How samples and hints travel: names from the protocol's tables."""
+
+    pcm: str = "f32"
+    hints: str = "f32"
+
+
+class HintStream:
+    """A session of hints for one stretch of audio, starting at frame 0.
+
+    ``send`` never blocks. ``receive`` blocks until the next hint, and returns None once the stream has ended; ``ended``
+    then says why.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        manifest: Manifest,
+        *,
+        encodings: Encodings,
+        speaker_embedding: Samples | None = None,
+        hold: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Open a session.
+
+        Args:
+            server: ``HOST:PORT``.
+            manifest: of the device's bundle; the server must run the same.
+            speaker_embedding: ``[256]``, for TSE.
+            hold: called with (frame, payload bytes) on the sending thread before a message goes out; may wait.
+
+        Raises:
+            InputError: the server cannot be reached or refuses the session.
+        """
+        self._manifest = manifest
+        self._encodings = encodings
+        self._pcm_encoding = PCM_ENCODINGS[encodings.pcm]
+        self._hint_encoding = HINT_ENCODINGS[encodings.hints]
+        self._hold = hold
+        self._outbox: queue.SimpleQueue[tuple[int, Samples] | None] = queue.SimpleQueue()
+        self._config = pb.SessionConfig(
+            protocol_version=PROTOCOL_VERSION,
+            bundle_name=manifest.name,
+            bundle_id=manifest.id,
+            sample_rate=manifest.model.framing.sample_rate,
+            speaker_embedding=speaker_embedding.tolist() if speaker_embedding is not None else [],
+            pcm_encoding=self._pcm_encoding,
+            hint_encoding=self._hint_encoding,
+        )
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.ended: StreamEnd | None = None
+        self._channel = _connect(server)
+        self._call = HintServiceStub(self._channel).StreamHints(self._requests())
+        try:
+            first = next(self._call)
+        except (grpc.RpcError, StopIteration):
+            self.close()
+            raise InputError(
+                f"{server}: refused the session ({self._call.code().name}: {self._call.details()})"
+            ) from None
+        self.session_id = first.started.session_id
+
+    def send(self, frame: int, samples: Samples) -> None:
+        """Send the samples ``[M, n]`` that complete a frame; the first ones with the lookahead before them."""
+        self._outbox.put((frame, samples))
+
+    def receive(self) -> ReceivedHint | None:
+        """The next hint, in frame order; None when the stream has ended."""
+        if self.ended is not None:
+            return None
+        model = self._manifest.model
+        try:
+            hint = next(self._call).hint
+            values = decode_hint(hint, self._hint_encoding, model.hint_channels, model.framing.bins)
+        except StopIteration:
+            self.ended = StreamEnd("OK", "all hints were sent")
+            return None
+        except grpc.RpcError:
+            self.ended = StreamEnd(self._call.code().name, str(self._call.details()))
+            return None
+        except ValueError as error:
+            self.ended = StreamEnd("DATA_LOSS", str(error))
+            self._call.cancel()
+            return None
+        self.bytes_down += len(hint.payload)
+        return ReceivedHint(hint.frame, values, len(hint.payload), hint.queue_us, hint.compute_us)
+
+    def finish(self) -> None:
+        """Tell the server that no more audio comes; hints still under way can be received."""
+        self._outbox.put(None)
+
+    def close(self) -> None:
+        """End the session now."""
+        self._outbox.put(None)
+        self._call.cancel()
+        self._channel.close()
+
+    def _requests(self) -> Iterator[pb.StreamHintsRequest]:
+        yield pb.StreamHintsRequest(config=self._config)
+        while (item := self._outbox.get()) is not None:
+            frame, samples = item
+            pcm = encode_pcm(samples, self._pcm_encoding)
+            if self._hold is not None:
+                self._hold(frame, len(pcm))
+            self.bytes_up += len(pcm)
+            yield pb.StreamHintsRequest(audio=pb.AudioChunk(first_frame=frame, pcm=pcm))
+
+
+def enroll(server: str, speech: Samples) -> Samples:
+    """The speaker embedding ``[256]`` that a server makes of enrollment speech ``[N]`` at 16 kHz.
+
+    Raises:
+        InputError: the server cannot be reached, has no speaker encoder, or refuses the speech.
+    """
+    import numpy as np
+
+    encoding = PCM_ENCODINGS["f32"]
+    request = pb.EnrollRequest(
+        sample_rate=ENROLLMENT_RATE, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding)
+    )
+    with _connect(server) as channel:
+        try:
+            response = HintServiceStub(channel).Enroll(request, timeout=60)
+        except grpc.RpcError as error:
+            call = error if isinstance(error, grpc.Call) else None
+            why = f"{call.code().name}: {call.details()}" if call is not None else str(error)
+            raise InputError(f"{server}: cannot enroll ({why})") from None
+    return np.array(response.speaker_embedding, dtype=np.float32)
+
+
+def _connect(server: str) -> grpc.Channel:
+    """A channel to a server that is there.
+
+    Raises:
+        InputError: the address is malformed or nobody answers.
+    """
+    host, separator, port = server.rpartition(":")
+    if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
+        raise InputError(f"--server {server}: must be HOST:PORT")
+    channel = grpc.insecure_channel(
+        server, options=[("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000)]
+    )
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_START_TIMEOUT)
+    except grpc.FutureTimeoutError:
+        channel.close()
+        raise InputError(f"--server {server}: no answer; is kb-server running there, and the port open?") from None
+    return channel

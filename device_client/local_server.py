@@ -1,0 +1,83 @@
+"""A kb-server process of our own, on loopback, for as long as it is needed."""
+
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from common.errors import Failure
+from protos.codec import SERVICE_NAME
+
+_START_TIMEOUT = 120  # seconds; a slow disk takes long to read torch
+
+
+@contextmanager
+def local_server(bundle: Path) -> Iterator[str]:
+    """Start a server for a bundle, yield its ``HOST:PORT`` once it is healthy, stop it whatever happens.
+
+    Raises:
+        Failure: it does not start; the message has its own last words.
+    """
+    command = [sys.executable, "-m", "remote_server.main", "--bundle", str(bundle), "--port", "0", "--device", "cpu"]
+    with tempfile.TemporaryFile() as log:
+        # A session of its own keeps Ctrl-C for us; with our end of its standard input gone it stops by itself.
+        process = subprocess.Popen(
+            [*command, "--until-stdin-ends"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            address = _wait_until_listening(process)
+            if address is None or not _healthy(address):
+                process.kill()
+                process.wait()
+                log.seek(0)
+                words = log.read().decode(errors="replace").strip().splitlines()
+                raise Failure(f"the local server did not start: {words[-1] if words else 'no word from it'}")
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+
+def _wait_until_listening(process: "subprocess.Popen[bytes]") -> str | None:
+    assert process.stdout is not None
+    deadline = time.monotonic() + _START_TIMEOUT
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([process.stdout], [], [], left)[0]:
+            return None
+        line = process.stdout.readline()
+        if not line:
+            return None
+        if match := re.search(rb"listening on (\S+:\d+)", line):
+            return match[1].decode()
+    return None
+
+
+def _healthy(address: str) -> bool:
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined] # missing in its stubs
+                request, timeout=10, wait_for_ready=True
+            )
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,139 @@
+"""The ``kb-client`` command."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import common.cli
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+class Clock(StrEnum):
+    """What time it is for the frame loop."""
+
+    VIRTUAL = "virtual"
+    REAL = "real"
+
+
+class OutputFormat(StrEnum):
+    """Samples of output files."""
+
+    S16 = "s16"
+    FLOAT = "float"
+
+
+class PcmEncoding(StrEnum):
+    """Samples on the wire."""
+
+    S16 = "s16"
+    F32 = "f32"
+
+
+class HintEncoding(StrEnum):
+    """Hint values on the wire."""
+
+    F32 = "f32"
+    F16 = "f16"
+    INT8 = "int8"
+
+
+@app.callback()
+def commands() -> None:
+    """Speech enhancement on this device, boosted by a server's hints."""
+
+
+@app.command()
+def replay(
+    input_file: Annotated[
+        Path, typer.Argument(metavar="IN.wav", help="Mixture: WAV, FLAC or OGG, one or two channels.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Estimate; SS adds -speaker1, -speaker2 to the name.")],
+    bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle.")],
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="HOST:PORT", help="A running kb-server; else one is started here.")
+    ] = None,
+    enrollment: Annotated[
+        Path | None,
+        typer.Option("--enrollment", help="TSE: speech of the wanted person, 1 to 30 s, or an embedding (.npy)."),
+    ] = None,
+    reference: Annotated[
+        list[Path] | None, typer.Option("--reference", help="True source, to measure against; SS: give it twice.")
+    ] = None,
+    with_large: Annotated[bool, typer.Option("--with-large", help="Measure the large network too.")] = False,
+    clock: Annotated[Clock, typer.Option("--clock", help="Computed arrival times, or real pacing.")] = Clock.VIRTUAL,
+    network: Annotated[
+        str | None, typer.Option("--network", help="Preset: lan, wifi, 5g, lte or satellite; flags below override it.")
+    ] = None,
+    delay_ms: Annotated[
+        float | None, typer.Option("--delay-ms", min=0, max=60000, help="Round trip, half up and half down.")
+    ] = None,
+    jitter_ms: Annotated[
+        float | None,
+        typer.Option("--jitter-ms", min=0, max=60000, help="Mean of an exponential extra delay, half each way."),
+    ] = None,
+    loss: Annotated[
+        float | None, typer.Option("--loss", min=0, max=0.5, help="Share of packets lost and sent again, 0 to 0.5.")
+    ] = None,
+    bandwidth_mbit: Annotated[
+        float | None, typer.Option("--bandwidth-mbit", min=0.01, help="Limit each way, Mbit/s.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="CSV of recorded one-way delays (up_ms,down_ms), a line a packet.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of jitter and loss.")] = 0,
+    server_ms: Annotated[
+        float | None, typer.Option("--server-ms", min=0, max=60000, help="Virtual clock: server time a frame.")
+    ] = None,
+    require_server: Annotated[
+        bool, typer.Option("--require-server", help="Fail if the server is lost; else go on without hints.")
+    ] = False,
+    pcm_encoding: Annotated[PcmEncoding, typer.Option("--pcm-encoding", help="Samples sent.")] = PcmEncoding.F32,
+    hint_encoding: Annotated[HintEncoding, typer.Option("--hint-encoding", help="Hints sent.")] = HintEncoding.F32,
+    output_format: Annotated[
+        OutputFormat, typer.Option("--output-format", help="Samples in the output file.")
+    ] = OutputFormat.S16,
+    report_file: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw spectrograms and hint ages.")] = None,
+) -> None:
+    """Run a recording through the small network, helped by a server's hints under a simulated network."""
+    # What runs a replay is imported only now, so that --help and mistakes in the call answer at once.
+    from device_client.replay_command import ReplayOptions, replay_file
+
+    replay_file(
+        ReplayOptions(
+            input_file=input_file,
+            output=output,
+            bundle=bundle,
+            server=server,
+            enrollment=enrollment,
+            references=tuple(reference or ()),
+            with_large=with_large,
+            real_clock=clock is Clock.REAL,
+            network=network,
+            delay_ms=delay_ms,
+            jitter_ms=jitter_ms,
+            loss=loss,
+            bandwidth_mbit=bandwidth_mbit,
+            trace=trace,
+            seed=seed,
+            server_ms=server_ms,
+            require_server=require_server,
+            pcm_encoding=pcm_encoding.value,
+            hint_encoding=hint_encoding.value,
+            output_format=output_format.value,
+            report=report_file,
+            plot=plot_file,
+        )
+    )
+
+
+def main() -> None:
+    """Entry point of ``kb-client``."""
+    common.cli.run(app, "kb-client")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The small network in torch: the only part of the client that needs torch."""
+
+import torch
+
+from device_client.engine import Engine
+from models.bundle import load_large, load_small
+from models.framing import pad_to_frames
+from models.pair import SmallModel
+from protos.codec import Samples
+
+
+class TorchModel:
+    """A bundle's small network, from which sessions are made."""
+
+    def __init__(self, bundle: str) -> None:
+        """Load a bundle.
+
+        Raises:
+            InputError: the bundle cannot be used.
+        """
+        # One thread: a frame is too little work to share.
+        torch.set_num_threads(1)
+        self._model, self.manifest = load_small(bundle)
+
+    def session(self, speaker_embedding: Samples | None) -> Engine:
+        """A session from its start; ``speaker_embedding`` is ``[256]`` for TSE."""
+        return _TorchEngine(self._model, speaker_embedding)
+
+
+class _TorchEngine:
+    @torch.inference_mode()
+    def __init__(self, model: SmallModel, speaker_embedding: Samples | None) -> None:
+        self._model = model
+        self._state = model.initial_state(1, _batch(speaker_embedding) if speaker_embedding is not None else None)
+        config = model.config
+        self._no_hint = torch.zeros(1, 1, config.hint_channels, config.framing.bins) if config.boosting else None
+
+    @torch.inference_mode()
+    def step(self, window: Samples, hint: Samples | None) -> Samples:
+        hints = self._no_hint if hint is None else _batch(hint)[None]
+        estimate, self._state = self._model(_batch(window), self._state, hints)
+        samples: Samples = estimate[0].numpy()
+        return samples
+
+
+def _batch(values: Samples) -> torch.Tensor:
+    return torch.from_numpy(values)[None]
+
+
+@torch.inference_mode()
+def large_estimate(bundle: str, mixture: Samples, speaker_embedding: Samples | None) -> Samples:
+    """What a bundle's large network alone makes of a whole mixture ``[M, N]``: ``[S, M, N]``.
+
+    Raises:
+        InputError: the bundle has no large part here.
+    """
+    large, manifest = load_large(bundle)
+    samples = pad_to_frames(_batch(mixture), manifest.model.framing)
+    state = large.initial_state(1, _batch(speaker_embedding) if speaker_embedding is not None else None)
+    _, embedding, _ = large(samples, state)
+    estimate: Samples = large.estimate(embedding)[0, ..., : mixture.shape[-1]].numpy()
+    return estimate

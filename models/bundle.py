@@ -1,0 +1,155 @@
+"""Bundles with torch: write one from a model, load its small or its large part."""
+
+import datetime
+import importlib.metadata
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from common.errors import InputError, reason
+from common.files import atomic_directory
+from models.checkpoint import load_exactly
+from models.config import ModelConfig
+from models.manifest import (
+    MANIFEST_FILE,
+    UNTRAINED_NOTICE,
+    Manifest,
+    Part,
+    Provenance,
+    bundle_id,
+    file_digest,
+    find_bundle,
+    read_manifest,
+    verify_part,
+)
+from models.pair import BoostedPair, LargeModel, SmallModel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_small(name_or_path: str) -> tuple[SmallModel, Manifest]:
+    """The device's network of a bundle, ready for inference.
+
+    Raises:
+        InputError: no such bundle, the part is missing, or its digest is wrong.
+    """
+    directory = find_bundle(name_or_path)
+    manifest = read_manifest(directory)
+    return _load(SmallModel(manifest.model), directory, manifest, "small"), manifest
+
+
+def load_large(name_or_path: str) -> tuple[LargeModel, Manifest]:
+    """The server's network and hint encoder of a bundle, ready for inference.
+
+    Raises:
+        InputError: no such bundle, the part is missing, or its digest is wrong.
+    """
+    directory = find_bundle(name_or_path)
+    manifest = read_manifest(directory)
+    verify_part(directory, manifest, "large")
+    return _load(LargeModel(manifest.model), directory, manifest, "large"), manifest
+
+
+def load_pair(name_or_path: str) -> tuple[BoostedPair, Manifest]:
+    """Both networks of a bundle, ready for offline inference.
+
+    Raises:
+        InputError: no such bundle, a part is missing, or a digest is wrong.
+    """
+    large, manifest = load_large(name_or_path)
+    pair = BoostedPair(manifest.model)
+    pair.small, pair.large = load_small(name_or_path)[0], large
+    return pair.eval().requires_grad_(False), manifest
+
+
+def _load(model: Model, directory: Path, manifest: Manifest, part: Part) -> Model:
+    path = verify_part(directory, manifest, part)
+    try:
+        state = safetensors.torch.load_file(path)
+    except Exception as error:
+        raise InputError(f"{path}: not a readable safetensors file ({reason(error)})") from None
+    load_exactly(model, state, path)
+    return model.eval().requires_grad_(False)
+
+
+def write_bundle(
+    directory: Path, model: nn.Module, config: ModelConfig, *, untrained: bool, source: str, configuration: str
+) -> Manifest:
+    """Write a bundle; the directory's name is the bundle's.
+
+    Args:
+        model: with ``small`` and, for a pair, ``large``.
+        untrained: whether the weights are random; the bundle is then called so wherever it is shown.
+        source: where the weights come from.
+        configuration: the file the sizes were read from.
+
+    Raises:
+        InputError: the directory exists already or cannot be written, or its name is no bundle name.
+    """
+    parts: tuple[Part, ...] = ("small",) if config.large is None else ("small", "large")
+    with atomic_directory(directory) as temporary:
+        digests: dict[Part, str] = {}
+        for part in parts:
+            path = temporary / f"{part}.safetensors"
+            state = {name: tensor.contiguous() for name, tensor in model.get_submodule(part).state_dict().items()}
+            safetensors.torch.save_file(state, path)
+            digests[part] = file_digest(path)
+        try:
+            manifest = Manifest(
+                name=directory.resolve().name,
+                id=bundle_id(config, digests),
+                untrained=untrained,
+                model=config,
+                digests=digests,
+                provenance=Provenance(
+                    created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                    software=f"knowledge-boosting {importlib.metadata.version('knowledge-boosting')}",
+                    torch=torch.__version__,
+                    source=source,
+                    configuration=configuration,
+                ),
+            )
+        except ValueError as error:
+            raise InputError(f"{directory}: cannot name a bundle ({reason(error)})") from None
+        (temporary / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(_card(manifest), encoding="utf-8")
+    return manifest
+
+
+def _card(manifest: Manifest) -> str:
+    model, framing = manifest.model, manifest.model.framing
+    task = "target speech extraction" if model.task == "tse" else "two-speaker separation"
+    lines = [f"# {manifest.name}", ""]
+    if manifest.untrained:
+        lines += [f"**{UNTRAINED_NOTICE}.**", ""]
+    lines += [
+        f"A knowledge-boosting bundle for {task}, {framing.sample_rate} Hz, {model.microphones} microphones, frames of "
+        f"{framing.chunk} samples with {framing.lookahead} of lookahead.",
+        "",
+        "| | channels | LSTM units | blocks | heads | self-attention |",
+        "|---|---|---|---|---|---|",
+    ]
+    for part, size in (("small", model.small), ("large", model.large)):
+        if size is not None:
+            attention = "yes" if size.self_attention else "no"
+            lines.append(f"| {part} | {size.channels} | {size.hidden} | {size.blocks} | {size.heads} | {attention} |")
+    lines.append("")
+    if model.boosting is not None:
+        milliseconds = 1000 * model.delay * framing.chunk_seconds
+        lines += [
+            f"Hints may be {model.delay} frames ({milliseconds:g} ms) late; each has {model.hint_channels} x "
+            f"{framing.bins} values (compression {model.boosting.compression}).",
+            "",
+        ]
+    if manifest.quality:
+        lines += [
+            "| measured | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in manifest.quality.items()),
+            "",
+        ]
+    lines += [f"Weights: {manifest.provenance.source}. Bundle id: `{manifest.id}`.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""Weights into models: our own checkpoints and the published ones, never unpickled without ``weights_only``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import InputError, existing_file, reason
+from models.config import ModelConfig
+from models.manifest import read_json, validate
+from models.pair import BoostedPair, SmallModel
+from models.published import config_from_published, convert, is_published
+
+
+def read_config(path: Path) -> ModelConfig:
+    """A model configuration: our own schema, or a published JSON file.
+
+    Raises:
+        InputError: it cannot be read, or a key is missing, unknown or impossible.
+    """
+    document = read_json(existing_file(path, "a model configuration"))
+    if any(key.endswith("model_params") for key in document):
+        return config_from_published(document, str(path))
+    return validate(ModelConfig, document, path)
+
+
+def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
+    """The model of a configuration with the weights of a checkpoint.
+
+    Args:
+        path: a published checkpoint, or one of ours: a state dict of :class:`BoostedPair` (of :class:`SmallModel`
+            prefixed ``small.``, for one network alone), bare or under ``state_dict``.
+
+    Returns:
+        A module with ``small`` and, for a pair, ``large``.
+
+    Raises:
+        InputError: the file is no checkpoint, or a tensor is missing, left over or misshaped; it is named.
+    """
+    existing_file(path, "a checkpoint")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly anything on files that are not its own
+        raise InputError(f"{path}: not a readable checkpoint ({reason(error).split('. ')[0]})") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: holds no state dict of tensors; give a .ckpt or .pt file of the network's weights")
+    if is_published(state):
+        state = convert(state, config, str(path))
+    model = build(config)
+    load_exactly(model, state, path)
+    return model.eval()
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """The networks of a configuration, randomly initialised: ``small`` and, for a pair, ``large``."""
+    if config.large is not None:
+        return BoostedPair(config)
+    alone = nn.Module()
+    alone.small = SmallModel(config)
+    return alone
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """Load a state dict whose keys and shapes must be exactly the model's, and whose values must be finite.
+
+    Raises:
+        InputError: a tensor is missing, left over, misshaped or not finite; it is named.
+    """
+    own = model.state_dict()
+    for name in own:
+        if name not in state:
+            raise InputError(f"{source}: tensor {name} is missing; is this the checkpoint of the configuration given?")
+    for name, tensor in state.items():
+        if name not in own:
+            raise InputError(f"{source}: tensor {name} has no place in the configuration given")
+        if tensor.shape != own[name].shape:
+            expected = list(own[name].shape)
+            raise InputError(f"{source}: tensor {name} has shape {list(tensor.shape)}, expected {expected}")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{source}: tensor {name} has values that are not finite")
+    model.load_state_dict(state)

@@ -1,0 +1,116 @@
+"""What a model is, in numbers: task, framing, network sizes, boosting. Needs no torch."""
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+SPEAKER_EMBEDDING_SIZE = 256
+
+
+class Strict(BaseModel):
+    """A frozen record that refuses unknown keys and silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Framing(Strict):
+    """How a signal is cut into frames: frame ``t`` covers samples ``[chunk t, chunk (t + 1) + lookahead)``."""
+
+    sample_rate: PositiveInt = 16000
+    chunk: PositiveInt = 128
+    lookahead: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _overlap_reaches_one_frame(self) -> Self:
+        if self.lookahead > self.chunk:
+            raise ValueError(f"lookahead ({self.lookahead}) must not exceed chunk ({self.chunk})")
+        if (self.chunk + self.lookahead) % 2:
+            raise ValueError("chunk + lookahead must be even")
+        return self
+
+    @property
+    def n_fft(self) -> int:
+        """Samples in a frame's window."""
+        return self.chunk + self.lookahead
+
+    @property
+    def bins(self) -> int:
+        """Frequency bins F of a frame's spectrum."""
+        return self.n_fft // 2 + 1
+
+    @property
+    def chunk_seconds(self) -> float:
+        """Time from one frame to the next, seconds."""
+        return self.chunk / self.sample_rate
+
+    def frames(self, samples: int) -> int:
+        """Frames T that cover a signal of ``samples`` samples."""
+        return math.ceil(samples / self.chunk)
+
+    def complete_at(self, frame: int) -> float:
+        """Stream time in seconds at which the window of ``frame`` has been captured."""
+        return (self.chunk * frame + self.n_fft) / self.sample_rate
+
+
+class NetworkSize(Strict):
+    """The size of one TF-GridNet: D channels, H LSTM units, attention heads."""
+
+    channels: PositiveInt
+    hidden: PositiveInt
+    blocks: PositiveInt = 3
+    heads: Annotated[int, Field(ge=1, description="of self-attention, and of the fusion's cross-attention")] = 4
+    self_attention: bool = False
+    window: Annotated[int, Field(ge=2, description="frames that attention sees, the current one included")] = 50
+
+    @model_validator(mode="after")
+    def _heads_share_channels(self) -> Self:
+        if self.channels % self.heads:
+            raise ValueError(f"channels ({self.channels}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class Boosting(Strict):
+    """How the large network helps the small one."""
+
+    delay: Annotated[int, Field(ge=0, description="frames that a hint may be late")]
+    compression: Literal[1, 2, 4] = 1
+
+
+class ModelConfig(Strict):
+    """One network alone (``small``), or a pair in which ``large`` sends hints to ``small``."""
+
+    task: Literal["tse", "ss"]
+    microphones: PositiveInt = 2
+    framing: Framing = Framing()
+    small: NetworkSize
+    large: NetworkSize | None = None
+    boosting: Boosting | None = None
+
+    @model_validator(mode="after")
+    def _large_and_boosting_come_together(self) -> Self:
+        if (self.large is None) != (self.boosting is None):
+            raise ValueError("large and boosting must be given both (a pair) or neither (one network alone)")
+        if self.boosting is not None and self.spectrum_channels % self.boosting.compression:
+            raise ValueError(f"compression must divide the {self.spectrum_channels} channels of the large embedding")
+        return self
+
+    @property
+    def sources(self) -> int:
+        """Voices in the output: 1 for target speech extraction, 2 for separation."""
+        return 1 if self.task == "tse" else 2
+
+    @property
+    def spectrum_channels(self) -> int:
+        """Channels 2S' of a network's output spectrum: real and imaginary part of every source at every microphone."""
+        return 2 * self.sources * self.microphones
+
+    @property
+    def hint_channels(self) -> int:
+        """Channels of a hint; 0 for one network alone."""
+        return self.spectrum_channels // self.boosting.compression if self.boosting else 0
+
+    @property
+    def delay(self) -> int:
+        """Frames that a hint may be late; 0 for one network alone."""
+        return self.boosting.delay if self.boosting else 0

@@ -1,0 +1,163 @@
+"""The two halves of knowledge boosting, and both in one process.
+
+:class:`SmallModel` runs on the device: audio and late hints in, audio out. :class:`LargeModel` runs on the server:
+audio in, hints out. :class:`BoostedPair` holds both, as in training and offline evaluation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig, NetworkSize
+from models.framing import Stft, pad_to_frames
+from models.layers import CausalConv2d
+from models.tfgridnet import NetworkState, TFGridNet
+
+
+@dataclass(frozen=True)
+class SmallState:
+    """The streaming state of :class:`SmallModel`."""
+
+    network: NetworkState
+    overlap: Tensor  # [B, S', lookahead]
+
+
+@dataclass(frozen=True)
+class LargeState:
+    """The streaming state of :class:`LargeModel`."""
+
+    network: NetworkState
+    encoder: Tensor  # [B, 2, F, 2S']
+
+
+def _network(config: ModelConfig, size: NetworkSize, *, hints: bool) -> TFGridNet:
+    return TFGridNet(
+        size,
+        microphones=config.microphones,
+        spectrum_channels=config.spectrum_channels,
+        bins=config.framing.bins,
+        speaker=config.task == "tse",
+        hint_channels=config.hint_channels if hints else 0,
+        delay=config.delay if hints else 0,
+    )
+
+
+class SmallModel(nn.Module):
+    """The device's network: samples and hints to samples. Without boosting in its configuration, one network alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stft = Stft(config.framing)
+        self.network = _network(config, config.small, hints=True)
+
+    def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> SmallState:
+        """The state at the start of ``batch`` streams; ``speaker_embedding`` ``[B, 256]`` for TSE."""
+        overlap = self.stft.initial_overlap(batch, self.config.sources * self.config.microphones)
+        return SmallState(self.network.initial_state(batch, speaker_embedding), overlap)
+
+    def forward(self, samples: Tensor, state: SmallState, hints: Tensor | None = None) -> tuple[Tensor, SmallState]:
+        """Run T >= 1 frames.
+
+        Args:
+            samples: ``[B, M, chunk T + lookahead]``, from the first sample of the first frame.
+            state: of the frame before; used up.
+            hints: ``[B, T, hint channels, F]``: for every frame ``t`` the hint of frame ``t - delay``, zeros where
+                there is none. None for one network alone.
+
+        Returns:
+            Estimates ``[B, S, M, chunk T]``, and the state after the last frame.
+        """
+        late = hints.transpose(2, 3) if hints is not None else None
+        embedding, network = self.network(self.stft.analyse(samples), state.network, late)
+        estimate, overlap = self.stft.synthesise(embedding, state.overlap)
+        estimate = estimate.view(len(estimate), self.config.sources, self.config.microphones, -1)
+        return estimate, SmallState(network, overlap)
+
+
+class LargeModel(nn.Module):
+    """The server's network and hint encoder: samples to hints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        if config.large is None:
+            raise ValueError("this configuration has one network alone, and no large one")
+        super().__init__()
+        self.config = config
+        self.stft = Stft(config.framing)
+        self.network = _network(config, config.large, hints=False)
+        self.encoder = CausalConv2d(config.spectrum_channels, config.hint_channels)
+
+    def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> LargeState:
+        """The state at the start of ``batch`` streams; ``speaker_embedding`` ``[B, 256]`` for TSE."""
+        return LargeState(
+            self.network.initial_state(batch, speaker_embedding),
+            self.encoder.initial_past(batch, self.config.framing.bins),
+        )
+
+    def forward(self, samples: Tensor, state: LargeState) -> tuple[Tensor, Tensor, LargeState]:
+        """Run T >= 1 frames.
+
+        Args:
+            samples: ``[B, M, chunk T + lookahead]``, from the first sample of the first frame.
+            state: of the frame before; used up.
+
+        Returns:
+            Hints ``[B, T, hint channels, F]``, the embedding ``[B, T, F, 2S']`` they encode, and the state after the
+            last frame.
+        """
+        embedding, network = self.network(self.stft.analyse(samples), state.network)
+        hints, encoder = self.encoder(embedding, state.encoder)
+        return hints.transpose(2, 3), embedding, LargeState(network, encoder)
+
+    def estimate(self, embedding: Tensor) -> Tensor:
+        """What the large network itself makes of a whole signal: embedding ``[B, T, F, 2S']`` to ``[B, S, M, N]``."""
+        overlap = self.stft.initial_overlap(len(embedding), self.config.sources * self.config.microphones)
+        samples, _ = self.stft.synthesise(embedding, overlap)
+        return samples.view(len(samples), self.config.sources, self.config.microphones, -1)
+
+
+@dataclass(frozen=True)
+class PairOutput:
+    """Whole-signal results of both networks."""
+
+    small: Tensor  # [B, S, M, N]
+    large: Tensor  # [B, S, M, N]
+    hints: Tensor  # [B, T, hint channels, F], before any delay
+    embedding: Tensor  # [B, T, F, 2S'] of the large network
+
+
+class BoostedPair(nn.Module):
+    """Both networks in one process, on whole signals; every hint comes ``delay`` frames late and never later."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.small = SmallModel(config)
+        self.large = LargeModel(config)
+
+    def forward(
+        self, mixture: Tensor, speaker_embedding: Tensor | None = None, hint_mask: Tensor | None = None
+    ) -> PairOutput:
+        """Run whole signals from their start.
+
+        Args:
+            mixture: ``[B, M, N]``.
+            speaker_embedding: ``[B, 256]`` for TSE.
+            hint_mask: ``[T]`` or ``[B, T]``, 1 for the frames whose hints reach the small network, 0 for those lost.
+        """
+        batch, _, length = mixture.shape
+        samples = pad_to_frames(mixture, self.config.framing)
+        hints, embedding, _ = self.large(samples, self.large.initial_state(batch, speaker_embedding))
+        used = hints if hint_mask is None else hints * hint_mask.to(hints)[..., None, None]
+        late = delay_hints(used, self.config.delay)
+        small, _ = self.small(samples, self.small.initial_state(batch, speaker_embedding), late)
+        large = self.large.estimate(embedding)
+        return PairOutput(small[..., :length], large[..., :length], hints, embedding)
+
+
+def delay_hints(hints: Tensor, delay: int) -> Tensor:
+    """Hints ``[B, T, ...]`` as the small network gets them: shifted by ``delay`` frames, zeros before the first."""
+    shifted = torch.zeros_like(hints)
+    shifted[:, delay:] = hints[:, : max(hints.shape[1] - delay, 0)]
+    return shifted

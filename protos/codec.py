@@ -1,0 +1,103 @@
+"""The encodings of what ``bytes`` fields carry: PCM audio and hints. Both ends use these."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos import hints_pb2 as pb
+
+PROTOCOL_VERSION = 1
+SERVICE_NAME = "knowledge_boosting.v1.HintService"
+MAX_CHUNKS_PER_MESSAGE = 125  # one second of 8 ms chunks
+ENROLLMENT_RATE = 16000  # hertz
+ENROLLMENT_SECONDS = (1.0, 30.0)
+
+PCM_ENCODINGS = {"s16": pb.PCM_ENCODING_S16LE, "f32": pb.PCM_ENCODING_F32LE}
+HINT_ENCODINGS = {"f32": pb.HINT_ENCODING_F32LE, "f16": pb.HINT_ENCODING_F16LE, "int8": pb.HINT_ENCODING_INT8}
+
+_PCM_TYPES: dict[int, str] = {pb.PCM_ENCODING_S16LE: "<i2", pb.PCM_ENCODING_F32LE: "<f4"}
+_HINT_TYPES: dict[int, str] = {
+    pb.HINT_ENCODING_F32LE: "<f4",
+    pb.HINT_ENCODING_F16LE: "<f2",
+    pb.HINT_ENCODING_INT8: "i1",
+}
+
+Samples = NDArray[np.float32]
+
+
+def encode_pcm(samples: Samples, encoding: int) -> bytes:
+    """Samples ``[M, N]`` of full scale 1 as interleaved PCM; s16 clips what exceeds full scale."""
+    interleaved = samples.T
+    if encoding == pb.PCM_ENCODING_S16LE:
+        interleaved = np.clip(np.rint(interleaved * 32768), -32768, 32767)
+    return interleaved.astype(_PCM_TYPES[encoding]).tobytes()
+
+
+def pcm_sample_size(encoding: int) -> int:
+    """Bytes of one sample of one channel.
+
+    Raises:
+        ValueError: no such encoding.
+    """
+    return np.dtype(_known(_PCM_TYPES, encoding, "pcm_encoding")).itemsize
+
+
+def decode_pcm(pcm: bytes, encoding: int, channels: int) -> Samples:
+    """Interleaved PCM as samples ``[M, N]`` of full scale 1.
+
+    Raises:
+        ValueError: no such encoding, a length that is no whole number of samples, or a value that is not finite.
+    """
+    size = pcm_sample_size(encoding) * channels
+    if len(pcm) % size:
+        raise ValueError(f"pcm has {len(pcm)} bytes, not a multiple of the {size} of one sample of {channels} channels")
+    samples = np.frombuffer(pcm, _PCM_TYPES[encoding]).reshape(-1, channels).T.astype(np.float32)
+    if encoding == pb.PCM_ENCODING_S16LE:
+        samples /= 32768
+    elif not np.isfinite(samples).all():
+        raise ValueError("pcm has samples that are NaN or infinite")
+    return samples
+
+
+def hint_encoder(encoding: int) -> Callable[[Samples], tuple[bytes, float]]:
+    """A function from a hint ``[channels, F]`` to payload and scale.
+
+    Raises:
+        ValueError: no such encoding.
+    """
+    kind = _known(_HINT_TYPES, encoding, "hint_encoding")
+
+    def encode(hint: Samples) -> tuple[bytes, float]:
+        if encoding == pb.HINT_ENCODING_INT8:
+            scale = float(np.abs(hint).max()) / 127 or 1.0
+            return np.rint(hint / scale).astype(kind).tobytes(), scale
+        if encoding == pb.HINT_ENCODING_F16LE:
+            hint = np.clip(hint, -65504, 65504)
+        return hint.astype(kind).tobytes(), 1.0
+
+    return encode
+
+
+def decode_hint(hint: pb.Hint, encoding: int, channels: int, bins: int) -> Samples:
+    """A hint message's payload as ``[channels, F]``.
+
+    Raises:
+        ValueError: the payload has another size, or a value that is not finite.
+    """
+    values: NDArray[Any] = np.frombuffer(hint.payload, _HINT_TYPES[encoding])
+    if values.size != channels * bins:
+        raise ValueError(f"hint of frame {hint.frame} has {values.size} values, expected {channels} x {bins}")
+    decoded = values.reshape(channels, bins).astype(np.float32)
+    if encoding == pb.HINT_ENCODING_INT8:
+        decoded *= np.float32(hint.scale)
+    if not np.isfinite(decoded).all():
+        raise ValueError(f"hint of frame {hint.frame} has values that are not finite")
+    return decoded
+
+
+def _known(types: dict[int, str], encoding: int, field: str) -> str:
+    if encoding not in types:
+        raise ValueError(f"{field} {encoding} is none of {sorted(types)}")
+    return types[encoding]

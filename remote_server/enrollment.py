@@ -1,0 +1,50 @@
+"""Speaker embeddings from enrollment audio, with the Resemblyzer voice encoder (d-vectors, 256 values)."""
+
+import asyncio
+import importlib.util
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from protos.codec import ENROLLMENT_RATE, Samples
+
+
+class SpeakerEncoder:
+    """The voice encoder, loaded on first use, on a thread of its own so that hints go on meanwhile."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="enrollment")
+        self._encoder: Any = None
+
+    @staticmethod
+    def installed() -> bool:
+        """Whether the optional package is there."""
+        return importlib.util.find_spec("resemblyzer") is not None
+
+    async def embed(self, speech: Samples) -> Samples:
+        """The embedding ``[256]`` of speech ``[N]`` at 16 kHz.
+
+        Raises:
+            ValueError: no speech was found in it.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._embed, speech)
+
+    def close(self) -> None:
+        """Wait for the embedding under way and end the thread."""
+        self._executor.shutdown()
+
+    def _embed(self, speech: Samples) -> Samples:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the packages that Resemblyzer builds on, about themselves
+            import resemblyzer
+
+            if self._encoder is None:
+                self._encoder = resemblyzer.VoiceEncoder("cpu", verbose=False)
+            if not speech.any():
+                raise ValueError("silence")
+            voiced = resemblyzer.preprocess_wav(speech, source_sr=ENROLLMENT_RATE)
+            if len(voiced) < ENROLLMENT_RATE // 2:
+                raise ValueError("less than half a second of speech")
+            return np.asarray(self._encoder.embed_utterance(voiced), dtype=np.float32)

@@ -1,0 +1,116 @@
+"""The ``kb-server`` command."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import common.cli
+from common.cli import warn
+from common.errors import InputError
+
+if TYPE_CHECKING:
+    from remote_server.service import HintService
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def serve(
+    bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle to serve.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one and prints it.")] = 50051,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    max_sessions: Annotated[int, typer.Option("--max-sessions", min=1, help="Devices served at once.")] = 16,
+    until_stdin_ends: Annotated[
+        bool, typer.Option("--until-stdin-ends", help="Stop when standard input is closed (for a parent process).")
+    ] = False,
+) -> None:
+    """Serve a bundle's large network to devices."""
+    from models.bundle import load_large
+    from models.manifest import UNTRAINED_NOTICE
+    from remote_server.engine import HintEngine, pick_device
+    from remote_server.service import HintService
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    target = pick_device(device)
+    model, manifest = load_large(bundle)
+    if manifest.untrained:
+        warn(UNTRAINED_NOTICE)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        warn(f"listening on {host} without encryption or authentication; use it only on a network you trust")
+    service = HintService(HintEngine(model, target), manifest, max_sessions)
+
+    def ready(bound: int) -> None:
+        print(f"kb-server: listening on {host}:{bound}, bundle {manifest.label}, device {target}", flush=True)
+
+    asyncio.run(_serve(service, host, port, ready, until_stdin_ends=until_stdin_ends))
+
+
+async def _serve(
+    service: "HintService", host: str, port: int, ready: Callable[[int], None], *, until_stdin_ends: bool
+) -> None:
+    import grpc
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha import reflection
+
+    from protos.codec import SERVICE_NAME
+    from protos.hints_pb2_grpc import add_HintServiceServicer_to_server
+    from remote_server.service import log_event
+
+    server = grpc.aio.server(
+        options=[
+            # Two servers on one port would share its connections without a word.
+            ("grpc.so_reuseport", 0),
+            # A device that fell silent without closing its connection is noticed.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+        ]
+    )
+    add_HintServiceServicer_to_server(service, server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    try:
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError:
+        raise InputError(f"cannot listen on {host}:{port}; is the port taken? --port 0 finds a free one") from None
+    await server.start()
+    for name in ("", SERVICE_NAME):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    ready(bound)
+    log_event("server_started", host=host, port=bound)
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if until_stdin_ends:
+        loop.run_in_executor(None, _read_stdin).add_done_callback(lambda _: stop.set())
+    await stop.wait()
+    await checks.enter_graceful_shutdown()
+    await service.drain()
+    await server.stop(grace=1)
+    service.close()
+    log_event("server_stopped")
+
+
+def _read_stdin() -> None:
+    with contextlib.suppress(OSError):
+        while sys.stdin.buffer.read(1):
+            pass
+
+
+def main() -> None:
+    """Entry point of ``kb-server``."""
+    common.cli.run(app, "kb-server")
+
+
+if __name__ == "__main__":
+    main()

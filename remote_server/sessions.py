@@ -1,0 +1,125 @@
+"""What a session's messages must be: the checks between the wire and the network."""
+
+import numpy as np
+
+from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from models.manifest import Manifest
+from protos import hints_pb2 as pb
+from protos.codec import (
+    ENROLLMENT_RATE,
+    ENROLLMENT_SECONDS,
+    MAX_CHUNKS_PER_MESSAGE,
+    PROTOCOL_VERSION,
+    Samples,
+    decode_pcm,
+    hint_encoder,
+    pcm_sample_size,
+)
+
+
+class Refused(Exception):
+    """A message that cannot be accepted: INVALID_ARGUMENT."""
+
+
+class Mismatch(Refused):
+    """A device that does not fit this server: FAILED_PRECONDITION."""
+
+
+def check_config(request: pb.StreamHintsRequest, manifest: Manifest) -> pb.SessionConfig:
+    """The session configuration that a stream must begin with.
+
+    Raises:
+        Mismatch: another protocol version or bundle.
+        Refused: anything else about it that cannot be accepted; the message names the field.
+    """
+    kind = request.WhichOneof("request")
+    if kind != "config":
+        raise Refused(f"request: the first message must be config, not {kind or 'an empty one'}")
+    config = request.config
+    if config.protocol_version != PROTOCOL_VERSION:
+        raise Mismatch(
+            f"config.protocol_version: is {config.protocol_version}, this server speaks {PROTOCOL_VERSION}; "
+            "install the same release on both machines"
+        )
+    if config.bundle_id != manifest.id:
+        raise Mismatch(
+            f"config.bundle_id: the device has {config.bundle_name[:80]!r} ({config.bundle_id[:64]!r}), "
+            f"this server runs {manifest.label} ({manifest.id}); use the same bundle on both"
+        )
+    model = manifest.model
+    if config.sample_rate != model.framing.sample_rate:
+        raise Refused(f"config.sample_rate: is {config.sample_rate}, must be {model.framing.sample_rate}")
+    size = SPEAKER_EMBEDDING_SIZE if model.task == "tse" else 0
+    if len(config.speaker_embedding) != size:
+        raise Refused(f"config.speaker_embedding: has {len(config.speaker_embedding)} values, must have {size}")
+    if not np.isfinite(config.speaker_embedding).all():
+        raise Refused("config.speaker_embedding: has values that are NaN or infinite")
+    if config.first_frame < 0:
+        raise Refused(f"config.first_frame: is {config.first_frame}, must not be negative")
+    try:
+        pcm_sample_size(config.pcm_encoding)
+        hint_encoder(config.hint_encoding)
+    except ValueError as error:
+        raise Refused(f"config.{error}") from None
+    return config
+
+
+class AudioReader:
+    """Checks a session's audio messages and unpacks their samples."""
+
+    def __init__(self, config: pb.SessionConfig, model: ModelConfig) -> None:
+        self.next_frame = config.first_frame
+        self._encoding = config.pcm_encoding
+        self._channels = model.microphones
+        self._chunk = model.framing.chunk
+        self._lead = model.framing.lookahead
+
+    def read(self, request: pb.StreamHintsRequest) -> tuple[int, Samples]:
+        """The first frame and the samples ``[M, chunk n]`` of a message, ``lookahead`` more in the first.
+
+        Raises:
+            Refused: the message is not the audio that must come next; the text names the field.
+        """
+        kind = request.WhichOneof("request")
+        if kind != "audio":
+            raise Refused(f"request: only audio may follow the first message, not {kind or 'an empty one'}")
+        audio = request.audio
+        if audio.first_frame != self.next_frame:
+            raise Refused(
+                f"audio.first_frame: is {audio.first_frame}, must be {self.next_frame}; open a new session after a gap"
+            )
+        try:
+            samples = decode_pcm(audio.pcm, self._encoding, self._channels)
+        except ValueError as error:
+            raise Refused(f"audio.{error}") from None
+        length = samples.shape[1] - self._lead
+        if length <= 0 or length % self._chunk:
+            also = f" and {self._lead} samples before them" if self._lead else ""
+            raise Refused(
+                f"audio.pcm: has {samples.shape[1]} samples a channel, must have a multiple of {self._chunk}{also}"
+            )
+        if length > MAX_CHUNKS_PER_MESSAGE * self._chunk:
+            raise Refused(f"audio.pcm: has {length // self._chunk} chunks, a message may hold {MAX_CHUNKS_PER_MESSAGE}")
+        first = self.next_frame
+        self.next_frame += length // self._chunk
+        self._lead = 0
+        return first, samples
+
+
+def check_enrollment(request: pb.EnrollRequest) -> Samples:
+    """The enrollment speech ``[N]`` of a request.
+
+    Raises:
+        Refused: the rate, the length or a sample cannot be accepted; the message names the field.
+    """
+    if request.sample_rate != ENROLLMENT_RATE:
+        raise Refused(f"sample_rate: is {request.sample_rate}, must be {ENROLLMENT_RATE}")
+    try:
+        speech: Samples = decode_pcm(request.pcm, request.pcm_encoding, 1)[0]
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    shortest, longest = ENROLLMENT_SECONDS
+    seconds = len(speech) / ENROLLMENT_RATE
+    if not shortest <= seconds <= longest:
+        raise Refused(f"pcm: has {seconds:.2f} s of speech, must have {shortest:g} to {longest:g} s")
+    return speech
