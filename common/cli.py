@@ -13,6 +13,9 @@ import typer
 from common.errors import Failure, InputError
 
 
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
     # As an exception SIGTERM unwinds the stack, so that helpers are stopped and temporary files removed.
     raise SystemExit(1)
@@ -30,9 +33,10 @@ def run(app: typer.Typer, name: str) -> NoReturn:
     except Failure as error:
         _leave(name, str(error), 1)
     except (typer.Abort, KeyboardInterrupt):
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
+        _leave(name, "interrupted", 1)
+    if code == _INTERRUPTED:
+        _leave(name, "interrupted", 1)
+    sys.exit(code or 0)
 
 
 def _leave(name: str, message: str, code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """Audio files in and out, at the rate a bundle works at."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,8 @@ from common.files import atomic_file
 from protos.codec import Samples
 
 SampleFormat = Literal["s16", "float"]
+_FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+_SUBTYPES = {"s16": "PCM_16", "float": "FLOAT"}
 
 
 @dataclass(frozen=True)
@@ -48,23 +51,39 @@ def read_audio(path: Path) -> Recording:
     return Recording(np.ascontiguousarray(samples.T), rate)
 
 
-def _promised_frames(path: Path) -> int:
-    """Frames that a RIFF/WAVE header promises; 0 for other files. libsndfile takes what is there without a word."""
+def _wav_chunks(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Identifier, position and size of every chunk of a RIFF/WAVE file; nothing for other files."""
     with path.open("rb") as file:
         riff = file.read(12)
         if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
-            return 0
-        block = 0
+            return
         while len(head := file.read(8)) == 8:
             size = int.from_bytes(head[4:], "little")
-            if head[:4] == b"data":
-                # Programs that write to a pipe leave the size open, as all ones or nothing.
-                return size // block if block and 0 < size < 0xFFFFFF00 else 0
-            if head[:4] == b"fmt ":
-                block = int.from_bytes(file.read(16)[12:14], "little")
-                size -= 16
+            yield head[:4], file.tell(), size
             file.seek(size + size % 2, 1)
+
+
+def _promised_frames(path: Path) -> int:
+    """Frames that a WAV header promises; 0 for other files. libsndfile takes what is there without a word."""
+    block = 0
+    for name, position, size in _wav_chunks(path):
+        if name == b"fmt ":
+            with path.open("rb") as file:
+                file.seek(position + 12)
+                block = int.from_bytes(file.read(2), "little")
+        if name == b"data":
+            # Programs that write to a pipe leave the size open, as all ones or nothing.
+            return size // block if block and size < 0xFFFFFF00 else 0
     return 0
+
+
+def _erase_time(path: Path) -> None:
+    """Take the time of writing out of a WAV file, where libsndfile puts it beside the peaks of float samples."""
+    for name, position, _ in _wav_chunks(path):
+        if name == b"PEAK":
+            with path.open("r+b") as file:
+                file.seek(position + 4)
+                file.write(bytes(4))
 
 
 def to_microphones(recording: Recording, microphones: int, path: Path) -> tuple[Samples, str | None]:
@@ -105,12 +124,10 @@ def check_output(path: Path, sample_format: SampleFormat) -> None:
     Raises:
         InputError: unknown suffix, a folder that does not exist, or a format that cannot hold the samples.
     """
-    kind = path.suffix[1:].upper()
-    subtype = "PCM_16" if sample_format == "s16" else "FLOAT"
-    if not kind or kind not in soundfile.available_formats():
-        raise InputError(f"{path}: '{path.suffix}' is no audio format; use .wav or .flac")
-    if not soundfile.check_format(kind, subtype):
-        raise InputError(f"{path}: {kind} files cannot hold {sample_format} samples; use .wav")
+    if path.suffix not in _FORMATS:
+        raise InputError(f"{path}: output files must end in {' or '.join(_FORMATS)}")
+    if not soundfile.check_format(_FORMATS[path.suffix], _SUBTYPES[sample_format]):
+        raise InputError(f"{path}: {path.suffix} files cannot hold {sample_format} samples; use .wav")
     if not path.parent.is_dir():
         raise InputError(f"{path}: no folder {path.parent}; make it first")
 
@@ -127,19 +144,19 @@ def write_audio(path: Path, samples: Samples, rate: int, sample_format: SampleFo
     Raises:
         InputError: the file cannot be written.
     """
-    subtype = "PCM_16" if sample_format == "s16" else "FLOAT"
     clipped = 0
     if sample_format == "s16":
         clipped = int((np.abs(samples) > 1).sum())
         samples = np.clip(samples, -1, 1)
     with atomic_file(path) as temporary:
         try:
-            with soundfile.SoundFile(
-                temporary, "w", rate, len(samples), subtype, format=path.suffix[1:].upper()
-            ) as file:
+            form, subtype = _FORMATS[path.suffix], _SUBTYPES[sample_format]
+            with soundfile.SoundFile(temporary, "w", rate, len(samples), subtype, format=form) as file:
                 if comment:
                     file.comment = comment
                 file.write(samples.T)
+            # Equal runs write equal files.
+            _erase_time(temporary)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise InputError(f"{path}: cannot write ({reason(error)})") from None
     return clipped

@@ -20,7 +20,7 @@ from protos.codec import (
 )
 from protos.hints_pb2_grpc import HintServiceStub
 
-_START_TIMEOUT = 10  # seconds for a server that is there to accept a session
+_START_TIMEOUT = 5  # seconds for a server that is there to accept a connection
 
 
 @dataclass(frozen=True)

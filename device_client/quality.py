@@ -49,5 +49,5 @@ def _power(signal: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _decibels(power: NDArray[np.float64], of: NDArray[np.float64]) -> NDArray[np.float64]:
-    ratio: NDArray[np.float64] = 10 * np.log10(power / of)
+    ratio: NDArray[np.float64] = 10 * (np.log10(power) - np.log10(of))
     return ratio

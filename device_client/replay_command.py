@@ -21,7 +21,7 @@ from device_client.local_server import local_server
 from device_client.quality import match_sources, si_sdr, snr
 from device_client.replay import Hints, RealHints, Run, VirtualHints, run_frames
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
-from models.manifest import Manifest, find_bundle
+from models.manifest import Manifest, find_bundle, read_manifest
 from protos.codec import ENROLLMENT_RATE, ENROLLMENT_SECONDS, Samples
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def replay_file(options: ReplayOptions) -> None:
         Failure: the server does not start, or was lost and is required.
     """
     began = time.perf_counter()
-    model = _load_model(find_bundle(options.bundle))
-    manifest = model.manifest
+    directory = find_bundle(options.bundle)
+    manifest = read_manifest(directory)
     _check_call(options, manifest)
     conditions = simulated_network.conditions_of(
         options.network,
@@ -88,11 +88,12 @@ def replay_file(options: ReplayOptions) -> None:
     trace = simulated_network.read_trace(options.trace) if options.trace is not None else None
     outputs = _output_paths(options, manifest.model)
     inputs = _read_inputs(options, manifest.model)
+    model = _load_model(directory)
 
     with ExitStack() as stack:
         server = None
         if manifest.model.boosting is not None:
-            server = options.server or stack.enter_context(local_server(find_bundle(options.bundle)))
+            server = options.server or stack.enter_context(local_server(directory))
         embedding = _speaker_embedding(inputs.enrollment, server)
         log = _new_log(inputs.mixture, manifest.model)
         hints = None

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from common.errors import InputError, existing_file, reason
 from models.config import ModelConfig
-from models.manifest import read_json, validate
+from models.manifest import first_fault, read_json, validate
 from models.pair import BoostedPair, SmallModel
 from models.published import config_from_published, convert, is_published
 
@@ -22,7 +23,10 @@ def read_config(path: Path) -> ModelConfig:
     """
     document = read_json(existing_file(path, "a model configuration"))
     if any(key.endswith("model_params") for key in document):
-        return config_from_published(document, str(path))
+        try:
+            return config_from_published(document, str(path))
+        except ValidationError as error:
+            raise InputError(f"{path}: {first_fault(error)}") from None
     return validate(ModelConfig, document, path)
 
 

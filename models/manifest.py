@@ -142,6 +142,11 @@ def validate(kind: type[Record], document: dict[str, Any], source: Path) -> Reco
     try:
         return kind.model_validate_json(json.dumps(document))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "document"
-        raise InputError(f"{source}: {key}: {first['msg']}") from None
+        raise InputError(f"{source}: {first_fault(error)}") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that validation found, with its key."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    return f"{key}: {fault['msg']}" if key else fault["msg"]

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,7 +94,8 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if until_stdin_ends:
-        loop.run_in_executor(None, _read_stdin).add_done_callback(lambda _: stop.set())
+        # A daemon thread: nothing may wait for it when the server stops for another reason.
+        threading.Thread(target=_when_stdin_ends, args=(loop, stop.set), daemon=True).start()
     await stop.wait()
     await checks.enter_graceful_shutdown()
     await service.drain()
@@ -101,10 +104,12 @@ async def _serve(
     log_event("server_stopped")
 
 
-def _read_stdin() -> None:
+def _when_stdin_ends(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     with contextlib.suppress(OSError):
-        while sys.stdin.buffer.read(1):
+        while os.read(sys.stdin.fileno(), 1024):
             pass
+    with contextlib.suppress(RuntimeError):  # the loop is closed already
+        loop.call_soon_threadsafe(call)
 
 
 def main() -> None:

@@ -1,0 +1,164 @@
+"""What a wrong call or a bad file gets: one line that names it and the mend, exit 2, and no file written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.device_client.calls import client_refusal, leftovers
+from tests.golden_cases import NAMES
+from tests.processes import Server
+
+Bundle = Callable[[str], Path]
+SS, TSE = "ss_delay6_compression2", "tse_delay6"
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    path = tmp_path / "mixture.wav"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, (16000, 2)), 16000)
+    return path
+
+
+def write_raw(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_input_files_that_cannot_be_used(
+    golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = mixture.read_bytes()
+    silence = np.zeros((0, 2))
+    not_finite = np.full((100, 2), 0.1)
+    not_finite[50, 1] = np.nan
+    soundfile.write(tmp_path / "empty.wav", silence, 16000)
+    soundfile.write(tmp_path / "nan.wav", not_finite, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "three.wav", np.zeros((100, 3)), 16000)
+    soundfile.write(tmp_path / "whole.flac", np.random.default_rng(0).uniform(-1, 1, (16000, 2)), 16000)
+    cases = {
+        tmp_path / "none.wav": "no such file",
+        tmp_path: "is a folder",
+        write_raw(tmp_path / "text.wav", b"this is no audio at all"): "not readable as audio",
+        write_raw(tmp_path / "zero.wav", b""): "not readable as audio",
+        write_raw(tmp_path / "cut.wav", whole[:-4000]): "cut short, 15000 of 16000",
+        write_raw(tmp_path / "header.wav", whole[:44]): "cut short, 0 of 16000",
+        write_raw(tmp_path / "cut.flac", (tmp_path / "whole.flac").read_bytes()[:20000]): "",
+        tmp_path / "empty.wav": "holds no samples",
+        tmp_path / "nan.wav": "NaN or infinite",
+        tmp_path / "three.wav": "has 3 channels; give 2",
+    }
+    before = leftovers(tmp_path)
+    for path, expected in cases.items():
+        line = client_refusal(
+            capsys, "replay", path, "-o", tmp_path / "out.wav", "--bundle", golden_bundle(SS), "--server", "127.0.0.1:1"
+        )
+        assert line.startswith(f"{path}: "), line
+        assert expected in line
+    assert leftovers(tmp_path) == before
+
+
+def test_flags_that_cannot_be_used(
+    golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = write_raw(tmp_path / "trace.csv", b"up_ms,down_ms\n1,2\n3,-4\n")
+    out, ss, tse = tmp_path / "out.wav", golden_bundle(SS), golden_bundle(TSE)
+    np.save(tmp_path / "short.npy", np.zeros(255, np.float32))
+    soundfile.write(tmp_path / "long.wav", np.zeros(31 * 8000), 8000)
+    cases: list[tuple[list[object], str]] = [
+        (["-o", out], "Missing"),
+        (["--bundle", ss], "Missing"),
+        (["-o", out, "--bundle", "nobody"], "nobody: no bundle of that name or path"),
+        (["-o", out, "--bundle", tmp_path], "has no bundle.json"),
+        (["-o", tmp_path / "out.xyz", "--bundle", ss], "must end in .wav or .flac"),
+        (["-o", tmp_path / "out.flac", "--bundle", ss, "--output-format", "float"], "cannot hold float"),
+        (["-o", tmp_path / "no" / "out.wav", "--bundle", ss], "no folder"),
+        (["-o", mixture, "--bundle", tse, "--enrollment", "x.npy"], "would overwrite an input"),
+        (["-o", out, "--bundle", ss, "--report", tmp_path / "no" / "r.json"], "no folder"),
+        (["-o", out, "--bundle", ss, "--plot", tmp_path / "p.doc"], "a plot must end in"),
+        (["-o", out, "--bundle", ss, "--network", "pigeon"], "must be one of lan, wifi"),
+        (["-o", out, "--bundle", ss, "--delay-ms", "-1"], "--delay-ms"),
+        (["-o", out, "--bundle", ss, "--loss", "1"], "--loss"),
+        (["-o", out, "--bundle", ss, "--jitter-ms", "x"], "--jitter-ms"),
+        (["-o", out, "--bundle", ss, "--clock", "sun"], "--clock"),
+        (["-o", out, "--bundle", ss, "--clock", "real", "--server-ms", "3"], "--server-ms"),
+        (["-o", out, "--bundle", ss, "--trace", trace, "--loss", "0.1"], "--trace holds the whole network"),
+        (["-o", out, "--bundle", ss, "--trace", trace], "trace.csv: line 3"),
+        (["-o", out, "--bundle", ss, "--enrollment", mixture], "leave out --enrollment"),
+        (["-o", out, "--bundle", tse], "give --enrollment"),
+        (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "short.npy"], "256 finite numbers"),
+        (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "long.wav"], "31.0 s; give 1 to 30 s"),
+        (["-o", out, "--bundle", ss, "--reference", mixture], "give it 2 times"),
+        (["-o", out, "--bundle", ss, "--server", "nowhere"], "must be HOST:PORT"),
+        (["-o", out, "--bundle", ss, "--wrong"], "--wrong"),
+    ]
+    before = leftovers(tmp_path)
+    for flags, expected in cases:
+        line = client_refusal(capsys, "replay", mixture, *flags)
+        assert expected in line, line
+    assert leftovers(tmp_path) == before
+
+
+def test_references_that_cannot_be_used(
+    golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "short.wav", np.ones((100, 2)), 16000)
+    soundfile.write(tmp_path / "rate.wav", np.ones((16000, 2)), 8000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros((16000, 2)), 16000)
+    for name, expected in (("short", "length of"), ("rate", "sample rate"), ("silent", "is silent")):
+        path = tmp_path / f"{name}.wav"
+        flags = ["-o", tmp_path / "o.wav", "--bundle", golden_bundle(SS), "--reference", mixture, "--reference", path]
+        line = client_refusal(capsys, "replay", mixture, *flags)
+        assert line.startswith(f"{path}: ")
+        assert expected in line
+
+
+@pytest.mark.parametrize("part", ["small", "bundle.json", "schema", "id"])
+def test_a_bundle_that_was_changed(
+    part: str, golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in golden_bundle(SS).iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    manifest = copy / "bundle.json"
+    document = json.loads(manifest.read_text())
+    if part == "small":
+        weights = bytearray((copy / "small.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (copy / "small.safetensors").write_bytes(weights)
+        expected = "digest differs"
+    elif part == "bundle.json":
+        manifest.write_text("{")
+        expected = "not readable as JSON"
+    elif part == "schema":
+        manifest.write_text(json.dumps({**document, "schema_version": 2}))
+        expected = "schema_version is 2"
+    else:
+        document["model"]["boosting"]["delay"] = 5
+        manifest.write_text(json.dumps(document))
+        expected = "id does not match"
+    flags = ["-o", tmp_path / "o.wav", "--bundle", copy, "--server", "127.0.0.1:1"]
+    assert expected in client_refusal(capsys, "replay", mixture, *flags)
+
+
+def test_nobody_at_the_servers_address(
+    golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-o", tmp_path / "o.wav", "--bundle", golden_bundle(SS), "--server", "127.0.0.1:1"]
+    line = client_refusal(capsys, "replay", mixture, *flags)
+    assert line == "--server 127.0.0.1:1: no answer; is kb-server running there, and the port open?"
+
+
+def test_a_server_of_another_bundle(
+    golden_bundle: Bundle, mixture: Path, tmp_path: Path, ss_server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = next(name for name in NAMES if name.startswith("ss") and name != SS)
+    flags = ["-o", tmp_path / "o.wav", "--bundle", golden_bundle(other), "--server", ss_server.address]
+    line = client_refusal(capsys, "replay", mixture, *flags)
+    assert "FAILED_PRECONDITION" in line
+    assert "config.bundle_id" in line
+    assert not list(tmp_path.glob("o*"))

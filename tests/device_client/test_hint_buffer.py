@@ -1,0 +1,74 @@
+"""The buffer and the log between network and frame loop."""
+
+import sys
+import threading
+import time
+
+import numpy as np
+
+from device_client.hint_buffer import HintBuffer, HintLog
+
+HINT = np.ones((4, 97), np.float32)
+
+
+def test_a_hint_is_on_time_up_to_its_deadline_and_not_after() -> None:
+    buffer = HintBuffer(delay=6)
+    buffer.put(3, HINT, arrived_at=100)
+    assert buffer.take(3, now=99) is None
+    assert buffer.take(3, now=100) is HINT
+    assert buffer.take(2, now=100) is None
+    assert buffer.take(3 + 8, now=100) is None  # another frame of the same slot
+
+
+def test_delay_zero_and_everything_that_can_wait() -> None:
+    for delay in (0, 1, 6):
+        buffer = HintBuffer(delay)
+        for frame in range(delay + 1):
+            buffer.put(frame, np.full((1, 1), frame, np.float32), arrived_at=0)
+        for frame in range(delay + 1):
+            hint = buffer.take(frame, now=0)
+            assert hint is not None
+            assert hint[0, 0] == frame
+
+
+def test_the_log_tells_on_time_late_and_missing_apart() -> None:
+    log = HintLog(frames=8, delay=2)
+    log.captured_at[:] = 10 * np.arange(8)
+    log.arrived_at[:] = [5, 45, 200, -1, 60, 65, -1, 80]
+    log.used[[0, 4]] = True
+    on_time, late, missing = log.classify(end=100)
+    assert np.flatnonzero(on_time).tolist() == [0, 4]
+    assert np.flatnonzero(late).tolist() == [1, 5]
+    assert np.flatnonzero(missing).tolist() == [2, 3]  # frame 2's came only after the end
+    ages = log.ages_ms(end=100) * 1e6
+    assert ages[[0, 1, 7]].tolist() == [5, 35, 10]
+    assert np.isnan(ages[[2, 3, 6]]).all()
+
+
+def test_one_thread_puts_while_another_takes() -> None:
+    """Every hint that is taken is the right one, whole, at whatever moment the threads switch."""
+    delay, frames = 3, 3000
+    buffer = HintBuffer(delay)
+    captured = threading.Semaphore(0)
+    interval = sys.getswitchinterval()
+
+    def put() -> None:
+        for frame in range(frames):
+            captured.acquire()
+            buffer.put(frame, np.full(4, frame, np.float32), arrived_at=0)
+
+    thread = threading.Thread(target=put)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        taken = []
+        for frame in range(frames):
+            captured.release()
+            time.sleep(1e-5 * (frame % 3))  # sometimes longer than the other thread needs, sometimes not
+            if frame >= delay and (hint := buffer.take(frame - delay, now=0)) is not None:
+                taken.append((frame - delay, hint))
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all((hint == frame).all() for frame, hint in taken)
+    assert len(taken) > frames // 10

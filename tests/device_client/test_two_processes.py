@@ -1,0 +1,268 @@
+"""``kb-client replay`` against a real server process: every sample of the output."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from numpy.typing import NDArray
+
+from tests.golden_cases import TOLERANCE, Golden, worst
+from tests.processes import Server, command, run, running_server
+
+SS, TSE = "ss_delay6_compression2", "tse_delay6"
+GetGolden = Callable[[str], Golden]
+GetBundle = Callable[[str], Path]
+
+
+def write_inputs(case: Golden, folder: Path, repeats: int = 1) -> tuple[Path, list[object]]:
+    """The case's first mixture as a file, and the flags that its task needs."""
+    samples = np.tile(case.mixture[0].numpy(), repeats)
+    soundfile.write(folder / "mixture.wav", samples.T, 16000, subtype="FLOAT")
+    if case.speaker_embedding is None:
+        return folder / "mixture.wav", []
+    np.save(folder / "speaker.npy", case.speaker_embedding[0].numpy())
+    return folder / "mixture.wav", ["--enrollment", folder / "speaker.npy"]
+
+
+def read_outputs(case: Golden, folder: Path) -> NDArray[np.float32]:
+    """``[S, M, N]`` of out.wav or out-speaker1.wav, out-speaker2.wav."""
+    tse = case.speaker_embedding is not None
+    names = ["out.wav"] if tse else ["out-speaker1.wav", "out-speaker2.wav"]
+    return np.stack([soundfile.read(folder / name, dtype="float32", always_2d=True)[0].T for name in names])
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+@torch.inference_mode()
+def offline(case: Golden, used: NDArray[np.bool_] | None = None, repeats: int = 1) -> torch.Tensor:
+    """The case's first mixture in one process, hints zeroed where they are not used."""
+    speaker = case.speaker_embedding[:1] if case.speaker_embedding is not None else None
+    mask = torch.from_numpy(used) if used is not None else None
+    return case.pair(case.mixture[:1].tile(repeats), speaker, mask).small[0]
+
+
+def frames_of(ranges: list[list[int]]) -> list[int]:
+    return [frame for first, last in ranges for frame in range(first, last + 1)]
+
+
+@pytest.mark.parametrize(("name", "delay_ms"), [(SS, 48), (TSE, 12), (TSE, 7.5)])
+def test_every_hint_on_time_gives_the_published_output(
+    name: str, delay_ms: float, golden: GetGolden, golden_bundle: GetBundle, tse_server: Server, tmp_path: Path
+) -> None:
+    """Both the whole budget (a hint that arrives at its deadline is on time) and a part of it."""
+    case = golden(name)
+    mixture, flags = write_inputs(case, tmp_path)
+    flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
+    if name == TSE:
+        flags += ["--server", tse_server.address]  # else it starts one of its own
+    result = run("kb-client", "replay", mixture, "--bundle", golden_bundle(name), "--delay-ms", delay_ms, *flags)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr  # no bar, no warning where nobody watches
+    assert worst(read_outputs(case, tmp_path), case.small_output[0]) < TOLERANCE
+    report = read_report(tmp_path)
+    frames = case.hint.shape[1]
+    assert report["frames"] == frames
+    assert report["hints"]["on_time"] == report["hints"]["due"] == frames - case.pair.config.delay
+    assert report["hints"]["age_ms"] == {key: delay_ms for key in ("p50", "p95", "p99", "max")}
+
+
+@pytest.mark.parametrize("name", [SS, TSE])
+def test_late_hints_are_exactly_zeroed_hints(
+    name: str, golden: GetGolden, golden_bundle: GetBundle, ss_server: Server, tse_server: Server, tmp_path: Path
+) -> None:
+    case = golden(name)
+    frames, delay = case.hint.shape[1], case.pair.config.delay
+    chunk_ms = 1e3 * case.pair.config.framing.chunk_seconds
+    rng = np.random.default_rng(3)
+    up = rng.uniform(0, delay * chunk_ms * 0.4, frames)
+    down = np.where(rng.random(frames) < 0.1, delay * chunk_ms * 1.5, up)
+    rows = [f"{a:.6f},{b:.6f}" for a, b in zip(up, down, strict=True)]
+    (tmp_path / "trace.csv").write_text("\n".join(["up_ms,down_ms", *rows]) + "\n")
+    mixture, flags = write_inputs(case, tmp_path)
+    flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
+    server = (tse_server if name == TSE else ss_server).address
+    result = run(
+        *("kb-client", "replay", mixture, "--bundle", golden_bundle(name), "--server", server),
+        *("--trace", tmp_path / "trace.csv", *flags),
+    )
+    assert result.returncode == 0, result.stderr
+
+    # In order over each link: nothing arrives before what was sent earlier.
+    captured = chunk_ms * np.arange(frames)
+    reached = np.maximum.accumulate(captured + up)
+    arrived = np.maximum.accumulate(reached + down)
+    used = arrived <= captured + delay * chunk_ms
+    report = read_report(tmp_path)["hints"]
+    due = frames - delay
+    unused = frames_of(report["late_frames"]) + frames_of(report["missing_frames"])
+    assert sorted(unused) == np.flatnonzero(~used[:due]).tolist()
+    assert 10 < len(unused) < due - 10
+    assert worst(read_outputs(case, tmp_path), offline(case, used)) < TOLERANCE
+    assert worst(offline(case, used), case.small_output[0]) > 100 * TOLERANCE
+
+
+def test_a_virtual_run_is_the_same_however_busy_the_machine(
+    golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
+) -> None:
+    case = golden(SS)
+    written = []
+    for name, busy in (("idle", False), ("busy", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_inputs(case, folder)
+        spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 if busy else 0)]
+        try:
+            result = run(
+                *("kb-client", "replay", "mixture.wav", "-o", "out.wav", "--output-format", "float"),
+                *("--bundle", golden_bundle(SS), "--delay-ms", 20, "--jitter-ms", 12, "--loss", 0.02, "--seed", 5),
+                *("--bandwidth-mbit", 5, "--server-ms", 3, "--report", "report.json"),
+                cwd=folder,
+            )
+        finally:
+            for spinner in spinners:
+                spinner.kill()
+        assert result.returncode == 0, result.stderr
+        report = read_report(folder)
+        del report["timing"]
+        assert report["hints"]["late"] > 5
+        assert report["hints"]["on_time"] > 5
+        written.append((report, [(folder / f"out-speaker{n}.wav").read_bytes() for n in (1, 2)]))
+    assert written[0] == written[1]
+
+
+def test_a_killed_server_leaves_the_small_network_alone(
+    golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
+) -> None:
+    case, repeats = golden(SS), 4
+    mixture, _ = write_inputs(case, tmp_path, repeats)
+    with running_server(golden_bundle(SS)) as server:
+        client = subprocess.Popen(
+            command(
+                *("kb-client", "replay", mixture, "-o", tmp_path / "out.wav", "--output-format", "float"),
+                *("--bundle", golden_bundle(SS), "--server", server.address, "--clock", "real"),
+                *("--delay-ms", 10, "--report", tmp_path / "report.json"),
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        server.wait_for_log("session_opened")
+        time.sleep(1.5)
+        os.kill(server.process.pid, signal.SIGKILL)
+        _, errors = client.communicate(timeout=60)
+    assert client.returncode == 0, errors
+    assert "the server was lost" in errors
+    report = read_report(tmp_path)
+    frames = report["frames"]
+    lost = report["server_lost"]["first_lost_hint"]
+    assert 20 < lost < frames - 60
+    assert report["server_lost"]["first_frame_without"] == lost + 6
+    assert report["server_lost"]["status"] == "UNAVAILABLE"
+    used = np.ones(frames, np.bool_)
+    used[lost:] = False
+    used[frames_of(report["hints"]["late_frames"]) + frames_of(report["hints"]["missing_frames"])] = False
+    assert used[:lost].any()
+    output = read_outputs(case, tmp_path)
+    assert output.shape[-1] == repeats * case.mixture.shape[-1]
+    assert worst(output, offline(case, used, repeats)) < TOLERANCE
+
+
+def test_a_lost_server_is_an_error_if_it_is_required(
+    golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
+) -> None:
+    mixture, _ = write_inputs(golden(SS), tmp_path, 4)
+    with running_server(golden_bundle(SS)) as server:
+        client = subprocess.Popen(
+            command(
+                *("kb-client", "replay", mixture, "-o", tmp_path / "out.wav", "--bundle", golden_bundle(SS)),
+                *("--server", server.address, "--clock", "real", "--require-server"),
+            ),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        server.wait_for_log("session_opened")
+        time.sleep(1)
+        os.kill(server.process.pid, signal.SIGKILL)
+        _, errors = client.communicate(timeout=60)
+    assert client.returncode == 1
+    assert errors.startswith("kb-client: error: the server was lost after ")
+    assert len(errors.splitlines()) == 1
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_real_clock_meets_what_it_can_and_zeroes_the_rest(
+    golden: GetGolden, golden_bundle: GetBundle, ss_server: Server, tmp_path: Path
+) -> None:
+    """Whatever this machine did to the hints, the report says it and the output follows from it."""
+    case = golden(SS)
+    mixture, flags = write_inputs(case, tmp_path)
+    flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
+    began = time.monotonic()
+    result = run(
+        *("kb-client", "replay", mixture, "--bundle", golden_bundle(SS), "--server", ss_server.address),
+        *("--clock", "real", "--delay-ms", 30, "--jitter-ms", 10, *flags),
+    )
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - began > 1  # a second of audio takes a second
+    report = read_report(tmp_path)
+    hints = report["hints"]
+    assert hints["on_time"] + hints["late"] + hints["missing"] == hints["due"] == report["frames"] - 6
+    assert hints["age_ms"]["p50"] > 30
+    used = np.ones(report["frames"], np.bool_)
+    used[frames_of(hints["late_frames"]) + frames_of(hints["missing_frames"])] = False
+    assert worst(read_outputs(case, tmp_path), offline(case, used)) < TOLERANCE
+
+
+def servers_of(bundle: Path) -> list[int]:
+    """Processes whose command line names the bundle as a server's."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                line = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"remote_server.main" in line and str(bundle).encode() in line:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGKILL, -9)])
+def test_its_own_server_ends_with_it(
+    number: signal.Signals, code: int, golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
+) -> None:
+    mixture, _ = write_inputs(golden(SS), tmp_path, 8)
+    bundle = tmp_path / "bundle"
+    bundle.symlink_to(golden_bundle(SS))
+    client = subprocess.Popen(
+        command("kb-client", "replay", mixture, "-o", tmp_path / "out.wav", "--bundle", bundle, "--clock", "real"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not servers_of(bundle):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(4)  # into the run, or into the start of the server: either must end it
+    client.send_signal(number)
+    _, errors = client.communicate(timeout=30)
+    assert client.returncode == code
+    assert "Traceback" not in errors
+    while servers_of(bundle):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not list(tmp_path.glob("*out*"))

@@ -1,0 +1,98 @@
+"""The project's commands as real processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+COMMANDS = {"kb-client": "device_client.main", "kb-server": "remote_server.main", "kb-export": "models.export"}
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", COMMANDS[name], *map(str, arguments)]
+
+
+def run(name: str, *arguments: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """A command run to its end."""
+    return subprocess.run(
+        command(name, *arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def refusal(name: str, *arguments: object, cwd: Path | None = None) -> str:
+    """The one line that a command refuses a call with, its exit code checked."""
+    result = run(name, *arguments, cwd=cwd)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith(f"{name}: error: ")
+    assert not result.stdout
+    return lines[0].removeprefix(f"{name}: error: ")
+
+
+@dataclass
+class Server:
+    """A kb-server process."""
+
+    process: "subprocess.Popen[str]"
+    address: str
+    log: list[str] = field(default_factory=list)  # of its standard error, as it comes
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=30)
+
+    def wait_for_log(self, pattern: str, seconds: float = 20) -> str:
+        """The first log line that matches; fails if none comes."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in list(self.log):
+                if re.search(pattern, line):
+                    return line
+            time.sleep(0.02)
+        raise AssertionError(f"no log line matches {pattern}: {self.log}")
+
+
+@contextmanager
+def running_server(bundle: Path, *arguments: object) -> Iterator[Server]:
+    """A server on a free port of loopback, stopped at the end."""
+    process = subprocess.Popen(
+        command("kb-server", "--bundle", bundle, "--port", 0, "--device", "cpu", *arguments),
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    server = Server(process, "")
+    reader = threading.Thread(target=lambda: server.log.extend(iter(process.stderr.readline, "")), daemon=True)  # type: ignore[union-attr]
+    reader.start()
+    try:
+        line = process.stdout.readline()
+        match = re.search(r"listening on (\S+:\d+)", line)
+        assert match, (line, server.log)
+        server.address = match[1]
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        reader.join(timeout=5)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}

@@ -1,0 +1,50 @@
+"""A device as a process of its own, for tests that kill it: ``python -m tests.remote_server.lone_device ADDRESS BUNDLE``.
+
+Prints its session's id once it has had a hint, and goes on streaming until it is killed.
+"""
+
+import queue
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+
+from models.manifest import read_manifest
+from protos import hints_pb2 as pb
+from protos.codec import PROTOCOL_VERSION
+from protos.hints_pb2_grpc import HintServiceStub
+
+
+def stream(address: str, bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    model = manifest.model
+    got_hint: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def requests() -> Iterator[pb.StreamHintsRequest]:
+        yield pb.StreamHintsRequest(
+            config=pb.SessionConfig(
+                protocol_version=PROTOCOL_VERSION,
+                bundle_id=manifest.id,
+                sample_rate=model.framing.sample_rate,
+                pcm_encoding=pb.PCM_ENCODING_S16LE,
+                hint_encoding=pb.HINT_ENCODING_F16LE,
+            )
+        )
+        frame, length = 0, model.framing.n_fft
+        while True:
+            pcm = bytes(2 * model.microphones * length)
+            yield pb.StreamHintsRequest(audio=pb.AudioChunk(first_frame=frame, pcm=pcm))
+            frame, length = got_hint.get() + 1, model.framing.chunk
+
+    with grpc.insecure_channel(address) as channel:
+        responses = HintServiceStub(channel).StreamHints(requests())
+        session = next(responses).started.session_id
+        for response in responses:
+            if response.hint.frame == 0:
+                print(session, flush=True)
+            got_hint.put(response.hint.frame)
+
+
+if __name__ == "__main__":
+    stream(sys.argv[1], Path(sys.argv[2]))

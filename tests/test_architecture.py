@@ -1,0 +1,96 @@
+"""The house rules: who may import whom, and what a device does without."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {"common", "device_client", "models", "protos", "remote_server"}
+ALLOWED = {
+    "common": set[str](),
+    "protos": set[str](),
+    "models": {"common"},
+    "remote_server": {"common", "models", "protos"},
+    "device_client": {"common", "models", "protos"},
+}
+# What of models a device may import without torch, and the client's only module that needs torch.
+TORCH_FREE = {"models.config", "models.manifest"}
+NEEDS_TORCH = "device_client.torch_engine"
+
+
+def modules(room: str) -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / room).rglob("*.py")
+    }
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions and under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    for path in modules(room).values():
+        used = {name.split(".")[0] for name in imports(path)} & ROOMS
+        assert used <= ALLOWED[room] | {room}, path
+
+
+def test_the_rooms_are_all_there_is() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages - {"tests"} == ROOMS
+
+
+def test_torch_is_imported_only_where_it_is_allowed() -> None:
+    heavy = {name for name in modules("models") if name not in TORCH_FREE and name != "models"}
+    for name, path in modules("device_client").items():
+        if name != NEEDS_TORCH:
+            used = {module for module in imports(path) if module.split(".")[0] == "torch" or module in heavy}
+            assert not used, path
+    for room in ("common", "protos"):
+        for path in modules(room).values():
+            assert "torch" not in {module.split(".")[0] for module in imports(path)}, path
+
+
+def test_the_client_imports_without_torch_and_without_the_server() -> None:
+    names = [name for name in modules("device_client") if name != NEEDS_TORCH]
+    script = (
+        "import importlib, sys\n"
+        "for name in ('torch', 'safetensors', 'remote_server'): sys.modules[name] = None\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_client_says_what_to_install_when_torch_is_missing(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'safetensors'): sys.modules[name] = None\n"
+        "sys.argv = ['kb-client', *sys.argv[1:]]\n"
+        "from device_client.main import main\n"
+        "main()\n"
+    )
+    bundle = tmp_path / "b"
+    made = [sys.executable, "-m", "models.export", "--untrained", "--config", "configs/demo/ss-48ms.json", "-o", bundle]
+    subprocess.run(made, cwd=ROOT, check=True, capture_output=True)
+    call = ["replay", "samples/mixture.wav", "-o", tmp_path / "o.wav", "--bundle", bundle]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *call], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "needs torch" in result.stderr
+    assert "pip install" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
