@@ -1,0 +1,148 @@
+"""The report: its documented schema, and what a full run writes and shows."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from pydantic import BaseModel
+from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
+
+from device_client.report import Report
+from tests.golden_cases import Golden
+from tests.processes import Server, command, run
+
+ROOT = Path(__file__).parents[2]
+SS = "ss_delay6_compression2"
+
+
+def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of all fields that are no records themselves."""
+    paths = []
+    for name, field in model.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        records = [kind for kind in kinds if issubclass(kind, BaseModel)]
+        between = "*." if name == "quality" else ""
+        paths += field_paths(records[0], f"{prefix}{name}.{between}") if records else [prefix + name]
+    return paths
+
+
+def test_every_field_is_documented() -> None:
+    page = (ROOT / "docs/report.md").read_text()
+    missing = [path for path in field_paths(Report) if f"`{path}`" not in page]
+    # Percentiles have one row each for all four.
+    assert not [path for path in missing if f"`{path.rpartition('.')[0]}`" not in page]
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained separation bundle."""
+    folder = tmp_path_factory.mktemp("untrained")
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "task": "ss",
+                "small": {"channels": 8, "hidden": 8, "blocks": 2},
+                "large": {"channels": 16, "hidden": 16, "blocks": 2, "self_attention": True},
+                "boosting": {"delay": 6},
+            }
+        )
+    )
+    result = run("kb-export", "--untrained", "--config", folder / "config.json", "-o", folder / "random")
+    assert result.returncode == 0, result.stderr
+    return folder / "random"
+
+
+def test_a_full_run_says_untrained_wherever_its_output_could_be_taken_for_a_result(
+    untrained: Path, tmp_path: Path
+) -> None:
+    sources = [ROOT / "samples" / f"source{number}.wav" for number in (1, 2)]
+    result = run(
+        *(
+            "kb-client",
+            "replay",
+            ROOT / "samples/mixture.wav",
+            "-o",
+            "out.wav",
+            "--bundle",
+            untrained,
+            "--delay-ms",
+            40,
+        ),
+        *("--jitter-ms", 10, "--reference", sources[0], "--reference", sources[1], "--with-large"),
+        *("--report", "report.json", "--plot", "plot.svg"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "UNTRAINED" in result.stdout
+    report = Report.model_validate_json((tmp_path / "report.json").read_text())
+    assert report.bundle.untrained
+    assert report.bundle.notice
+    assert report.bundle.notice.startswith("UNTRAINED")
+    assert "UNTRAINED" in (tmp_path / "plot.svg").read_text() or "UNTRAINED" in _svg_comment(tmp_path / "plot.svg")
+    for path in report.outputs:
+        with soundfile.SoundFile(tmp_path / path) as file:
+            assert (file.frames, file.samplerate, file.channels) == (128000, 16000, 2)
+            assert "UNTRAINED" in file.comment
+    assert report.hints is not None
+    assert report.hints.late > 0
+    assert report.hints.bytes_up == 128064 * 2 * 4
+    assert report.hints.bytes_down == 1000 * 8 * 97 * 4
+    assert sum(report.hints.age_histogram_ms.values()) <= 1000
+
+    # SI-SDR of the mixture against each source, by another library.
+    mixture, *references = (soundfile.read(path)[0].T for path in (ROOT / "samples/mixture.wav", *sources))
+    expected = scale_invariant_signal_distortion_ratio(
+        torch.tensor(np.stack([mixture, mixture])), torch.tensor(np.stack(references)), zero_mean=True
+    ).mean()
+    assert report.quality["mixture"].si_sdr == pytest.approx(float(expected), abs=0.01)
+    assert set(report.quality) == {"mixture", "small_without_hints", "boosted", "large"}
+    boosted = np.stack([soundfile.read(tmp_path / path)[0].T for path in report.outputs])
+    scores = [
+        float(
+            scale_invariant_signal_distortion_ratio(
+                torch.tensor(boosted[order]), torch.tensor(np.stack(references)), zero_mean=True
+            ).mean()
+        )
+        for order in ([0, 1], [1, 0])
+    ]
+    assert report.quality["boosted"].si_sdr == pytest.approx(max(scores), abs=0.05)
+
+
+def _svg_comment(path: Path) -> str:
+    """Text that matplotlib drew as outlines, which it repeats in comments."""
+    return " ".join(re.findall(r"<!--(.*?)-->", path.read_text(), re.DOTALL))
+
+
+def test_a_terminal_gets_a_progress_bar_on_long_runs(
+    golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path], ss_server: Server, tmp_path: Path
+) -> None:
+    samples = np.tile(golden(SS).mixture[0].numpy(), 4).T
+    soundfile.write(tmp_path / "in.wav", samples, 16000, subtype="FLOAT")
+    call: list[Any] = ["kb-client", "replay", tmp_path / "in.wav", "-o", tmp_path / "out.wav", "--clock", "real"]
+    call += ["--bundle", golden_bundle(SS), "--server", ss_server.address]
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command(*call), stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as client:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:
+                break
+            if not part:
+                break
+            shown += part
+    os.close(ours)
+    assert client.returncode == 0, shown
+    assert b"replay" in shown
+    assert b"%" in shown
