@@ -12,7 +12,6 @@ import typer
 
 from common.errors import Failure, InputError
 
-
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
@@ -29,7 +28,9 @@ def run(app: typer.Typer, name: str) -> NoReturn:
     except InputError as error:
         _leave(name, str(error), 2)
     except typer.TyperException as error:
-        _leave(name, f"{error.format_message()} (see '{name} --help')", 2)
+        # Without a message typer has printed the help already.
+        message = error.format_message()
+        _leave(name, f"{message} (see '{name} --help')", 2) if message else sys.exit(2)
     except Failure as error:
         _leave(name, str(error), 1)
     except (typer.Abort, KeyboardInterrupt):

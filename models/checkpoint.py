@@ -12,7 +12,7 @@ from common.errors import InputError, existing_file, reason
 from models.config import ModelConfig
 from models.manifest import first_fault, read_json, validate
 from models.pair import BoostedPair, SmallModel
-from models.published import config_from_published, convert, is_published
+from models.published import config_from_published, convert, is_published, is_published_config
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -22,7 +22,7 @@ def read_config(path: Path) -> ModelConfig:
         InputError: it cannot be read, or a key is missing, unknown or impossible.
     """
     document = read_json(existing_file(path, "a model configuration"))
-    if any(key.endswith("model_params") for key in document):
+    if is_published_config(document):
         try:
             return config_from_published(document, str(path))
         except ValidationError as error:

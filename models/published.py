@@ -24,6 +24,10 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "use_cross_attention": (True, "hints are fused by cross-attention"),
 }
 _SIZES = ("stft_chunk_size", "stft_pad_size", "num_ch", "D", "L", "B", "H", "use_attn", "local_atten_len")
+_TASKS: dict[str, Literal["tse", "ss"]] = {
+    "src.models.tfgridnet_TSE_causal_torch_stft_layernorm.net.Net": "tse",
+    "src.models.tfgridnet_ssep_causal_torch_stft_layernorm.net.Net": "ss",
+}
 # What follows from the rest of the configuration.
 _DERIVED = ("generate_embeddings", "delay", "compression")
 
@@ -32,16 +36,20 @@ def config_from_published(document: Mapping[str, Any], source: str) -> ModelConf
     """The configuration that a published JSON document describes.
 
     Args:
-        document: with ``small_model_params``, ``big_model_params`` and ``joint_model_params`` (a pair) or
-            ``model_params`` (one network), and ``task``.
+        document: a whole training configuration, with ``pl_module_args``, or that part alone. It has
+            ``small_model_params``, ``big_model_params`` and ``joint_model_params`` (a pair) or ``model_params`` (one
+            network). The task follows from the network's import path, or ``task`` tells it.
         source: named in errors.
 
     Raises:
         InputError: a key is missing, unknown or has a value that this implementation does not cover.
     """
-    task = document.get("task")
+    if "pl_module_args" in document:
+        document = _section(document, "pl_module_args", source)
+    network = str(document.get("small_model", document.get("model")))
+    task: Literal["tse", "ss"] | None = document.get("task") or _TASKS.get(network)
     if task not in ("tse", "ss"):
-        raise InputError(f'{source}: "task" must be "tse" or "ss"')
+        raise InputError(f'{source}: "task" must be "tse" or "ss" (no published network tells it)')
     if "model_params" in document:
         sections = {"small": "model_params"}
     else:
@@ -102,6 +110,11 @@ def _network_size(params: Mapping[str, Any], source: str) -> tuple[NetworkSize, 
     )
     chunk = _value(params, "stft_chunk_size", source, int)
     return size, (chunk, _value(params, "stft_pad_size", source, int), _value(params, "num_ch", source, int))
+
+
+def is_published_config(document: Mapping[str, Any]) -> bool:
+    """Whether a JSON document is a configuration of the published code."""
+    return any(key in document for key in ("pl_module_args", "model_params", "small_model_params"))
 
 
 def is_published(keys: Iterable[str]) -> bool:

@@ -83,13 +83,12 @@ def test_the_client_says_what_to_install_when_torch_is_missing(tmp_path: Path) -
         "from device_client.main import main\n"
         "main()\n"
     )
-    bundle = tmp_path / "b"
+    bundle = str(tmp_path / "b")
     made = [sys.executable, "-m", "models.export", "--untrained", "--config", "configs/demo/ss-48ms.json", "-o", bundle]
     subprocess.run(made, cwd=ROOT, check=True, capture_output=True)
-    call = ["replay", "samples/mixture.wav", "-o", tmp_path / "o.wav", "--bundle", bundle]
-    result = subprocess.run(
-        [sys.executable, "-c", script, *call], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    call = ["replay", "samples/mixture.wav", "-o", str(tmp_path / "o.wav"), "--bundle", bundle]
+    without_torch = [sys.executable, "-c", script, *call]
+    result = subprocess.run(without_torch, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "needs torch" in result.stderr
     assert "pip install" in result.stderr

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
 
 from device_client.simulated_network import (
@@ -19,7 +20,7 @@ from device_client.simulated_network import (
 SPACING = 8_000_000  # ns
 
 
-def arrivals(conditions: NetworkConditions, packets: int, size: int = 1000, seed: int = 0) -> np.ndarray:  # type: ignore[type-arg]
+def arrivals(conditions: NetworkConditions, packets: int, size: int = 1000, seed: int = 0) -> NDArray[np.int64]:
     uplink, _ = make_links(conditions, spacing_ns=SPACING, seed=seed)
     return np.array([uplink.arrival(n * SPACING, size) for n in range(packets)])
 

@@ -16,6 +16,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
+from models.pair import PairOutput
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import Server, command, run, running_server
 
@@ -51,7 +52,8 @@ def offline(case: Golden, used: NDArray[np.bool_] | None = None, repeats: int = 
     """The case's first mixture in one process, hints zeroed where they are not used."""
     speaker = case.speaker_embedding[:1] if case.speaker_embedding is not None else None
     mask = torch.from_numpy(used) if used is not None else None
-    return case.pair(case.mixture[:1].tile(repeats), speaker, mask).small[0]
+    output: PairOutput = case.pair(case.mixture[:1].tile(repeats), speaker, mask)
+    return output.small[0]
 
 
 def frames_of(ranges: list[list[int]]) -> list[int]:
@@ -76,7 +78,7 @@ def test_every_hint_on_time_gives_the_published_output(
     frames = case.hint.shape[1]
     assert report["frames"] == frames
     assert report["hints"]["on_time"] == report["hints"]["due"] == frames - case.pair.config.delay
-    assert report["hints"]["age_ms"] == {key: delay_ms for key in ("p50", "p95", "p99", "max")}
+    assert report["hints"]["age_ms"] == dict.fromkeys(("p50", "p95", "p99", "max"), delay_ms)
 
 
 @pytest.mark.parametrize("name", [SS, TSE])

@@ -1,6 +1,7 @@
 """The networks against what the published computation gives, whole and in pieces."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_any_split_into_calls_gives_the_same(name: str, golden: Callable[[str], 
     # Short pieces and pieces longer than the attention windows, in any order.
     cuts = data.draw(st.lists(st.integers(1, total - 1), max_size=12, unique=True).map(sorted))
     edges = [0, *cuts, total]
-    pieces = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [end - start for start, end in pairwise(edges)]
     assert_golden(run_in_pieces(case, pieces), case)
     assert worst(run_in_pieces(case, pieces, hints=False).small, case.small_output_without_hints) < TOLERANCE
 

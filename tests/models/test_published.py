@@ -24,6 +24,21 @@ def published(name: str = CASE) -> dict[str, Any]:
     return document
 
 
+def test_a_whole_published_training_configuration_is_read(tmp_path: Path) -> None:
+    """Import paths, optimiser and data fields stand around the sizes, and the task is in the import path."""
+    sizes = published("tse_delay6")
+    del sizes["task"]
+    network = "src.models.tfgridnet_TSE_causal_torch_stft_layernorm.net.Net"
+    arguments = {"sr": 16000, "small_model": network, "big_model": network, "optimizer_params": {"lr": 1e-3}, **sizes}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"pl_module": "src.x.PLModule", "pl_module_args": arguments, "epochs": 20}))
+    assert read_config(path) == config_from_published(published("tse_delay6"), "golden")
+    baseline = {"pl_module_args": {"model": network, "init_ckpt": None, "model_params": sizes["big_model_params"]}}
+    path.write_text(json.dumps(baseline))
+    alone = read_config(path)
+    assert (alone.task, alone.large, alone.small.channels) == ("tse", None, 16)
+
+
 def baseline_config() -> ModelConfig:
     document = published()
     return config_from_published({"task": "ss", "model_params": document["big_model_params"]}, "baseline.json")

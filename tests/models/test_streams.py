@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.framing import pad_to_frames
-from tests.golden_cases import TOLERANCE, Golden, worst
+from tests.golden_cases import TOLERANCE, Golden, load, worst
 
 
 def tensors(state: Any) -> list[Tensor]:
@@ -85,6 +85,19 @@ def test_a_step_writes_one_row_of_each_attention_cache(golden: Callable[[str], G
     assert after.network.blocks[0].attention.keys.data_ptr() == keys.data_ptr()
     changed = (keys != before).any(dim=(0, 1, 3)).nonzero().flatten().tolist()
     assert changed == [60 % 50]
+
+
+@torch.inference_mode()
+def test_the_speaker_is_looked_at_once_a_session() -> None:
+    case = load("tse_delay6")  # a copy of its own, to be spoilt
+    small, framing = case.pair.small, case.pair.config.framing
+    state = small.initial_state(2, case.speaker_embedding)
+    for weight in small.network.speaker.parameters():
+        weight.fill_(float("nan"))
+    samples = pad_to_frames(case.mixture, framing)
+    no_hints = torch.zeros_like(case.hint)
+    estimate, _ = small(samples, state, no_hints)
+    assert worst(estimate[..., : case.mixture.shape[-1]], case.small_output_without_hints) < TOLERANCE
 
 
 def test_a_state_is_not_overwritten_under_autograd(golden: Callable[[str], Golden]) -> None:
