@@ -1,6 +1,7 @@
 """One session with a server: audio out, hints in."""
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from protos.codec import (
 )
 from protos.hints_pb2_grpc import HintServiceStub
 
-_START_TIMEOUT = 5  # seconds for a server that is there to accept a connection
+_START_TIMEOUT = 5  # seconds for a server that is there to accept a connection, and a session
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class HintStream:
         self.ended: StreamEnd | None = None
         self._channel = _connect(server)
         self._call = HintServiceStub(self._channel).StreamHints(self._requests())
+        patience = threading.Timer(_START_TIMEOUT, self._call.cancel)
+        patience.start()
         try:
             first = next(self._call)
         except (grpc.RpcError, StopIteration):
@@ -104,7 +107,13 @@ class HintStream:
             raise InputError(
                 f"{server}: refused the session ({self._call.code().name}: {self._call.details()})"
             ) from None
+        finally:
+            patience.cancel()
+        if first.WhichOneof("response") != "started":
+            self.close()
+            raise InputError(f"{server}: answered a session's configuration with no start; is kb-server running there?")
         self.session_id = first.started.session_id
+        self._next_frame = 0
 
     def send(self, frame: int, samples: Samples) -> None:
         """Send the samples ``[M, n]`` that complete a frame; the first ones with the lookahead before them."""
@@ -117,9 +126,11 @@ class HintStream:
         model = self._manifest.model
         try:
             hint = next(self._call).hint
+            if hint.frame != self._next_frame:
+                raise ValueError(f"hint of frame {hint.frame} came where that of {self._next_frame} was due")
             values = decode_hint(hint, self._hint_encoding, model.hint_channels, model.framing.bins)
         except StopIteration:
-            self.ended = StreamEnd("OK", "all hints were sent")
+            self.ended = StreamEnd("OK", "the server ended the session")
             return None
         except grpc.RpcError:
             self.ended = StreamEnd(self._call.code().name, str(self._call.details()))
@@ -128,6 +139,7 @@ class HintStream:
             self.ended = StreamEnd("DATA_LOSS", str(error))
             self._call.cancel()
             return None
+        self._next_frame += 1
         self.bytes_down += len(hint.payload)
         return ReceivedHint(hint.frame, values, len(hint.payload), hint.queue_us, hint.compute_us)
 

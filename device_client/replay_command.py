@@ -180,13 +180,20 @@ def _large_estimate(bundle: str, mixture: Samples, embedding: Samples | None) ->
 def _check_call(options: ReplayOptions, manifest: Manifest) -> None:
     """Whether the flags fit each other and the bundle."""
     task, name = manifest.model.task, options.bundle
-    if manifest.model.boosting is None and (options.server is not None or options.with_large):
-        raise InputError(f"{name}: is one network alone; --server and --with-large need a bundle of a pair")
     if task == "tse" and options.enrollment is None:
         raise InputError(f"{name}: extracts a target speaker; give --enrollment FILE with a voice or an embedding")
     if task == "ss" and options.enrollment is not None:
         raise InputError(f"{name}: separates all speakers; leave out --enrollment")
+    if options.with_large and not options.references:
+        raise InputError("--with-large: measures the large network; give --reference to measure against")
     given = (options.network, options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit)
+    simulated = options.trace is not None or any(value is not None for value in given)
+    if manifest.model.boosting is None and (
+        options.server is not None or options.with_large or options.real_clock or simulated
+    ):
+        raise InputError(
+            f"{name}: is one network alone; leave out --with-large, --clock and the flags of server and network"
+        )
     if options.trace is not None and any(value is not None for value in given):
         raise InputError("--trace holds the whole network; leave out the flags of the simulated one")
     if options.server_ms is not None and options.real_clock:

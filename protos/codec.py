@@ -86,9 +86,11 @@ def decode_hint(hint: pb.Hint, encoding: int, channels: int, bins: int) -> Sampl
     Raises:
         ValueError: the payload has another size, or a value that is not finite.
     """
-    values: NDArray[Any] = np.frombuffer(hint.payload, _HINT_TYPES[encoding])
-    if values.size != channels * bins:
-        raise ValueError(f"hint of frame {hint.frame} has {values.size} values, expected {channels} x {bins}")
+    kind = np.dtype(_HINT_TYPES[encoding])
+    size = channels * bins * kind.itemsize
+    if len(hint.payload) != size:
+        raise ValueError(f"hint of frame {hint.frame} has {len(hint.payload)} bytes, expected {size}")
+    values: NDArray[Any] = np.frombuffer(hint.payload, kind)
     decoded = values.reshape(channels, bins).astype(np.float32)
     if encoding == pb.HINT_ENCODING_INT8:
         decoded *= np.float32(hint.scale)

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from models.manifest import Manifest
 from protos import hints_pb2 as pb
@@ -20,6 +21,8 @@ from remote_server.enrollment import SpeakerEncoder
 from remote_server.sessions import AudioReader, Mismatch, Refused, check_config, check_enrollment
 
 _log = logging.getLogger("kb-server")
+
+_CONFIG_TIMEOUT = 10  # seconds that a call may hold a session's place without saying what it wants
 
 # grpc's own context types differ between its synchronous and asyncio halves.
 Context = Any
@@ -65,11 +68,14 @@ class HintService(HintServiceServicer):
         self._sessions.add(task)
         try:
             await self._run(request_iterator, context, session)
+            await _let_cancellation_through()
             session.log_end("OK", "the device ended it")
         except Mismatch as error:
             await session.end(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except Refused as error:
             await session.end(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except DecodeError:
+            await session.end(context, grpc.StatusCode.INVALID_ARGUMENT, "request: is no StreamHintsRequest")
         except asyncio.CancelledError:
             if self._draining:
                 await session.end(context, grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try another")
@@ -87,8 +93,13 @@ class HintService(HintServiceServicer):
             self._sessions.discard(task)
 
     async def _run(self, requests: AsyncIterator[pb.StreamHintsRequest], context: Context, session: "_Session") -> None:
-        request = await anext(requests, None)
+        try:
+            async with asyncio.timeout(_CONFIG_TIMEOUT):
+                request = await anext(requests, None)
+        except TimeoutError:
+            raise Refused(f"request: no config came within {_CONFIG_TIMEOUT} s") from None
         if request is None:
+            await _let_cancellation_through()
             raise Refused("request: the stream ended before its configuration")
         config = check_config(request, self._manifest)
         reader = AudioReader(config, self._manifest.model)
@@ -128,6 +139,9 @@ class HintService(HintServiceServicer):
             embedding = await self._speakers.embed(speech)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"pcm: no voice to learn from ({error})")
+        except Exception:
+            _log.exception("enrollment failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "the server failed on this enrollment; see its log")
         return pb.EnrollResponse(speaker_embedding=embedding.tolist())
 
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
@@ -178,6 +192,11 @@ class _Session:
             frames=self.frames,
             seconds=round(time.monotonic() - self._opened, 3),
         )
+
+
+async def _let_cancellation_through() -> None:
+    """At the end of a session's requests: a call that was cancelled ends them too, a moment before its task is told."""
+    await asyncio.sleep(0.01)
 
 
 def log_event(event: str, **fields: object) -> None:

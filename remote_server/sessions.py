@@ -16,6 +16,8 @@ from protos.codec import (
     pcm_sample_size,
 )
 
+MAX_FIRST_FRAME = 2**62  # leaves every later index within an int64
+
 
 class Refused(Exception):
     """A message that cannot be accepted: INVALID_ARGUMENT."""
@@ -54,8 +56,8 @@ def check_config(request: pb.StreamHintsRequest, manifest: Manifest) -> pb.Sessi
         raise Refused(f"config.speaker_embedding: has {len(config.speaker_embedding)} values, must have {size}")
     if not np.isfinite(config.speaker_embedding).all():
         raise Refused("config.speaker_embedding: has values that are NaN or infinite")
-    if config.first_frame < 0:
-        raise Refused(f"config.first_frame: is {config.first_frame}, must not be negative")
+    if not 0 <= config.first_frame <= MAX_FIRST_FRAME:
+        raise Refused(f"config.first_frame: is {config.first_frame}, must be 0 to {MAX_FIRST_FRAME}")
     try:
         pcm_sample_size(config.pcm_encoding)
         hint_encoder(config.hint_encoding)
