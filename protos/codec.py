@@ -71,7 +71,8 @@ def hint_encoder(encoding: int) -> Callable[[Samples], tuple[bytes, float]]:
 
     def encode(hint: Samples) -> tuple[bytes, float]:
         if encoding == pb.HINT_ENCODING_INT8:
-            scale = float(np.abs(hint).max()) / 127 or 1.0
+            largest = float(np.abs(hint).max())
+            scale = max(largest / 127, float(np.finfo(np.float32).tiny)) if largest else 1.0
             return np.rint(hint / scale).astype(kind).tobytes(), scale
         if encoding == pb.HINT_ENCODING_F16LE:
             hint = np.clip(hint, -65504, 65504)

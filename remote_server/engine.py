@@ -26,7 +26,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdecimal()):
+    if name != "cuda" and not (kind == "cuda" and index.isascii() and index.isdecimal()):
         raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:INDEX")
     if int(index or 0) >= torch.cuda.device_count():
         raise InputError(

@@ -47,4 +47,7 @@ class SpeakerEncoder:
             voiced = resemblyzer.preprocess_wav(speech, source_sr=ENROLLMENT_RATE)
             if len(voiced) < ENROLLMENT_RATE // 2:
                 raise ValueError("less than half a second of speech")
-            return np.asarray(self._encoder.embed_utterance(voiced), dtype=np.float32)
+            embedding: Samples = np.asarray(self._encoder.embed_utterance(voiced), dtype=np.float32)
+            if not np.isfinite(embedding).all():
+                raise ValueError("the encoder overflows; scale the samples to +-1")
+            return embedding

@@ -34,6 +34,9 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a bundle's large network to devices."""
+    # Read when gRPC is loaded. What goes wrong in it is told by us, once.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
     from models.bundle import load_large
     from models.manifest import UNTRAINED_NOTICE
     from remote_server.engine import HintEngine, pick_device
@@ -49,7 +52,7 @@ def serve(
     service = HintService(HintEngine(model, target), manifest, max_sessions)
 
     def ready(bound: int) -> None:
-        print(f"kb-server: listening on {host}:{bound}, bundle {manifest.label}, device {target}", flush=True)
+        print(f"kb-server: listening on {_address(host, bound)}, bundle {manifest.label}, device {target}", flush=True)
 
     asyncio.run(_serve(service, host, port, ready, until_stdin_ends=until_stdin_ends))
 
@@ -80,19 +83,20 @@ async def _serve(
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        bound = server.add_insecure_port(_address(host, port))
     except RuntimeError:
-        raise InputError(f"cannot listen on {host}:{port}; is the port taken? --port 0 finds a free one") from None
+        taken = f"cannot listen on {_address(host, port)}; is the port taken? --port 0 finds a free one"
+        raise InputError(taken) from None
+    # Before anybody hears that the server is there, and so may end it.
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
     await server.start()
     for name in ("", SERVICE_NAME):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     ready(bound)
     log_event("server_started", host=host, port=bound)
-
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     if until_stdin_ends:
         # A daemon thread: nothing may wait for it when the server stops for another reason.
         threading.Thread(target=_when_stdin_ends, args=(loop, stop.set), daemon=True).start()
@@ -104,10 +108,15 @@ async def _serve(
     log_event("server_stopped")
 
 
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _when_stdin_ends(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    with contextlib.suppress(OSError):
-        while os.read(sys.stdin.fileno(), 1024):
-            pass
+    if sys.stdin is not None:
+        with contextlib.suppress(OSError):
+            while os.read(sys.stdin.fileno(), 1024):
+                pass
     with contextlib.suppress(RuntimeError):  # the loop is closed already
         loop.call_soon_threadsafe(call)
 

@@ -22,7 +22,7 @@ from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import Server
 
 # For what must come: so long that only a test that has failed reaches it.
-PATIENCE = 60.0
+PATIENCE = 30.0  # seconds
 
 Request = pb.StreamHintsRequest
 
@@ -104,10 +104,12 @@ def message(first_frame: int, pcm: bytes) -> Request:
 class Device:
     """One StreamHints call on a connection of its own."""
 
-    def __init__(self, server: Server, *requests: Request) -> None:
+    def __init__(self, server: Server, *requests: Request, timeout: float | None = PATIENCE) -> None:
         self._outbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self.channel = grpc.insecure_channel(server.address)
-        self.call = HintServiceStub(self.channel).StreamHints(self._requests(), timeout=PATIENCE)
+        self.session = ""
+        # Channels of one process share a connection unless told not to.
+        self.channel = grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
+        self.call = HintServiceStub(self.channel).StreamHints(self._requests(), timeout=timeout)
         self.send(*requests)
 
     def send(self, *requests: Request) -> None:
@@ -122,7 +124,8 @@ class Device:
         """The session's id, once the server has sent it."""
         response = next(self.call)
         assert response.WhichOneof("response") == "started"
-        return response.started.session_id
+        self.session = response.started.session_id
+        return self.session
 
     def hints(self, count: int) -> list[pb.Hint]:
         """The next hints, as many as asked for."""
@@ -163,7 +166,8 @@ class Witness:
     def __init__(self, server: Server, material: Material) -> None:
         self._server = server
         self._material = material
-        self._open()
+        self._frame = 0
+        self._device = self._opened()
 
     def assert_exact(self) -> None:
         """The session goes on, and its next hints are right."""
@@ -175,7 +179,8 @@ class Witness:
         self._frame = end
         if end + 2 > len(self._material.hints):
             self.close()
-            self._open()
+            self._frame = 0
+            self._device = self._opened()
 
     def close(self) -> None:
         """End the session as a device should."""
@@ -183,16 +188,17 @@ class Witness:
         assert self._device.end()[0] == "OK"
         self._device.close()
 
-    def _open(self) -> None:
-        self._device = Device(self._server, self._material.opening())
-        self._device.started()
-        self._frame = 0
+    def _opened(self) -> Device:
+        device = Device(self._server, self._material.opening(), timeout=None)
+        device.started()
+        return device
 
 
 def send_bytes(server: Server, *messages: bytes) -> tuple[str, str]:
     """The status and details that a StreamHints call of raw messages ends in."""
     with grpc.insecure_channel(server.address) as channel:
-        call = channel.stream_stream(f"/{SERVICE_NAME}/StreamHints")(iter(messages), timeout=PATIENCE)
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE_NAME}/StreamHints")
+        call = method(iter(messages), timeout=PATIENCE)
         try:
             for _ in call:
                 pass
@@ -209,7 +215,7 @@ def closings(server: Server, seen: int = 0) -> list[dict[str, Any]]:
 
 def assert_logged(server: Server, seen: int, **fields: object) -> None:
     """Wait for a session's end with these fields in the log, from its line ``seen`` on."""
-    deadline = time.monotonic() + PATIENCE / 3
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if any(fields.items() <= record.items() for record in closings(server, seen)):
             return
@@ -219,7 +225,7 @@ def assert_logged(server: Server, seen: int, **fields: object) -> None:
 
 def open_when_free(server: Server, material: Material) -> Device:
     """A session on a server that may need a moment to notice that another one has gone."""
-    deadline = time.monotonic() + PATIENCE / 3
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         device = Device(server, material.opening())
         try:
@@ -230,4 +236,11 @@ def open_when_free(server: Server, material: Material) -> Device:
             time.sleep(0.01)
         else:
             return device
-    raise AssertionError(f"the slot of a session that ended stays taken: {server.log}")
+    raise AssertionError(f"the place of a session that ended stays taken: {server.log}")
+
+
+def wait_until_free(server: Server, material: Material) -> None:
+    """Wait until a place for a session is free; the session that shows it ends in a way that frees it at once."""
+    with open_when_free(server, material) as device:
+        device.finish()
+        assert device.end()[0] == "OK"

@@ -1,4 +1,4 @@
-"""A device as a process of its own, for tests that kill it: ``python -m tests.remote_server.lone_device ADDRESS BUNDLE``.
+"""A device as a process of its own, for tests that kill it; its arguments are ADDRESS and BUNDLE.
 
 Prints its session's id once it has had a hint, and goes on streaming until it is killed.
 """

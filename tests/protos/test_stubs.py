@@ -1,0 +1,25 @@
+"""The committed stubs are what ``hints.proto`` gives."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import protos
+from protos.generate import generate
+
+COMMITTED = Path(protos.__file__).parent
+
+
+def stubs(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("hints_pb2*.py*")}
+
+
+def test_the_committed_stubs_are_those_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # protoc looks for its mypy plugins there; an environment need not be activated to run its Python.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    generate(tmp_path)
+    generated = stubs(tmp_path / "protos")
+    assert generated.keys() == {"hints_pb2.py", "hints_pb2.pyi", "hints_pb2_grpc.py", "hints_pb2_grpc.pyi"}
+    assert generated == stubs(COMMITTED)

@@ -1,0 +1,182 @@
+"""The ``kb-server`` command as a process: how it starts, what it refuses, how it ends."""
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from common.errors import InputError
+from models.bundle import write_bundle
+from protos import hints_pb2 as pb
+from protos.hints_pb2_grpc import HintServiceStub
+from remote_server.engine import pick_device
+from tests.golden_cases import Golden
+from tests.processes import Server, command, refusal, running_server
+from tests.remote_server.driver import Device, Material, assert_logged
+
+BUNDLE = "ss_delay6_compression2"
+
+
+@pytest.fixture
+def bundle(golden_bundle: Callable[[str], Path]) -> Path:
+    return golden_bundle(BUNDLE)
+
+
+def described(address: str) -> pb.DescribeModelResponse:
+    with grpc.insecure_channel(address) as channel:
+        return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=60)
+
+
+@contextmanager
+def server_of_ours(*arguments: object) -> "Iterator[subprocess.Popen[str]]":
+    """A server that stops when its standard input ends."""
+    process = subprocess.Popen(
+        command("kb-server", "--port", 0, "--device", "cpu", "--until-stdin-ends", *arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ready_line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def end(process: "subprocess.Popen[str]") -> str:
+    """Close the server's standard input; its log, once it has ended as it should."""
+    out, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert not out
+    assert "Traceback" not in log
+    return log
+
+
+def test_port_0_prints_the_port_that_answers_until_standard_input_ends(bundle: Path, ss: Material) -> None:
+    with server_of_ours("--bundle", bundle) as process:
+        line = ready_line(process)
+        match = re.fullmatch(rf"kb-server: listening on (127\.0\.0\.1:[1-9]\d*), bundle {BUNDLE}, device cpu\n", line)
+        assert match, line
+        with Device(Server(process, match[1]), ss.opening(), ss.audio(0)) as device:
+            device.started()
+            assert device.hints(1)[0].frame == 0
+            assert process.stdin is not None
+            # What comes in does not matter, its end does.
+            process.stdin.write("quit\n")
+            process.stdin.flush()
+            device.send(ss.audio(1))
+            assert device.hints(1)[0].frame == 1
+            log = end(process)
+            assert device.end() == ("UNAVAILABLE", "the server is shutting down; try another")
+    assert '"event": "server_started"' in log
+    assert '"event": "server_stopped"' in log
+    assert "warning" not in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_server_and_tells_the_devices(number: signal.Signals, bundle: Path, ss: Material) -> None:
+    with running_server(bundle) as server, Device(server, ss.opening(), ss.audio(0)) as device:
+        session = device.started()
+        assert device.hints(1)[0].frame == 0
+        device.send(*(ss.audio(frame) for frame in range(1, 60)))
+        server.process.send_signal(number)
+        status, why = device.end()
+        assert status == "UNAVAILABLE"
+        assert why == "the server is shutting down; try another"
+        assert server.process.wait(timeout=60) == 0
+        assert_logged(server, 0, session=session, status=status, why=why)
+        server.wait_for_log('"event": "server_stopped"')
+        assert not any("Traceback" in line for line in server.log)
+
+
+def test_a_signal_right_after_the_start_ends_the_server_as_it_should(bundle: Path) -> None:
+    with server_of_ours("--bundle", bundle) as process:
+        assert "listening" in ready_line(process)
+        process.send_signal(signal.SIGTERM)
+        # Its standard input is still open: nothing may wait for that.
+        assert process.wait(timeout=60) == 0
+        assert '"event": "server_stopped"' in end(process)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_an_ipv6_server_prints_an_address_that_answers(bundle: Path) -> None:
+    with server_of_ours("--bundle", bundle, "--host", "::1") as process:
+        match = re.search(r"listening on (\S+:\d+),", ready_line(process))
+        assert match
+        assert match[1].startswith("[::1]:")
+        assert described(match[1]).bundle_name == BUNDLE
+        assert "warning" not in end(process)
+
+
+def test_a_server_of_the_large_part_alone_warns_of_random_weights_and_of_an_open_address(
+    golden: Callable[[str], Golden], tmp_path: Path
+) -> None:
+    pair, folder = golden("ss_delay0").pair, tmp_path / "random"
+    write_bundle(folder, pair, pair.config, untrained=True, source="seed 1", configuration="config.json")
+    (folder / "small.safetensors").unlink()
+    with server_of_ours("--bundle", folder, "--host", "0.0.0.0") as process:
+        match = re.search(r"listening on (\S+), bundle random \(UNTRAINED\), ", ready_line(process))
+        assert match
+        answer = described(match[1].replace("0.0.0.0", "127.0.0.1"))
+        log = end(process)
+    assert answer.untrained
+    assert answer.bundle_name == "random"
+    assert log.startswith("warning: UNTRAINED: random weights")
+    assert "warning: listening on 0.0.0.0 without encryption or authentication" in log
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(bundle: Path, ss_server: Server, tmp_path: Path) -> None:
+    changed = shutil.copytree(bundle, tmp_path / "changed") / "large.safetensors"
+    content = bytearray(changed.read_bytes())
+    content[len(content) // 2] ^= 1
+    changed.write_bytes(content)
+    missing = shutil.copytree(bundle, tmp_path / "missing") / "large.safetensors"
+    missing.unlink()
+    port = ss_server.address.rpartition(":")[2]
+    calls: dict[str, tuple[object, ...]] = {
+        f"cannot listen on 127.0.0.1:{port}; is the port taken? --port 0 finds a free one": (bundle, "--port", port),
+        f"{tmp_path / 'nowhere'}: no bundle of that name or path": (tmp_path / "nowhere",),
+        f"{changed}: digest differs from bundle.json": (changed.parent,),
+        f"{missing}: no such file; this copy of the bundle lacks its large part": (missing.parent,),
+        "--device cuda:7: this machine has ": (bundle, "--device", "cuda:7"),
+        "--device foo: must be auto, cpu, cuda or cuda:INDEX": (bundle, "--device", "foo"),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        lines = pool.map(lambda call: refusal("kb-server", "--bundle", *call), calls.values())
+        for why, line in zip(calls, lines, strict=True):
+            assert line.startswith(why)
+    assert described(ss_server.address).bundle_name == BUNDLE
+
+
+@pytest.mark.parametrize("device", ["", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0661", "cuda:0:0", "mps"])
+def test_a_device_of_another_name_is_refused(device: str) -> None:
+    with pytest.raises(InputError, match="must be auto, cpu, cuda or cuda:INDEX"):
+        pick_device(device)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--port", 65536), ("--max-sessions", 0), ("--max-sessions", "many")])
+def test_an_impossible_number_is_refused(option: str, value: object, bundle: Path) -> None:
+    assert f"'{option}'" in refusal("kb-server", "--bundle", bundle, option, value)
