@@ -34,8 +34,8 @@ def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
     """The model of a configuration with the weights of a checkpoint.
 
     Args:
-        path: a published checkpoint, or one of ours: a state dict of :class:`BoostedPair` (of :class:`SmallModel`
-            prefixed ``small.``, for one network alone), bare or under ``state_dict``.
+        path: a published checkpoint, or one of ours: a state dict of what :func:`build` makes, bare, under
+            ``state_dict``, or in a training run's checkpoint.
 
     Returns:
         A module with ``small`` and, for a pair, ``large``.
@@ -43,6 +43,37 @@ def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
     Raises:
         InputError: the file is no checkpoint, or a tensor is missing, left over or misshaped; it is named.
     """
+    state = _state_dict(path)
+    if is_published(state):
+        state = convert(state, config, str(path))
+    model = build(config)
+    load_exactly(model, state, path)
+    return model.eval()
+
+
+def load_large_network(model: BoostedPair, path: Path) -> None:
+    """Give a pair's large network the weights of a checkpoint: of that network alone, or of another pair.
+
+    Raises:
+        InputError: the file is no checkpoint, or of a network of another size; a tensor is named.
+    """
+    state, config = _state_dict(path), model.config
+    assert config.large is not None
+    if is_published(state):
+        prefix = "joint_model.big."
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        alone = ModelConfig(
+            task=config.task, microphones=config.microphones, framing=config.framing, small=config.large
+        )
+        state = convert(state, alone, str(path))
+    part = "large" if any(key.startswith("large.") for key in state) else "small"
+    prefix = f"{part}.network."
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    load_exactly(model.large.network, own, path)
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
     existing_file(path, "a checkpoint")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -52,10 +83,9 @@ def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no state dict of tensors; give a .ckpt or .pt file of the network's weights")
     if is_published(state):
-        state = convert(state, config, str(path))
-    model = build(config)
-    load_exactly(model, state, path)
-    return model.eval()
+        return state
+    # A training run's checkpoint holds the model beside the run's own state.
+    return {key.removeprefix("model."): value for key, value in state.items()}
 
 
 def build(config: ModelConfig) -> nn.Module:

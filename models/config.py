@@ -9,9 +9,9 @@ SPEAKER_EMBEDDING_SIZE = 256
 
 
 class Strict(BaseModel):
-    """A frozen record that refuses unknown keys and silent conversions."""
+    """A frozen record that refuses unknown keys, silent conversions and numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Framing(Strict):
@@ -65,7 +65,7 @@ class NetworkSize(Strict):
 
     @model_validator(mode="after")
     def _heads_share_channels(self) -> Self:
-        if self.channels % self.heads:
+        if self.self_attention and self.channels % self.heads:
             raise ValueError(f"channels ({self.channels}) must be a multiple of heads ({self.heads})")
         return self
 
@@ -91,6 +91,10 @@ class ModelConfig(Strict):
     def _large_and_boosting_come_together(self) -> Self:
         if (self.large is None) != (self.boosting is None):
             raise ValueError("large and boosting must be given both (a pair) or neither (one network alone)")
+        if self.boosting is not None and self.small.channels % self.small.heads:
+            raise ValueError(
+                f"small.channels ({self.small.channels}) must be a multiple of small.heads ({self.small.heads})"
+            )
         if self.boosting is not None and self.spectrum_channels % self.boosting.compression:
             raise ValueError(f"compression must divide the {self.spectrum_channels} channels of the large embedding")
         return self

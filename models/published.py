@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from common.errors import InputError
@@ -28,6 +29,14 @@ _TASKS: dict[str, Literal["tse", "ss"]] = {
     "src.models.tfgridnet_TSE_causal_torch_stft_layernorm.net.Net": "tse",
     "src.models.tfgridnet_ssep_causal_torch_stft_layernorm.net.Net": "ss",
 }
+_PUBLISHED_KEYS = {
+    "channels": "D",
+    "hidden": "H",
+    "blocks": "B",
+    "heads": "L",
+    "self_attention": "use_attn",
+    "window": "local_atten_len",
+}
 # What follows from the rest of the configuration.
 _DERIVED = ("generate_embeddings", "delay", "compression")
 
@@ -44,7 +53,7 @@ def config_from_published(document: Mapping[str, Any], source: str) -> ModelConf
     Raises:
         InputError: a key is missing, unknown or has a value that this implementation does not cover.
     """
-    if "pl_module_args" in document:
+    if "pl_module" in document or "pl_module_args" in document:
         document = _section(document, "pl_module_args", source)
     network = str(document.get("small_model", document.get("model")))
     task: Literal["tse", "ss"] | None = document.get("task") or _TASKS.get(network)
@@ -100,21 +109,26 @@ def _network_size(params: Mapping[str, Any], source: str) -> tuple[NetworkSize, 
             raise InputError(f'{source}: "{key}" must be {expected!r}, not {value!r}: {why}')
         if key not in (*_FIXED, *_SIZES, *_DERIVED):
             raise InputError(f'{source}: unknown key "{key}"')
-    size = NetworkSize(
-        channels=_value(params, "D", source, int),
-        hidden=_value(params, "H", source, int),
-        blocks=_value(params, "B", source, int),
-        heads=_value(params, "L", source, int) if "L" in params else 4,
-        self_attention=_value(params, "use_attn", source, bool),
-        window=_value(params, "local_atten_len", source, int) if "local_atten_len" in params else 50,
-    )
+    try:
+        size = NetworkSize(
+            channels=_value(params, "D", source, int),
+            hidden=_value(params, "H", source, int),
+            blocks=_value(params, "B", source, int),
+            heads=_value(params, "L", source, int) if "L" in params else 4,
+            self_attention=_value(params, "use_attn", source, bool),
+            window=_value(params, "local_atten_len", source, int) if "local_atten_len" in params else 50,
+        )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = "".join(f'"{_PUBLISHED_KEYS[str(part)]}": ' for part in fault["loc"])
+        raise InputError(f"{source}: {key}{fault['msg']}") from None
     chunk = _value(params, "stft_chunk_size", source, int)
     return size, (chunk, _value(params, "stft_pad_size", source, int), _value(params, "num_ch", source, int))
 
 
 def is_published_config(document: Mapping[str, Any]) -> bool:
     """Whether a JSON document is a configuration of the published code."""
-    return any(key in document for key in ("pl_module_args", "model_params", "small_model_params"))
+    return any(key in document for key in ("pl_module", "pl_module_args", "model_params", "small_model_params"))
 
 
 def is_published(keys: Iterable[str]) -> bool:

@@ -1,5 +1,6 @@
 """The project's commands as real processes."""
 
+import importlib
 import os
 import re
 import signal
@@ -12,7 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-COMMANDS = {"kb-client": "device_client.main", "kb-server": "remote_server.main", "kb-export": "models.export"}
+import pytest
+
+COMMANDS = {
+    "kb-client": "device_client.main",
+    "kb-evaluate": "training.evaluation",
+    "kb-export": "models.export",
+    "kb-make-dataset": "training.make_dataset",
+    "kb-server": "remote_server.main",
+    "kb-train": "training.trainer",
+}
 
 
 def command(name: str, *arguments: object) -> list[str]:
@@ -22,7 +32,7 @@ def command(name: str, *arguments: object) -> list[str]:
 def run(name: str, *arguments: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
     """A command run to its end."""
     return subprocess.run(
-        command(name, *arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=240, check=False
+        command(name, *arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240, check=False
     )
 
 
@@ -34,6 +44,22 @@ def refusal(name: str, *arguments: object, cwd: Path | None = None) -> str:
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith(f"{name}: error: ")
     assert not result.stdout
+    return lines[0].removeprefix(f"{name}: error: ")
+
+
+def refusal_here(name: str, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """As :func:`refusal`, with the command called in this process, which spares its start."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            importlib.import_module(COMMANDS[name]).main()
+    signal.signal(signal.SIGTERM, handler)
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if not line.startswith("warning:")]
+    assert left.value.code == 2, printed.err
+    assert len(lines) == 1, printed.err
+    assert not printed.out
     return lines[0].removeprefix(f"{name}: error: ")
 
 
@@ -65,7 +91,7 @@ def running_server(bundle: Path, *arguments: object) -> Iterator[Server]:
     """A server on a free port of loopback, stopped at the end."""
     process = subprocess.Popen(
         command("kb-server", "--bundle", bundle, "--port", 0, "--device", "cpu", *arguments),
-        env=_environment(),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,5 +120,6 @@ def running_server(bundle: Path, *arguments: object) -> Iterator[Server]:
         process.stderr.close()
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+def environment() -> dict[str, str]:
+    # One thread each: several processes share few cores, and threads that wait for one another spin.
+    return {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}

@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.device_client.calls import client_refusal, leftovers
 from tests.golden_cases import NAMES
-from tests.processes import Server
+from tests.processes import Server, refusal_here
 
 Bundle = Callable[[str], Path]
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Names of files in a folder, hidden temporary ones included."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
 
 
@@ -53,8 +59,17 @@ def test_input_files_that_cannot_be_used(
     }
     before = leftovers(tmp_path)
     for path, expected in cases.items():
-        line = client_refusal(
-            capsys, "replay", path, "-o", tmp_path / "out.wav", "--bundle", golden_bundle(SS), "--server", "127.0.0.1:1"
+        line = refusal_here(
+            "kb-client",
+            capsys,
+            "replay",
+            path,
+            "-o",
+            tmp_path / "out.wav",
+            "--bundle",
+            golden_bundle(SS),
+            "--server",
+            "127.0.0.1:1",
         )
         assert line.startswith(f"{path}: "), line
         assert expected in line
@@ -97,7 +112,7 @@ def test_flags_that_cannot_be_used(
     ]
     before = leftovers(tmp_path)
     for flags, expected in cases:
-        line = client_refusal(capsys, "replay", mixture, *flags)
+        line = refusal_here("kb-client", capsys, "replay", mixture, *flags)
         assert expected in line, line
     assert leftovers(tmp_path) == before
 
@@ -111,7 +126,7 @@ def test_references_that_cannot_be_used(
     for name, expected in (("short", "length of"), ("rate", "sample rate"), ("silent", "is silent")):
         path = tmp_path / f"{name}.wav"
         flags = ["-o", tmp_path / "o.wav", "--bundle", golden_bundle(SS), "--reference", mixture, "--reference", path]
-        line = client_refusal(capsys, "replay", mixture, *flags)
+        line = refusal_here("kb-client", capsys, "replay", mixture, *flags)
         assert line.startswith(f"{path}: ")
         assert expected in line
 
@@ -142,14 +157,14 @@ def test_a_bundle_that_was_changed(
         manifest.write_text(json.dumps(document))
         expected = "id does not match"
     flags = ["-o", tmp_path / "o.wav", "--bundle", copy, "--server", "127.0.0.1:1"]
-    assert expected in client_refusal(capsys, "replay", mixture, *flags)
+    assert expected in refusal_here("kb-client", capsys, "replay", mixture, *flags)
 
 
 def test_nobody_at_the_servers_address(
     golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["-o", tmp_path / "o.wav", "--bundle", golden_bundle(SS), "--server", "127.0.0.1:1"]
-    line = client_refusal(capsys, "replay", mixture, *flags)
+    line = refusal_here("kb-client", capsys, "replay", mixture, *flags)
     assert line == "--server 127.0.0.1:1: no answer; is kb-server running there, and the port open?"
 
 
@@ -158,7 +173,7 @@ def test_a_server_of_another_bundle(
 ) -> None:
     other = next(name for name in NAMES if name.startswith("ss") and name != SS)
     flags = ["-o", tmp_path / "o.wav", "--bundle", golden_bundle(other), "--server", ss_server.address]
-    line = client_refusal(capsys, "replay", mixture, *flags)
+    line = refusal_here("kb-client", capsys, "replay", mixture, *flags)
     assert "FAILED_PRECONDITION" in line
     assert "config.bundle_id" in line
     assert not list(tmp_path.glob("o*"))
