@@ -36,5 +36,5 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.development: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[client,server,enroll,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[client,server,enroll,train,dev]"
 	touch $@

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"common", "device_client", "models", "protos", "remote_server"}
+ROOMS = {"common", "device_client", "models", "protos", "remote_server", "training"}
 ALLOWED = {
     "common": set[str](),
     "protos": set[str](),
     "models": {"common"},
     "remote_server": {"common", "models", "protos"},
     "device_client": {"common", "models", "protos"},
+    "training": {"common", "models"},
 }
 # What of models a device may import without torch, and the client's only module that needs torch.
 TORCH_FREE = {"models.config", "models.manifest"}

@@ -1,0 +1,582 @@
+"""Examples: from a folder in the published layout, and mixed anew; their order, and who reads them."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.numpy import load_file, save_file
+from scipy.signal import fftconvolve
+from torch import Tensor
+
+from common.errors import InputError
+from models.config import ModelConfig, NetworkSize
+from training.config import DynamicData, FolderData
+from training.corpus import speaker_embedding
+from training.datasets import Batch, DynamicMixing, EpochOrder, Loader, MixtureFolder, render
+
+SPEECH = Path(__file__).parent / "speech"
+RATE = 16000
+LENGTH = 1600
+Task = Literal["tse", "ss"]
+
+
+def model(task: Task) -> ModelConfig:
+    return ModelConfig(task=task, small=NetworkSize(channels=4, hidden=4))
+
+
+# A folder in the published layout.
+
+
+def voice(item: int, source: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What the files of the folder below hold, ``[N, M]``."""
+    random = np.random.default_rng([item, source])
+    return random.uniform(-0.4, 0.4, (LENGTH, 2)).astype(np.float32)
+
+
+def embedding(item: int, source: int) -> Tensor:
+    return torch.arange(256.0)[None] + 1000 * item + 500 * source
+
+
+def write_item(folder: Path, item: int) -> None:
+    folder.mkdir(parents=True)
+    for source in (0, 1):
+        soundfile.write(folder / f"source{source:02d}.wav", voice(item, source), RATE, subtype="FLOAT")
+        torch.save(embedding(item, source), folder / f"spk_id{source:02d}.pt")
+
+
+@pytest.fixture(scope="module")
+def _pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for item in (0, 1, 2, 9, 10, 11):
+        write_item(root / "val" / f"{item:02d}", item)
+    (root / "val" / "metadata.csv").touch()
+    return root
+
+
+@pytest.fixture
+def root(_pristine: Path, tmp_path: Path) -> Path:
+    """A dataset of six items that a test may break."""
+    return Path(shutil.copytree(_pristine, tmp_path / "data"))
+
+
+def folder_of(
+    root: Path,
+    task: Task = "ss",
+    *,
+    training: bool = False,
+    skip_broken: bool = False,
+    items: int | None = None,
+    seed: int = 0,
+) -> MixtureFolder:
+    data = FolderData(root=str(root), split="val", items=items)
+    return MixtureFolder(data, model(task), seed=seed, training=training, skip_broken=skip_broken)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two examples or batches are the same to the last bit."""
+    return bool(one.keys() == other.keys()) and all(
+        torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
+        for key, value in one.items()
+    )
+
+
+def test_items_come_in_the_order_of_their_numbers(root: Path) -> None:
+    """Numbers are not padded alike in every dataset."""
+    shutil.move(root / "val" / "09", root / "val" / "9")
+    shutil.move(root / "val" / "02", root / "val" / "0002")
+    assert [path.name for path in folder_of(root).items] == ["00", "01", "0002", "9", "10", "11"]
+
+
+@pytest.mark.parametrize(("items", "expected"), [(None, 6), (4, 4), (100, 6)])
+def test_only_the_first_items_are_used(items: int | None, expected: int, root: Path) -> None:
+    folder = folder_of(root, items=items)
+    assert len(folder) == expected
+    assert [path.name for path in folder.items] == ["00", "01", "02", "09", "10", "11"][:expected]
+
+
+def test_separation_gets_both_sources_and_their_sum(root: Path) -> None:
+    example = folder_of(root).example((0, 3))
+    expected = torch.from_numpy(np.stack([voice(9, source).T for source in (0, 1)]))
+    assert torch.equal(example["sources"], expected)
+    assert torch.equal(example["mixture"], expected[0] + expected[1])
+    assert example["names"] == str(root / "val" / "09")
+    assert "speaker_embedding" not in example
+
+
+def targets(folder: MixtureFolder, epoch: int) -> list[int]:
+    """Which source each item's target is, having checked that the embedding is that speaker's."""
+    found = []
+    for index, path in enumerate(folder.items):
+        item, example = int(path.name), folder.example((epoch, index))
+        both = torch.from_numpy(np.stack([voice(item, source).T for source in (0, 1)]))
+        target = 0 if torch.equal(example["sources"][0], both[0]) else 1
+        assert torch.equal(example["sources"], both[target : target + 1])
+        assert torch.equal(example["mixture"], both.sum(0))
+        assert torch.equal(example["speaker_embedding"], embedding(item, target)[0])
+        found.append(target)
+    return found
+
+
+def test_evaluation_extracts_the_same_target_whatever_epoch_and_seed(root: Path) -> None:
+    chosen = targets(folder_of(root, "tse"), 0)
+    assert set(chosen) == {0, 1}
+    assert targets(folder_of(root, "tse"), 7) == chosen
+    assert targets(folder_of(root, "tse", seed=5), 0) == chosen
+
+
+def test_training_draws_the_target_anew_every_epoch(root: Path) -> None:
+    epochs = range(12)
+    folder = folder_of(root, "tse", training=True)
+    drawn = [targets(folder, epoch) for epoch in epochs]
+    for item in zip(*drawn, strict=True):
+        assert set(item) == {0, 1}
+    assert [targets(folder_of(root, "tse", training=True), epoch) for epoch in epochs] == drawn
+    assert [targets(folder_of(root, "tse", training=True, seed=1), epoch) for epoch in epochs] != drawn
+
+
+def rewrite(path: Path, samples: np.ndarray[Any, Any], rate: int = RATE) -> None:
+    soundfile.write(path, samples, rate, subtype="FLOAT")
+
+
+def truncate(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+class Evil:
+    """What unpickling without ``weights_only`` would run."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return (Path.touch, (self._mark,))
+
+
+Damage = Callable[[Path], object]
+NAN = np.where(np.arange(2 * LENGTH).reshape(LENGTH, 2) == 77, np.nan, 0.1).astype(np.float32)
+DAMAGES: list[tuple[str, str, Damage]] = [
+    ("missing", "source01.wav", Path.unlink),
+    ("8 kHz", "source00.wav", lambda path: rewrite(path, voice(0, 0), 8000)),
+    ("mono", "source01.wav", lambda path: rewrite(path, voice(0, 0)[:, 0])),
+    ("three channels", "source01.wav", lambda path: rewrite(path, np.zeros((LENGTH, 3)))),
+    ("NaN", "source01.wav", lambda path: rewrite(path, NAN)),
+    ("infinite", "source00.wav", lambda path: rewrite(path, np.full((LENGTH, 2), np.inf))),
+    ("no samples", "source00.wav", lambda path: rewrite(path, np.zeros((0, 2)))),
+    ("cut in the samples", "source01.wav", lambda path: truncate(path, 0.5)),
+    ("cut in the samples", "source00.wav", lambda path: truncate(path, 0.5)),
+    ("cut in the header", "source01.wav", lambda path: truncate(path, 0.002)),
+    ("empty file", "source00.wav", lambda path: path.write_bytes(b"")),
+    ("text", "source00.wav", lambda path: path.write_text("no audio")),
+    ("longer", "source01.wav", lambda path: rewrite(path, np.zeros((LENGTH + 1, 2)))),
+]
+EMBEDDING_DAMAGES: list[tuple[str, str, Damage]] = [
+    ("missing", "spk_id00.pt", Path.unlink),
+    ("cut", "spk_id00.pt", lambda path: truncate(path, 0.5)),
+    ("empty file", "spk_id00.pt", lambda path: path.write_bytes(b"")),
+    ("text", "spk_id00.pt", lambda path: path.write_text("no tensor")),
+    ("another size", "spk_id00.pt", lambda path: torch.save(torch.zeros(1, 192), path)),
+    ("no tensor", "spk_id00.pt", lambda path: torch.save([0.0] * 256, path)),
+    ("NaN", "spk_id00.pt", lambda path: torch.save(torch.full((1, 256), math.nan), path)),
+    ("malicious", "spk_id00.pt", lambda path: torch.save(Evil(path.parent / "ran"), path)),
+]
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "damage"),
+    [
+        pytest.param(task, file, damage, id=f"{task} {file} {name}")
+        for task, damages in (("ss", DAMAGES), ("tse", EMBEDDING_DAMAGES))
+        for name, file, damage in damages
+    ],
+)
+def test_a_broken_item_is_an_error_or_left_out(
+    task: Task, file: str, damage: Damage, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the file; with skipping on, a warning does, and the next item takes its place."""
+    good = folder_of(root, task)
+    expected = good.example((0, 3))
+    item = root / "val" / "02"
+    damage(item / file)
+    with pytest.raises(InputError) as caught:
+        folder_of(root, task).example((0, 2))
+    message = str(caught.value)
+    assert str(item) in message
+    assert file in message
+    assert "\n" not in message
+    assert capsys.readouterr().err == ""
+
+    skipping = folder_of(root, task, skip_broken=True)
+    substitute = skipping.example((0, 2))
+    assert substitute["names"] == str(root / "val" / "09")
+    if task == "ss":
+        assert equal(substitute, expected)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: skipped: ")
+    assert file in warning
+    assert len(warning.splitlines()) == 1
+    assert not (item / "ran").exists()
+
+
+def test_after_the_last_item_the_first_takes_its_place(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("10", "11"):
+        (root / "val" / name / "source00.wav").unlink()
+    assert folder_of(root, skip_broken=True).example((0, 4))["names"] == str(root / "val" / "00")
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_all_items_broken_is_an_error_even_when_skipping(root: Path) -> None:
+    for path in root.glob("val/*/source00.wav"):
+        path.unlink()
+    with pytest.raises(InputError, match="every item is broken"):
+        folder_of(root, skip_broken=True).example((0, 0))
+
+
+def test_a_folder_that_is_missing_or_without_items_is_refused(root: Path) -> None:
+    (root / "empty").mkdir()
+    (root / "empty" / "val").mkdir()
+    with pytest.raises(InputError, match=r"none/val: no such folder"):
+        folder_of(root / "none")
+    with pytest.raises(InputError, match=r"empty/val: has no numbered items"):
+        folder_of(root / "empty")
+
+
+# The order of examples.
+
+
+def batches(order: EpochOrder, epoch: int = 0) -> list[list[tuple[int, int]]]:
+    order.set_epoch(epoch)
+    return list(order)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("items", "batch_size", "devices"), [(40, 8, 4), (43, 8, 2), (43, 6, 3), (5, 4, 1)])
+def test_all_devices_together_see_the_batches_of_one(items: int, batch_size: int, devices: int, shuffle: bool) -> None:
+    whole = EpochOrder(items, batch_size, seed=3, shuffle=shuffle)
+    shares = [
+        EpochOrder(items, batch_size, seed=3, shuffle=shuffle, rank=rank, devices=devices) for rank in range(devices)
+    ]
+    for epoch in (0, 1):
+        expected = batches(whole, epoch)
+        together = [batches(share, epoch) for share in shares]
+        assert len(whole) == len(expected) == len(together[0])
+        for number, batch in enumerate(expected):
+            parts = [share[number] for share in together]
+            assert all(parts)
+            assert {place for part in parts for place in part} == set(batch)
+            if len(batch) == batch_size:
+                assert [len(part) for part in parts] == [batch_size // devices] * devices
+
+
+def test_no_device_is_left_without_an_example() -> None:
+    """Every device must take as many steps, so one left without an example in the last batch repeats one."""
+    shares = [batches(EpochOrder(9, 4, seed=0, shuffle=False, rank=rank, devices=4)) for rank in range(4)]
+    assert [share[-1] for share in shares] == [[(0, 8)]] * 4
+
+
+def test_evaluation_goes_through_every_item_in_order() -> None:
+    order = EpochOrder(43, 8, seed=0, shuffle=False)
+    assert len(order) == 6
+    assert [place for batch in batches(order, 2) for place in batch] == [(2, index) for index in range(43)]
+
+
+def test_training_sees_full_batches_of_different_items() -> None:
+    order = EpochOrder(43, 8, seed=0, shuffle=True)
+    assert len(order) == 5
+    places = [place for batch in batches(order, 2) for place in batch]
+    assert {epoch for epoch, _ in places} == {2}
+    assert len({index for _, index in places}) == len(places) == 40
+    assert [len(batch) for batch in batches(EpochOrder(3, 8, seed=0, shuffle=True))] == [3]
+
+
+def test_shuffling_differs_by_epoch_and_seed_and_is_reproducible() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return [index for batch in batches(EpochOrder(40, 8, seed=seed, shuffle=True), epoch) for _, index in batch]
+
+    assert order(0, 0) == order(0, 0)
+    different = [order(0, 0), order(0, 1), order(0, 2), order(1, 0), order(1, 1), list(range(40))]
+    assert len({tuple(one) for one in different}) == len(different)
+    assert all(sorted(one) == list(range(40)) for one in different)
+
+
+@pytest.mark.parametrize("first", [0, 1, 4, 5])
+def test_an_interrupted_epoch_goes_on_where_it_stopped(first: int) -> None:
+    whole = EpochOrder(43, 8, seed=0, shuffle=True)
+    rest = EpochOrder(43, 8, seed=0, shuffle=True, first_batch=first)
+    assert batches(rest, 6) == batches(whole, 6)[first:]
+    assert batches(rest, 7) == batches(whole, 7)  # the next epoch is whole again
+
+
+# Who reads them.
+
+
+@pytest.mark.parametrize("task", ["ss", "tse"])
+def test_worker_processes_change_nothing(task: Task, root: Path) -> None:
+    def epochs(workers: int) -> list[Batch]:
+        order = EpochOrder(6, 2, seed=1, shuffle=True)
+        loader = Loader(folder_of(root, task, training=True), order, workers)
+        seen = []
+        for epoch in (0, 1):
+            order.set_epoch(epoch)
+            seen += list(loader)
+        return seen
+
+    alone, together = epochs(0), epochs(2)
+    assert len(alone) == len(together) == 6
+    assert all(equal(one, other) for one, other in zip(alone, together, strict=True))
+    sources = 2 if task == "ss" else 1
+    assert alone[0]["sources"].shape == (2, sources, 2, LENGTH)
+    assert alone[0]["mixture"].shape == (2, 2, LENGTH)
+    assert len(alone[0]["names"]) == 2
+    if task == "tse":
+        assert alone[0]["speaker_embedding"].shape == (2, 256)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_item_is_told_alike_wherever_it_is_read(workers: int, root: Path) -> None:
+    (root / "val" / "01" / "source00.wav").unlink()
+    loader = Loader(folder_of(root), EpochOrder(6, 2, seed=0, shuffle=False), workers)
+    with pytest.raises(InputError) as caught:
+        list(loader)
+    assert str(caught.value).startswith(str(root / "val" / "01" / "source00.wav"))
+    assert "\n" not in str(caught.value)
+
+
+def test_items_of_different_lengths_do_not_make_a_batch(root: Path) -> None:
+    for source in (0, 1):
+        rewrite(root / "val" / "01" / f"source{source:02d}.wav", np.zeros((LENGTH // 2, 2)))
+    with pytest.raises(InputError, match="length differs"):
+        list(Loader(folder_of(root), EpochOrder(6, 2, seed=0, shuffle=False), 0))
+
+
+# Mixing anew.
+
+SECONDS = 0.5
+TAPS = 300
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rooms whose responses are noise that dies away, the second ear weaker."""
+    random = np.random.default_rng(0)
+    responses = random.standard_normal((3, 2, 2, TAPS)) * np.exp(-np.arange(TAPS) / 40) * [[1.0], [0.5]]
+    path = tmp_path_factory.mktemp("bank") / "responses.safetensors"
+    save_file({"responses": responses.astype(np.float32)}, path)
+    return path
+
+
+def mixing(
+    bank: Path,
+    task: Task = "ss",
+    *,
+    speech: Path = SPEECH,
+    seed: int = 0,
+    speed: float = 0.0,
+    skip_broken: bool = False,
+) -> DynamicMixing:
+    data = DynamicData(
+        speech=str(speech), responses=str(bank), items=8, seconds=SECONDS, speed=speed, level_difference_db=4.0
+    )
+    return DynamicMixing(data, model(task), seed=seed, skip_broken=skip_broken)
+
+
+def collate(examples: Sequence[dict[str, Any]]) -> Batch:
+    batch: dict[str, Any] = {"names": [example["names"] for example in examples]}
+    for key in examples[0].keys() - {"names"}:
+        batch[key] = torch.stack([example[key] for example in examples])
+    return cast("Batch", batch)
+
+
+@pytest.fixture(scope="module")
+def drawn(bank: Path) -> Batch:
+    """Eight examples of separation, before they are rendered."""
+    examples = mixing(bank)
+    return collate([examples.example((0, index)) for index in range(8)])
+
+
+def power(signal: Tensor) -> Tensor:
+    """Mean square over microphones and samples of ``[..., M, N]``."""
+    return signal.double().square().mean((-2, -1))
+
+
+def test_an_example_is_two_talkers_in_a_room_of_the_bank(bank: Path, drawn: Batch) -> None:
+    assert drawn["speech"].shape == (8, 2, RATE * SECONDS)
+    assert drawn["responses"].shape == (8, 2, 2, TAPS)
+    assert drawn["level_difference_db"].shape == (8,)
+    for name in drawn["names"]:
+        first, second = name.split(" + ")
+        assert first.split("-")[0] != second.split("-")[0]
+    rooms = torch.from_numpy(load_file(bank)["responses"])
+    known = torch.cat([rooms, rooms.flip(1)])
+    for responses in drawn["responses"]:
+        assert any(torch.equal(responses, room) for room in known)
+    assert len({responses.numpy().tobytes() for responses in drawn["responses"]}) > 2
+
+
+def test_speech_is_a_stretch_of_the_utterance_that_is_named(drawn: Batch) -> None:
+    for name, pair in zip(drawn["names"][:3], drawn["speech"][:3].numpy(), strict=True):
+        for utterance, segment in zip(name.split(" + "), pair, strict=True):
+            samples, rate = soundfile.read(SPEECH / utterance, dtype="float32")
+            assert rate == RATE
+            inner = segment[400:-400]  # without the fades
+            energy = fftconvolve(samples**2, np.ones(len(inner)), mode="valid")
+            place = int((energy - 2 * fftconvolve(samples, inner[::-1], mode="valid")).argmin())
+            assert np.allclose(samples[place : place + len(inner)], inner, atol=1e-4)
+
+
+def test_sources_differ_in_level_as_drawn(drawn: Batch) -> None:
+    sources = render(drawn, target_only=False)["sources"]
+    level = 10 * torch.log10(power(sources[:, 0]) / power(sources[:, 1]))
+    assert torch.allclose(level, drawn["level_difference_db"].double(), atol=1e-3)
+    assert (level.abs() <= 4).all()
+    assert level.std() > 1
+
+
+def test_the_mixture_is_the_sum_of_the_sources_at_a_common_level(drawn: Batch) -> None:
+    rendered = render(drawn, target_only=False)
+    assert rendered.keys() == {"names", "mixture", "sources"}
+    assert torch.allclose(rendered["mixture"], rendered["sources"].sum(1), atol=1e-6)
+    assert rendered["mixture"].abs().max() < 1
+    level = 10 * torch.log10(power(rendered["mixture"]))
+    assert torch.allclose(level, torch.full_like(level, -28), atol=0.01)
+    assert rendered["mixture"].dtype == rendered["sources"].dtype == torch.float32
+
+
+def test_peaks_stay_below_full_scale(drawn: Batch) -> None:
+    """Two clicks in half a second of silence cannot be brought to a speech level."""
+    clicks = torch.zeros_like(drawn["speech"])
+    clicks[:, 0, 100] = 1
+    clicks[:, 1, 5000] = 1
+    rendered = render(Batch({**drawn, "speech": clicks}), target_only=False)
+    for signal in (rendered["mixture"], rendered["sources"]):
+        peak = signal.abs().flatten(1).amax(1)
+        assert (peak < 1).all()
+        assert (peak > 0.5).all()
+    assert torch.allclose(rendered["mixture"], rendered["sources"].sum(1), atol=1e-6)
+
+
+def test_rendering_is_convolution_with_the_responses(drawn: Batch) -> None:
+    """But for one gain a talker, which both ears share."""
+    sources = render(drawn, target_only=False)["sources"].double().numpy()
+    speech, responses = drawn["speech"].double().numpy(), drawn["responses"].double().numpy()
+    for item in range(len(sources)):
+        for talker in (0, 1):
+            heard = fftconvolve(speech[item, talker][None], responses[item, talker], axes=-1)[:, : sources.shape[-1]]
+            gain = (heard * sources[item, talker]).sum() / (heard * heard).sum()
+            assert np.allclose(sources[item, talker], gain * heard, atol=1e-6)
+
+
+def test_other_batches_are_left_as_they_are(root: Path) -> None:
+    batch = next(iter(Loader(folder_of(root), EpochOrder(6, 2, seed=0, shuffle=False), 0)))
+    assert render(batch, target_only=False) is batch
+
+
+def test_a_draw_follows_from_seed_epoch_and_index_alone(bank: Path) -> None:
+    examples = mixing(bank)
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    drawn = [examples.example(place) for place in places]
+    again = mixing(bank)
+    for place, example in reversed(list(zip(places, drawn, strict=True))):
+        assert equal(again.example(place), example)
+    other = mixing(bank, seed=1)
+    drawn += [other.example(place) for place in places]
+    assert len({float(example["level_difference_db"]) for example in drawn}) == len(drawn)
+
+
+def test_mixing_is_the_same_in_worker_processes(bank: Path) -> None:
+    def epoch(workers: int) -> list[Batch]:
+        return list(Loader(mixing(bank), EpochOrder(8, 4, seed=0, shuffle=True), workers))
+
+    alone, together = epoch(0), epoch(2)
+    assert len(alone) == len(together) == 2
+    assert all(equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_playback_speed_changes_the_speech_but_not_its_length(bank: Path) -> None:
+    fast = mixing(bank, speed=0.2)
+    for index in range(4):
+        speech = fast.example((0, index))["speech"]
+        assert speech.shape == (2, RATE * SECONDS)
+        assert torch.isfinite(speech).all()
+        assert (speech[:, -RATE // 10 :].abs().amax(1) > 0).all()  # no padding: the segment was long enough
+
+
+@pytest.fixture(scope="module")
+def targeted(bank: Path) -> Batch:
+    """Three examples of target speech extraction, before they are rendered."""
+    examples = mixing(bank, "tse")
+    return collate([examples.example((0, index)) for index in range(3)])
+
+
+def test_the_embedding_is_of_the_first_talker(targeted: Batch) -> None:
+    """It is closer to that talker's utterances than to the other's, though of another segment."""
+    assert targeted["speaker_embedding"].shape == (3, 256)
+    for name, found in zip(targeted["names"], targeted["speaker_embedding"], strict=True):
+        first, second = (
+            torch.from_numpy(speaker_embedding(soundfile.read(SPEECH / utterance, dtype="float32")[0])[0])
+            for utterance in name.split(" + ")
+        )
+        assert float(found @ first) > float(found @ second) + 0.05
+
+
+def test_the_sources_of_extraction_are_the_first_talker_alone(targeted: Batch) -> None:
+    target, both = render(targeted, target_only=True), render(targeted, target_only=False)
+    assert torch.equal(target["sources"], both["sources"][:, :1])
+    assert torch.equal(target["mixture"], both["mixture"])
+    assert torch.equal(target["speaker_embedding"], targeted["speaker_embedding"])
+
+
+def test_speech_of_one_talker_or_without_a_bank_is_refused(bank: Path, tmp_path: Path) -> None:
+    utterance = next(path for path in sorted(SPEECH.iterdir()) if path.suffix == ".ogg")
+    shutil.copy(utterance, tmp_path)
+    with pytest.raises(InputError, match="has 1 speakers with enough speech, two are needed"):
+        mixing(bank, speech=tmp_path)
+    with pytest.raises(InputError, match="none: no such folder"):
+        mixing(bank, speech=tmp_path / "none")
+    with pytest.raises(InputError, match=r"none\.safetensors: no such file"):
+        mixing(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_bytes(b"no bank")
+    with pytest.raises(InputError, match=r"text\.safetensors: not a bank"):
+        mixing(tmp_path / "text.safetensors")
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> Iterator[Path]:
+    """Speech of two talkers, of whom one has silence and the other, beside a good file, one that is NaN further on."""
+    random = np.random.default_rng(0)
+    noise = 0.1 * random.standard_normal(RATE)
+    soundfile.write(tmp_path / "1-noise.wav", noise, RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "2-noise.wav", noise, RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "2-broken.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    yield tmp_path
+
+
+def test_broken_speech_is_an_error_or_drawn_again(spoilt: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strict, skipping = mixing(bank, speech=spoilt), mixing(bank, speech=spoilt, skip_broken=True)
+    with pytest.raises(InputError, match=r"2-broken\.wav"):
+        for index in range(8):
+            strict.example((0, index))
+    for index in range(8):
+        assert torch.isfinite(skipping.example((0, index))["speech"]).all()
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings
+    assert all(line.startswith("warning: skipped: ") and "2-broken.wav" in line for line in warnings)
+
+
+def test_silence_is_drawn_again_but_not_for_ever(bank: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    half = np.concatenate([np.zeros(2 * RATE), 0.1 * random.standard_normal(RATE)])
+    for talker in (1, 2):
+        soundfile.write(tmp_path / f"{talker}-half.wav", half, RATE)
+    examples = mixing(bank, speech=tmp_path)
+    for index in range(4):
+        speech = examples.example((0, index))["speech"]
+        assert (speech.square().mean(-1).sqrt() > 1e-3).all()
+    soundfile.write(tmp_path / "2-half.wav", np.zeros(RATE), RATE)
+    with pytest.raises(InputError, match="no usable speech in"):
+        mixing(bank, speech=tmp_path).example((0, 0))

@@ -1,0 +1,209 @@
+"""Rooms, and what two ears hear in them."""
+
+import pickle
+from pathlib import Path
+
+import netCDF4
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from common.errors import InputError
+from training.rooms import (
+    RESPONSE_LENGTH,
+    Place,
+    Renderer,
+    Room,
+    RoomRanges,
+    draw_room,
+    level_gains,
+    read_bank,
+    render,
+)
+
+SOFA = Path(__file__).parents[2] / "samples" / "hrtf" / "mit_kemar_normal_pinna.sofa"
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(SOFA)
+
+
+def room(*azimuths: float, facing: float = 0, distance: float = 1, absorption: float = 1) -> Room:
+    head = (3.0, 2.5, 1.5)
+    places = []
+    for azimuth in azimuths:
+        turn = np.radians(azimuth + facing)
+        position = (head[0] + distance * float(np.cos(turn)), head[1] + distance * float(np.sin(turn)), head[2])
+        places.append(Place(azimuth, 0, distance, position))
+    return Room((6.0, 5.0, 3.0), absorption, head, facing, (places[0], places[1]))
+
+
+def test_rooms_keep_to_their_ranges() -> None:
+    ranges = RoomRanges(side=(3, 4), azimuth=(-90, 90), elevation=(-10, 20), separation=40, anechoic=0.3)
+    rooms = [draw_room(np.random.default_rng(seed), ranges) for seed in range(300)]
+    assert 50 < sum(drawn.absorption == 1 for drawn in rooms) < 130
+    for drawn in rooms:
+        assert all(3 <= side <= 4 for side in drawn.size[:2])
+        assert 2.4 <= drawn.size[2] <= 3.5
+        assert drawn.absorption == 1 or 0.2 <= drawn.absorption <= 0.7
+        assert (drawn.order == 0) == (drawn.rt60 == 0) == (drawn.absorption == 1)
+        assert drawn.order <= 15
+        first, second = drawn.talkers
+        assert 40 <= abs(first.azimuth - second.azimuth) <= 180
+        for place in drawn.talkers:
+            assert 0.5 <= place.distance <= 2
+            assert -10 <= place.elevation <= 20
+            assert all(0.3 <= x <= side - 0.3 for x, side in zip(place.position, drawn.size, strict=True))
+            seen = np.subtract(place.position, drawn.head)
+            assert np.linalg.norm(seen) == pytest.approx(place.distance)
+            turn = np.degrees(np.arctan2(seen[1], seen[0])) - drawn.facing - place.azimuth
+            assert (turn + 180) % 360 - 180 == pytest.approx(0, abs=1e-6)
+
+
+def test_separation_goes_round_the_back() -> None:
+    ranges = RoomRanges(separation=60)
+    for seed in range(100):
+        first, second = draw_room(np.random.default_rng(seed), ranges).talkers
+        assert np.cos(np.radians(first.azimuth - second.azimuth)) <= 0.5 + 1e-9
+
+
+def test_no_place_for_two_talkers() -> None:
+    with pytest.raises(InputError, match="no place for two talkers"):
+        draw_room(np.random.default_rng(0), RoomRanges(elevation=(60, 60), distance=(1.2, 2)))
+
+
+def test_reverberation_time_of_a_known_room() -> None:
+    # Volume 90 m3, surface 126 m2: 0.161 * 90 / (126 * ln 2).
+    assert room(0, 30, absorption=0.5).rt60 == pytest.approx(0.1659, abs=1e-4)
+
+
+@pytest.mark.parametrize("facing", [0, 130])
+def test_the_nearer_ear_hears_first_and_louder(renderer: Renderer, facing: float) -> None:
+    left, right = renderer.responses(room(90, -90, facing=facing))
+    assert left.shape == (2, RESPONSE_LENGTH)
+    for near, far in (left, right[::-1]):
+        assert np.square(near).sum() > 4 * np.square(far).sum()
+        assert 5 < np.abs(far).argmax() - np.abs(near).argmax() < 15  # 0.3 to 0.9 ms
+    np.testing.assert_allclose(
+        np.square(left).sum(-1), np.square(right[::-1]).sum(-1), rtol=0.2, err_msg="a head is about symmetric"
+    )
+
+
+def test_farther_is_later_and_weaker(renderer: Renderer) -> None:
+    near = renderer.responses(room(40, -40, distance=0.5))[0, 0]
+    far = renderer.responses(room(40, -40, distance=2))[0, 0]
+    assert np.abs(far).argmax() - np.abs(near).argmax() == pytest.approx(1.5 / 343 * 16000, abs=3)
+    assert np.abs(near).max() / np.abs(far).max() == pytest.approx(4, rel=0.1)
+
+
+def test_reflections_follow_and_fade(renderer: Renderer) -> None:
+    dry, wet = renderer.responses(room(40, -40)), renderer.responses(room(40, -40, absorption=0.2))
+    assert not dry[..., 500:].any()
+    assert np.square(wet[..., 1000:]).sum() > 1e-3 * np.square(wet).sum()
+    assert np.abs(wet[..., -1]).max() < 1e-6 * np.abs(wet).max()
+    np.testing.assert_allclose(wet[..., :100], dry[..., :100], atol=0.02 * np.abs(dry).max())
+
+
+def test_a_renderer_survives_the_way_to_another_process(renderer: Renderer) -> None:
+    drawn = draw_room(np.random.default_rng(1), RoomRanges())
+    again = pickle.loads(pickle.dumps(renderer))
+    np.testing.assert_array_equal(again.responses(drawn), renderer.responses(drawn))
+    # Nor does it remember the room before.
+    renderer.responses(room(0, 90))
+    np.testing.assert_array_equal(again.responses(drawn), renderer.responses(drawn))
+
+
+def test_rendering_is_convolution_with_the_length_kept() -> None:
+    rng = np.random.default_rng(0)
+    speech, responses = rng.standard_normal(1000).astype(np.float32), rng.standard_normal((2, 50)).astype(np.float32)
+    expected = [np.convolve(speech, ear)[:1000] for ear in responses]
+    np.testing.assert_allclose(render(speech, responses), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("level", "clips"), [(-30.0, False), (0.0, True)])
+def test_levels(level: float, clips: bool) -> None:
+    rng = np.random.default_rng(0)
+    sources = [scale * rng.standard_normal((2, 4000)).astype(np.float32) for scale in (0.01, 3)]
+    gains = level_gains(sources, 3, level)
+    scaled = [gain * source for gain, source in zip(gains, sources, strict=True)]
+    decibels = [10 * np.log10(np.mean(np.square(signal))) for signal in (*scaled, scaled[0] + scaled[1])]
+    assert decibels[0] - decibels[1] == pytest.approx(3, abs=1e-4)
+    peak = max(np.abs(signal).max() for signal in (*scaled, scaled[0] + scaled[1]))
+    assert (decibels[2] == pytest.approx(level, abs=1e-4)) == (not clips)
+    assert peak == pytest.approx(0.99) if clips else peak < 0.99
+
+
+def copy_sofa(path: Path, *, without: str = "", receivers: int = 2, delay: float = 0, lowest: float = -40) -> Path:
+    """The KEMAR file, small and with a fault."""
+    with netCDF4.Dataset(SOFA) as source, netCDF4.Dataset(path, "w") as copy:
+        copy.setncatts({name: source.getncattr(name) for name in source.ncattrs()})
+        kept = np.flatnonzero(source["SourcePosition"][:, 1] >= lowest)[::7]
+        chosen = {"M": kept, "R": np.arange(receivers)}
+        sizes = {letter: len(indices) for letter, indices in chosen.items()}
+        for name, size in {**{name: len(own) for name, own in source.dimensions.items()}, **sizes}.items():
+            copy.createDimension(name, size)
+        for name, variable in source.variables.items():
+            if name == without:
+                continue
+            made = copy.createVariable(name, "f8", variable.dimensions)
+            made.setncatts({key: variable.getncattr(key) for key in variable.ncattrs()})
+            values = variable[:]
+            for axis, letter in enumerate(map(str, variable.dimensions)):
+                if letter in chosen:
+                    values = np.take(values, chosen[letter], axis)
+            made[:] = values + delay if name == "Data.Delay" else values
+    return path
+
+
+def test_ears_are_told_by_their_positions(tmp_path: Path) -> None:
+    straight = Renderer(copy_sofa(tmp_path / "straight.sofa"))
+    path = copy_sofa(tmp_path / "swapped.sofa")
+    with netCDF4.Dataset(path, "a") as file:
+        for name in ("ReceiverPosition", "Data.IR"):
+            axis = file[name].dimensions.index("R")
+            file[name][:] = np.flip(file[name][:], axis)
+    drawn = room(50, -20)
+    np.testing.assert_array_equal(Renderer(path).responses(drawn), straight.responses(drawn))
+
+
+def test_sofa_files_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "text.sofa").write_text("no SOFA at all")
+    cases = {
+        tmp_path / "none.sofa": "no such file",
+        tmp_path: "is a folder",
+        tmp_path / "text.sofa": "not usable as head-related responses",
+        copy_sofa(tmp_path / "a.sofa", without="Data.IR"): r"lacks Data\.IR",
+        copy_sofa(tmp_path / "b.sofa", without="SourcePosition"): "lacks SourcePosition",
+        copy_sofa(tmp_path / "c.sofa", without="Data.SamplingRate"): r"lacks Data\.SamplingRate",
+        copy_sofa(tmp_path / "d.sofa", receivers=1): "1, 512.*2 ears",
+        copy_sofa(tmp_path / "e.sofa", delay=3): r"Data\.Delay",
+        copy_sofa(tmp_path / "f.sofa", lowest=0): "below the horizon",
+    }
+    for path, expected in cases.items():
+        with pytest.raises(InputError, match=expected) as refused:
+            Renderer(path)
+        assert str(refused.value).startswith(f"{path}: ")
+    with netCDF4.Dataset(tmp_path / "g.sofa", "w") as file:
+        file.createDimension("I", 1)
+    with pytest.raises(InputError, match=r"lacks Data\.IR"):
+        Renderer(tmp_path / "g.sofa")
+    path = copy_sofa(tmp_path / "h.sofa")
+    with netCDF4.Dataset(path, "a") as file:
+        file["ReceiverPosition"].Units = "inch"
+    with pytest.raises(InputError, match=r"h\.sofa: not usable .*inch"):
+        Renderer(path)
+
+
+def test_banks_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_bank(tmp_path / "responses.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors at all")
+    with pytest.raises(InputError, match="not a bank of room responses"):
+        read_bank(tmp_path / "text.safetensors")
+    save_file({"other": np.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="not a bank of room responses"):
+        read_bank(tmp_path / "other.safetensors")
+    save_file({"responses": np.zeros((1, 2, 3, 4), np.float32)}, tmp_path / "shape.safetensors")
+    with pytest.raises(InputError, match=r"\[1, 2, 3, 4\]"):
+        read_bank(tmp_path / "shape.safetensors")

@@ -1,0 +1,219 @@
+"""kb-train: real runs of tiny networks, interrupted, resumed, shared by processes, and fitted."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from models.bundle import load_pair
+from tests.processes import command, environment, refusal_here, run
+from training.config import read_training_config
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+PAIR: dict[str, Any] = {
+    "task": "ss",
+    "small": {"channels": 8, "hidden": 8, "blocks": 2},
+    "large": {"channels": 8, "hidden": 8, "blocks": 2, "self_attention": True},
+    "boosting": {"delay": 6},
+}
+
+
+def write_dataset(root: Path, items: int, seconds: float, splits: tuple[str, ...] = ("train", "val")) -> Path:
+    """The sample voices cut into items in the published layout."""
+    sources = [soundfile.read(SAMPLES / f"source{number}.wav")[0] for number in (1, 2)]
+    length = round(16000 * seconds)
+    for split in splits:
+        for item in range(items):
+            folder = root / split / f"{item:03d}"
+            folder.mkdir(parents=True)
+            for number, source in enumerate(sources):
+                start = 4000 + item * (110000 // items)
+                soundfile.write(folder / f"source{number:02d}.wav", source[start : start + length], 16000)
+                torch.save(torch.full((1, 256), 0.1 * (number + 1)), folder / f"spk_id{number:02d}.pt")
+    return root
+
+
+def write_config(folder: Path, data: Path, **changes: Any) -> Path:
+    document = {
+        "model": PAIR,
+        "train": {"root": str(data), "split": "train"},
+        "validation": {"root": str(data), "split": "val", "items": 2},
+        "test": {"root": str(data), "split": "val", "items": 2},
+        "epochs": 3,
+        "batch_size": 2,
+        "workers": 0,
+    }
+    for split in ("train", "validation", "test"):
+        document[split] = {"kind": "folder", **document[split]}  # type: ignore[dict-item]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**document, **changes}))
+    return path
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return state
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def train(*flags: object) -> None:
+    result = run("kb-train", *flags)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"), 7, 0.25)
+
+
+@pytest.fixture(scope="module")
+def whole_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 14 epochs of 3 steps, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(folder, dataset, epochs=14)
+    train("--config", config, "--run_dir", folder / "run")
+    return folder
+
+
+def test_a_run_leaves_checkpoints_logs_and_its_configuration(
+    whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = whole_run / "run"
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 42
+    assert 1 <= len(list((folder / "best").glob("*.ckpt"))) <= 5
+    assert list((folder / "tensorboard").glob("events*"))
+    assert read_training_config(folder / "config.json") == read_training_config(whole_run / "config.json")
+    line = refusal_here("kb-train", capsys, "--config", whole_run / "config.json", "--run_dir", folder)
+    assert "holds a run already" in line
+
+
+def test_an_interrupted_run_goes_on_exactly(whole_run: Path, tmp_path: Path) -> None:
+    """Wherever SIGTERM meets it, at the start, in mid-epoch or never: the same weights after the same steps."""
+    call = ["--config", whole_run / "config.json", "--run_dir", tmp_path / "run"]
+    process = subprocess.Popen(command("kb-train", *call), env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("best/epoch*")):  # into the second epoch
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    stopped = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"]
+    assert 3 <= stopped < 42
+    assert f"stopped at step {stopped}" in errors
+    train(*call, "--resume")
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 42
+    assert largest_difference(tmp_path / "run" / "last.ckpt", whole_run / "run" / "last.ckpt") < 1e-6
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", 10, 0.25)
+    for devices in (1, 2):
+        config = write_config(tmp_path / f"{devices}", data, epochs=1)
+        train("--config", config, "--run_dir", tmp_path / f"{devices}" / "run", "--devices", devices)
+    one, two = (tmp_path / f"{devices}" / "run" / "last.ckpt" for devices in (1, 2))
+    assert torch.load(two, weights_only=True)["global_step"] == 5
+    assert largest_difference(one, two) < 1e-4
+
+
+def test_killing_a_run_at_any_moment_leaves_readable_checkpoints(dataset: Path, tmp_path: Path) -> None:
+    config, folder = write_config(tmp_path, dataset, epochs=1000), tmp_path / "run"
+    for kill in range(3):
+        # A run killed before its first minute has no last checkpoint; its best ones serve as well.
+        known = set(folder.glob("best/epoch*.ckpt"))
+        flags = ["--resume", "--ckpt", max(known, key=lambda path: path.stat().st_mtime)] if kill else []
+        call = command("kb-train", "--config", config, "--run_dir", folder, *flags)
+        process = subprocess.Popen(call, env=environment(), stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        # Checkpoints are written all the time: every epoch has three steps.
+        while not set(folder.glob("best/epoch*.ckpt")) - known:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(0.05 * kill)
+        process.kill()
+        process.wait()
+        found = [path for path in folder.rglob("*.ckpt") if not path.name.startswith(".")]
+        assert found
+        for checkpoint in found:
+            assert torch.load(checkpoint, weights_only=True)["global_step"] > 0
+
+
+def test_a_loss_that_is_no_number_stops_with_the_names_of_its_batch(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, dataset, learning_rate=1e30, gradient_clip=0.0)
+    result = run("kb-train", "--config", config, "--run_dir", tmp_path / "run")
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("kb-train: error: the loss is nan at step ")
+    assert str(dataset / "train") in line
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_becomes_a_bundle_and_is_tested(whole_run: Path, tmp_path: Path) -> None:
+    folder = whole_run / "run"
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(config["model"]))
+    flags = ["--config", tmp_path / "model.json", "--checkpoint", folder / "last.ckpt", "-o", tmp_path / "bundle"]
+    result = run("kb-export", *flags)
+    assert result.returncode == 0, result.stderr
+    pair, manifest = load_pair(str(tmp_path / "bundle"))
+    trained = weights(folder / "last.ckpt")
+    assert all(torch.equal(value, trained[f"model.{name}"]) for name, value in pair.state_dict().items())
+    assert not manifest.untrained
+
+    result = run("kb-train", "--config", whole_run / "config.json", "--run_dir", folder, "--test")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((folder / "test.json").read_text())
+    assert {"checkpoint", "test/small_si_sdri", "test/small_pesq", "test/large_stoi"} <= figures.keys()
+    best = max(float(path.stem.partition("_")[2].removesuffix("dB")) for path in (folder / "best").glob("*.ckpt"))
+    assert figures["test/small_si_sdri"] == pytest.approx(best, abs=0.01)
+
+
+def test_calls_that_cannot_be_used(
+    dataset: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, dataset)
+    other = write_config(tmp_path / "other", dataset, model={**PAIR, "small": {"channels": 12, "hidden": 8}})
+    odd = write_config(tmp_path / "odd", dataset, batch_size=100)
+    new = tmp_path / "new"
+    np.save(tmp_path / "x.ckpt.npy", np.zeros(3))
+    cases: list[tuple[list[object], str]] = [
+        (["--config", tmp_path / "no.json", "--run_dir", new], "no.json: no such file"),
+        (["--config", config, "--run_dir", new, "--resume"], "has no last.ckpt"),
+        (["--config", config, "--run_dir", new, "--test"], "has no checkpoint"),
+        (["--config", config, "--run_dir", new, "--frac", "0"], "--frac"),
+        (["--config", config, "--run_dir", new, "--data", tmp_path / "nowhere"], "no such folder"),
+        (["--config", config, "--run_dir", new, "--large", "nothing"], "nothing: no bundle"),
+        (["--config", config, "--run_dir", new, "--large", tmp_path / "x.ckpt.npy"], "not a readable checkpoint"),
+        (["--config", odd, "--run_dir", new], "fewer than one batch"),
+        (["--config", other, "--run_dir", whole_run / "run", "--resume"], "checkpoint"),
+    ]
+    for flags, expected in cases:
+        assert expected in refusal_here("kb-train", capsys, *flags)
+    assert not new.exists()
+
+
+def test_skipped_items_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data", 4, 0.25)
+    (data / "train" / "002" / "source01.wav").write_bytes(b"no audio")
+    config = write_config(tmp_path, data, epochs=1)
+    line = refusal_here("kb-train", capsys, "--config", config, "--run_dir", tmp_path / "run")
+    assert "002/source01.wav: not readable as audio" in line
+    result = run("kb-train", "--config", config, "--run_dir", tmp_path / "run2", "--skip-broken")
+    assert result.returncode == 0, result.stderr
+    assert "warning: skipped: " in result.stderr

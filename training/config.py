@@ -1,0 +1,172 @@
+"""A training run, in numbers: our own schema, and the published JSON files as they are."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from common.errors import InputError, existing_file
+from models.config import ModelConfig, Strict
+from models.manifest import first_fault, read_json, validate
+from models.published import config_from_published, is_published_config
+from training.losses import Permutation
+
+
+class FolderData(Strict):
+    """Mixtures rendered beforehand, in the published layout (``kb-make-dataset``)."""
+
+    kind: Literal["folder"] = "folder"
+    root: Annotated[str, Field(min_length=1)]
+    split: Annotated[str, Field(min_length=1)]
+    items: Annotated[int | None, Field(ge=1, description="use only the first ones")] = None
+
+
+class DynamicData(Strict):
+    """Mixtures made anew every epoch from speech and a bank of binaural room responses."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    speech: Annotated[str, Field(min_length=1)]
+    responses: Annotated[
+        str, Field(min_length=1, description="responses.safetensors of kb-make-dataset --responses-only")
+    ]
+    items: Annotated[int, Field(ge=1, description="mixtures an epoch")]
+    seconds: PositiveFloat = 4.0
+    level_difference_db: Annotated[float, Field(ge=0, description="drawn within plus or minus")] = 5.0
+    speed: Annotated[float, Field(ge=0, lt=0.5, description="playback speed drawn within 1 plus or minus")] = 0.0
+
+
+Data = Annotated[FolderData | DynamicData, Field(discriminator="kind")]
+
+
+class Schedule(Strict):
+    """How the learning rate falls."""
+
+    kind: Literal["plateau", "cosine"] = "plateau"
+    patience: Annotated[int, Field(ge=0, description="plateau: epochs without a better validation figure")] = 4
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    minimum: Annotated[float, Field(ge=0)] = 1e-6
+
+
+class TrainingConfig(Strict):
+    """Everything that a run depends on, but for the files it reads."""
+
+    model: ModelConfig
+    train: Data
+    validation: FolderData
+    test: FolderData | None = None
+    permutation: Permutation = "per_channel"
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Schedule = Schedule()
+    gradient_clip: Annotated[float, Field(ge=0, description="norm; 0 does not clip")] = 1.0
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=1, description="over all devices together")] = 8
+    evaluation_batch_size: PositiveInt = 8
+    workers: Annotated[int, Field(ge=0, description="processes that read data, for each device")] = 4
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    seed: Annotated[int, Field(ge=0)] = 42
+    initial_checkpoint: Annotated[str | None, Field(description="weights of the whole model to start from")] = None
+    large_checkpoint: Annotated[str | None, Field(description="weights of the large network to start from")] = None
+    freeze_large: bool = False
+
+    @model_validator(mode="after")
+    def _only_pairs_have_a_large_network(self) -> Self:
+        if self.model.large is None and (self.large_checkpoint is not None or self.freeze_large):
+            raise ValueError("large_checkpoint and freeze_large are for a pair, not for one network alone")
+        return self
+
+
+def read_training_config(path: Path) -> TrainingConfig:
+    """A training configuration, ours or a published one.
+
+    Raises:
+        InputError: it cannot be read, or a key is missing, unknown or impossible; it is named.
+    """
+    document = read_json(existing_file(path, "a training configuration"))
+    if not is_published_config(document):
+        return validate(TrainingConfig, document, path)
+    try:
+        return _from_published(document, str(path))
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_fault(error)}") from None
+
+
+# Where a published file has what we call otherwise or keep elsewhere.
+_ARGUMENTS = "pl_module_args"
+_DATA = {"train": "train_data_args", "validation": "val_data_args", "test": "test_data_args"}
+_PUBLISHED_KEYS = {
+    "learning_rate": f"{_ARGUMENTS}.optimizer_params.lr",
+    "schedule.patience": f"{_ARGUMENTS}.scheduler_params.patience",
+    "schedule.factor": f"{_ARGUMENTS}.scheduler_params.factor",
+    "schedule.minimum": f"{_ARGUMENTS}.scheduler_params.min_lr",
+    "initial_checkpoint": f"{_ARGUMENTS}.init_ckpt",
+    "large_checkpoint": f"{_ARGUMENTS}.big_model_init_ckpt",
+    "freeze_large": f"{_ARGUMENTS}.freeze_bm",
+    "gradient_clip": "grad_clip",
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "evaluation_batch_size": "eval_batch_size",
+    "workers": "num_workers",
+    **{
+        f"{ours}.{key}": f"{theirs}.{name}"
+        for ours, theirs in _DATA.items()
+        for key, name in (("root", "mixtures_dir"), ("split", "dset"), ("items", "num_samples"))
+    },
+}
+# What must be one of these values, because nothing else is implemented.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    f"{_ARGUMENTS}.sr": (16000,),
+    f"{_ARGUMENTS}.optimizer": ("torch.optim.Adam",),
+    f"{_ARGUMENTS}.scheduler": ("torch.optim.lr_scheduler.ReduceLROnPlateau",),
+    f"{_ARGUMENTS}.scheduler_params.mode": ("max",),
+    **{f"{section}.sr": (16000,) for section in _DATA.values()},
+    **{f"{section}.resample_rate": (None, 16000) for section in _DATA.values()},
+}
+# Import paths of code we do not need, and what `config_from_published` reads.
+_IGNORED = {"pl_module", "pl_logger", "val_logger", "train_dataset", "val_dataset", "test_dataset"} | {
+    f"{_ARGUMENTS}.{key}"
+    for key in (
+        *("task", "model", "small_model", "big_model", "joint_model"),
+        *("model_params", "small_model_params", "big_model_params", "joint_model_params"),
+    )
+}
+_MOST_WORKERS = 4  # the published files ask for 16, whatever the machine
+
+
+def _from_published(document: Mapping[str, Any], source: str) -> TrainingConfig:
+    if not isinstance(document.get(_ARGUMENTS), dict):
+        raise InputError(f'{source}: "{_ARGUMENTS}" is missing or not an object')
+    model = config_from_published(document, source)
+    left = {"grad_clip": 0, **dict(_leaves(document))}
+    loss = f"{_ARGUMENTS}.loss_params.name"
+    for key, allowed in {**_FIXED, loss: ("sisdr" if model.task == "tse" else "pit_sisdr",)}.items():
+        if left.pop(key, allowed[0]) not in allowed:
+            raise InputError(f'{source}: "{key}" must be {allowed[0]!r}')
+    values: dict[str, Any] = {"model": model}
+    for ours, theirs in _PUBLISHED_KEYS.items():
+        if theirs not in left:
+            continue
+        value = left.pop(theirs)
+        section, _, key = ours.rpartition(".")
+        within = values.setdefault(section, {"kind": "folder"} if section in _DATA else {}) if section else values
+        within[key] = None if value == "" and key.endswith("checkpoint") else value
+    if isinstance(values.get("workers"), int):
+        values["workers"] = min(values["workers"], _MOST_WORKERS)
+    if left:
+        raise InputError(f'{source}: unknown key "{min(left)}"')
+    try:
+        return TrainingConfig.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"] if part != "folder")
+        raise InputError(f"{source}: {_PUBLISHED_KEYS.get(key, _DATA.get(key, key))}: {fault['msg']}") from None
+
+
+def _leaves(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if path + key in _IGNORED:
+            continue
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield path + key, value

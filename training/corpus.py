@@ -1,0 +1,341 @@
+"""A folder of speech: whose utterance is whose, and segments of it at 16 kHz.
+
+How a speaker is told, the first rule that fits:
+
+1. a file named as in LibriSpeech, ``<speaker>-<chapter>-<utterance>`` in digits, at any depth: by that name;
+2. a file in a folder: by the first folder below the corpus;
+3. a file in no folder, ``<speaker>-….ogg``: by what stands before the first hyphen.
+"""
+
+import functools
+import hashlib
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from common.errors import InputError, reason
+
+Samples = npt.NDArray[np.float32]
+SAMPLE_RATE = 16000
+SPLITS = ("train", "val", "test")
+_SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
+_LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
+_LAYOUTS = "<speaker>/… folders or <speaker>-… file names"
+_FADE = SAMPLE_RATE // 50  # 20 ms: a cut in the middle of a word would click
+_SILENCE = 1e-3  # RMS, -60 dBFS
+_LEAST_VOICE = SAMPLE_RATE // 2
+_DRAWS = 20
+
+
+class BrokenFile(InputError):
+    """A speech file that cannot be used; ``--skip-broken`` leaves such files out."""
+
+    def __init__(self, path: Path, fault: str) -> None:
+        super().__init__(path, fault)
+        self.path, self.fault = path, fault
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.fault} (or leave such files out with --skip-broken)"
+
+
+class NoSpeech(ValueError):
+    """A segment in which nobody speaks."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One file of speech."""
+
+    path: Path
+    name: str  # the path below the corpus's folder
+    length: int  # samples at 16 kHz
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of an utterance, in samples at 16 kHz."""
+
+    utterance: Utterance
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Speakers by name with their utterances, and what is wrong with the files that were left out."""
+
+    speakers: Mapping[str, tuple[Utterance, ...]]
+    broken: Mapping[Path, str]
+
+    @property
+    def digest(self) -> str:
+        """A digest of the files' names and lengths, the same wherever the folder lies."""
+        lines = sorted(f"{utterance.name} {utterance.length}\n" for own in self.speakers.values() for utterance in own)
+        return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Talker:
+    """A speaker whose utterances are long enough: some to be mixed, some to enroll with."""
+
+    name: str
+    mixable: tuple[Utterance, ...]
+    enrollable: tuple[Utterance, ...]
+
+
+def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
+    """The speech in a folder. Only headers are read; damage further on shows when a segment is read.
+
+    Raises:
+        InputError: no folder, no speech in it, or a file that does not tell its speaker.
+        BrokenFile: a file is not readable, not mono, below 16 kHz or empty, and ``skip_broken`` is off.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give a folder of speech ({_LAYOUTS})")
+    speakers: defaultdict[str, list[Utterance]] = defaultdict(list)
+    broken = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in _SUFFIXES or path.name.startswith(".") or not path.is_file():
+            continue
+        name = path.relative_to(folder)
+        speaker = _speaker(folder, name)
+        try:
+            speakers[speaker].append(Utterance(path, name.as_posix(), _length(path)))
+        except BrokenFile as error:
+            if not skip_broken:
+                raise
+            broken[error.path] = error.fault
+    found = {speaker: tuple(own) for speaker, own in sorted(speakers.items()) if own}
+    if not found:
+        raise InputError(f"{folder}: holds no usable speech; give a folder of WAV, FLAC, OGG or MP3 ({_LAYOUTS})")
+    return Corpus(found, broken)
+
+
+def _speaker(folder: Path, name: Path) -> str:
+    match = _LIBRISPEECH_NAME.fullmatch(name.stem)
+    if match:
+        return match[1]
+    if len(name.parts) > 1:
+        return name.parts[0]
+    speaker, hyphen, _ = name.stem.partition("-")
+    if not speaker or not hyphen:
+        raise InputError(f"{folder / name}: does not tell its speaker; use {_LAYOUTS}")
+    return speaker
+
+
+def _length(path: Path) -> int:
+    try:
+        header = soundfile.info(path)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise _unreadable(path, error) from None
+    if header.samplerate < SAMPLE_RATE:
+        raise BrokenFile(path, f"sampled at {header.samplerate} Hz; at least {SAMPLE_RATE} Hz is needed")
+    if header.channels != 1:
+        raise BrokenFile(path, f"has {header.channels} channels; speech must be mono")
+    if not header.frames:
+        raise BrokenFile(path, "holds no samples")
+    return int(header.frames) * SAMPLE_RATE // int(header.samplerate)
+
+
+def _unreadable(path: Path, error: Exception) -> BrokenFile:
+    return BrokenFile(path, f"not readable as audio ({reason(error).rstrip('.')}); copy it again")
+
+
+def read_segment(segment: Segment) -> Samples:
+    """Samples ``[N]`` of a segment at 16 kHz, full scale 1; a file of a higher rate is resampled with soxr.
+
+    Raises:
+        BrokenFile: the file is damaged, cut short, or has samples that are not finite.
+    """
+    path = segment.utterance.path
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            start = segment.start * rate // SAMPLE_RATE
+            wanted = min(-(-segment.length * rate // SAMPLE_RATE), file.frames - start)
+            file.seek(start)
+            samples = file.read(wanted, dtype="float32")
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise _unreadable(path, error) from None
+    if len(samples) < wanted:
+        raise BrokenFile(path, "cut short; copy it again")
+    if not np.isfinite(samples).all():
+        raise BrokenFile(path, "has samples that are NaN or infinite; write it again without them")
+    if rate != SAMPLE_RATE:
+        samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="VHQ")
+    # Resampling rounds the length to the nearest sample.
+    return np.pad(samples, (0, max(0, segment.length - len(samples))))[: segment.length]
+
+
+def read_speech(segment: Segment) -> Samples:
+    """Samples ``[N]`` of a segment to be mixed, with 20 ms fades at both ends.
+
+    Raises:
+        BrokenFile: as :func:`read_segment`.
+        NoSpeech: the segment is silent (below -60 dBFS).
+    """
+    samples = read_segment(segment)
+    if np.sqrt(np.mean(np.square(samples))) < _SILENCE:
+        raise NoSpeech(f"{segment.utterance.path}: silent from sample {segment.start}")
+    ramp = (0.5 - 0.5 * np.cos(np.pi * (np.arange(_FADE) + 0.5) / _FADE)).astype(np.float32)
+    samples[:_FADE] *= ramp
+    samples[-_FADE:] *= ramp[::-1]
+    return samples
+
+
+def find_talkers(corpus: Corpus, length: int, enrollment: int) -> dict[str, Talker]:
+    """Speakers with ``length`` samples to mix and, apart from these, ``enrollment`` samples (0: no enrollment).
+
+    Speakers and utterances that are too short for that are left out.
+    """
+    found = {}
+    for name, utterances in corpus.speakers.items():
+        enrollable = tuple(utterance for utterance in utterances if enrollment and utterance.length >= enrollment)
+        mixable = tuple(
+            utterance
+            for utterance in utterances
+            if utterance.length >= length + enrollment
+            or (utterance.length >= length and any(other != utterance for other in enrollable))
+        )
+        if mixable:
+            found[name] = Talker(name, mixable, enrollable)
+    return found
+
+
+def split_talkers(talkers: Mapping[str, Talker], splits: Sequence[str], seed: int) -> dict[str, tuple[Talker, ...]]:
+    """Talkers of every split, none of them in two splits.
+
+    Train gets whoever is left when each other split has a tenth, at least two; without train all get equal shares.
+
+    Raises:
+        ValueError: fewer than two talkers a split.
+    """
+    if len(talkers) < 2 * len(splits):
+        raise ValueError(f"{len(talkers)} speakers for {len(splits)} splits")
+    names = sorted(talkers)
+    order = [names[i] for i in np.random.default_rng([seed, len(SPLITS)]).permutation(len(names))]
+    share = max(2, len(names) // 10) if "train" in splits else len(names) // max(1, len(splits))
+    shares = {}
+    for split in splits[1:]:
+        shares[split], order = order[:share], order[share:]
+    shares.update(dict.fromkeys(splits[:1], order))
+    return {split: tuple(talkers[name] for name in sorted(shares[split])) for split in splits}
+
+
+def draw_segments(rng: np.random.Generator, talker: Talker, length: int, enrollment: int) -> tuple[Segment, Segment]:
+    """A segment of ``length`` samples to mix, and another of ``enrollment`` samples that shares nothing with it.
+
+    The other comes from another utterance if the talker has one that is long enough. Its length is 0 for a task
+    without enrollment.
+    """
+    mixed = talker.mixable[rng.integers(len(talker.mixable))]
+    others = [utterance for utterance in talker.enrollable if utterance != mixed]
+    if others:
+        other = others[rng.integers(len(others))]
+        return (
+            Segment(mixed, int(rng.integers(mixed.length - length + 1)), length),
+            Segment(other, int(rng.integers(other.length - enrollment + 1)), enrollment),
+        )
+    first, second = np.sort(rng.integers(mixed.length - length - enrollment + 1, size=2))
+    if rng.integers(2):
+        return Segment(mixed, int(first), length), Segment(mixed, int(second) + length, enrollment)
+    return Segment(mixed, int(second) + enrollment, length), Segment(mixed, int(first), enrollment)
+
+
+@functools.cache
+def _encoder() -> Any:
+    import resemblyzer
+
+    return resemblyzer.VoiceEncoder("cpu", verbose=False)
+
+
+def speaker_embedding(speech: Samples) -> Samples:
+    """The d-vector ``[1, 256]`` of speech ``[N]`` at 16 kHz, by the Resemblyzer voice encoder.
+
+    Raises:
+        NoSpeech: less than half a second of voice is in it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages that Resemblyzer builds on, about themselves
+        import resemblyzer
+
+        if not speech.any():
+            raise NoSpeech("silence")
+        voiced = resemblyzer.preprocess_wav(speech, source_sr=SAMPLE_RATE)
+        if len(voiced) < _LEAST_VOICE:
+            raise NoSpeech("less than half a second of voice")
+        return np.asarray(_encoder().embed_utterance(voiced), dtype=np.float32)[None]
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What one speaker of a mixture says."""
+
+    speaker: str
+    mixed: Segment
+    other: Segment
+    speech: Samples  # [N]
+    embedding: Samples | None  # [1, 256], of the other segment
+
+    def record(self, number: str) -> dict[str, object]:
+        """Where it comes from, the columns of ``metadata.csv`` for the source of that number."""
+        record: dict[str, object] = {
+            f"speaker{number}": self.speaker,
+            f"utterance{number}": self.mixed.utterance.name,
+            f"offset{number}_samples": self.mixed.start,
+        }
+        if self.embedding is not None:
+            record |= {
+                f"enrollment{number}": self.other.utterance.name,
+                f"enrollment_offset{number}_samples": self.other.start,
+            }
+        return record
+
+
+def draw_voices(
+    rng: np.random.Generator, talkers: Sequence[Talker], length: int, enrollment: int, *, skip_broken: bool
+) -> tuple[list[Voice], dict[Path, str]]:
+    """Two different speakers' speech, with embeddings if ``enrollment`` is not 0.
+
+    Silence is drawn again, and broken files are if ``skip_broken``.
+
+    Returns:
+        The two, and what is wrong with the broken files that were drawn.
+
+    Raises:
+        InputError: nothing usable in twenty draws.
+        BrokenFile: a broken file was drawn, and ``skip_broken`` is off.
+    """
+    broken: dict[Path, str] = {}
+    why = ""
+    for _ in range(_DRAWS):
+        chosen = [talkers[i] for i in rng.choice(len(talkers), 2, replace=False)]
+        segments = [draw_segments(rng, talker, length, enrollment) for talker in chosen]
+        try:
+            return [
+                Voice(
+                    talker.name,
+                    mixed,
+                    other,
+                    read_speech(mixed),
+                    speaker_embedding(read_segment(other)) if enrollment else None,
+                )
+                for talker, (mixed, other) in zip(chosen, segments, strict=True)
+            ], broken
+        except NoSpeech as error:
+            why = str(error)
+        except BrokenFile as error:
+            if not skip_broken:
+                raise
+            why = str(error)
+            broken[error.path] = error.fault
+    raise InputError(f"no usable speech in {_DRAWS} draws, at last {why}; give other speech")

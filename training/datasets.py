@@ -1,0 +1,351 @@
+"""Training examples: mixtures from a folder in the published layout, or mixed anew from speech and room responses.
+
+An example is addressed by (epoch, index), and every random draw follows from seed, epoch and index alone. A run can be
+interrupted, resumed and spread over any number of workers and devices without a change to what it sees.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.cli import warn
+from common.errors import InputError, reason
+from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from training.config import DynamicData, FolderData
+from training.corpus import (
+    SAMPLE_RATE,
+    BrokenFile,
+    NoSpeech,
+    draw_segments,
+    find_speech,
+    find_talkers,
+    read_segment,
+    read_speech,
+    speaker_embedding,
+)
+from training.rooms import read_bank
+
+Address = tuple[int, int]  # epoch, index
+_ENROLLMENT_SECONDS = 3
+_DRAWS = 20
+
+
+class Batch(TypedDict):
+    """Examples, batch axis first. The sources of TSE are the target alone."""
+
+    names: list[str]
+    mixture: NotRequired[Tensor]  # [B, M, N]
+    sources: NotRequired[Tensor]  # [B, S, M, N]
+    speaker_embedding: NotRequired[Tensor]  # [B, 256], TSE
+    # Of dynamic mixing, before `render` makes mixture and sources of them:
+    speech: NotRequired[Tensor]  # [B, 2, N], dry; for TSE the target first
+    responses: NotRequired[Tensor]  # [B, 2, M, K]
+    level_difference_db: NotRequired[Tensor]  # [B]
+
+
+class MixtureFolder:
+    """A split in the published layout: ``<root>/<split>/<number>/source00.wav, source01.wav[, spk_id00.pt, …]``."""
+
+    def __init__(self, data: FolderData, model: ModelConfig, *, seed: int, training: bool, skip_broken: bool) -> None:
+        """List the items.
+
+        Args:
+            training: whether the target of TSE is drawn anew every epoch; else it is fixed for each item.
+            skip_broken: whether the item after a broken one takes its place, with a warning; else it is an error.
+
+        Raises:
+            InputError: the folder does not exist or has no items.
+        """
+        folder = Path(data.root) / data.split
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; give the root of a dataset with --data, or make one first")
+        found = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+        if not found:
+            raise InputError(f"{folder}: has no numbered items; kb-make-dataset makes them")
+        self.items = found[: data.items]
+        self._model, self._seed, self._training, self._skip_broken = model, seed, training, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def example(self, address: Address) -> dict[str, Any]:
+        """One example by epoch and index.
+
+        Raises:
+            InputError: a file of it is missing or cannot be used, or, skipping broken items, all are broken.
+        """
+        epoch, index = address
+        for offset in range(len(self.items)):
+            item = self.items[(index + offset) % len(self.items)]
+            try:
+                return self._read(item, epoch, index)
+            except InputError as error:
+                if not self._skip_broken:
+                    raise
+                warn(f"skipped: {error}")
+        raise InputError(f"{self.items[0].parent}: every item is broken")
+
+    def _read(self, item: Path, epoch: int, index: int) -> dict[str, Any]:
+        voices = [_read_source(item / f"source{number:02d}.wav", self._model.microphones) for number in (0, 1)]
+        if voices[0].shape != voices[1].shape:
+            raise InputError(f"{item / 'source01.wav'}: must be as long as source00.wav")
+        sources = torch.stack(voices)
+        example = {"names": str(item), "mixture": sources.sum(0), "sources": sources}
+        if self._model.task == "tse":
+            target = index % 2
+            if self._training:
+                target = int(np.random.default_rng([self._seed, epoch, index]).integers(2))
+            example["sources"] = sources[target : target + 1]
+            example["speaker_embedding"] = _read_embedding(item / f"spk_id{target:02d}.pt")
+        return example
+
+
+def _read_source(path: Path, microphones: int) -> Tensor:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; the item is incomplete")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise InputError(f"{path}: not readable as audio ({reason(error).rstrip('.')})") from None
+    if rate != SAMPLE_RATE or samples.shape[1] != microphones:
+        raise InputError(
+            f"{path}: has {samples.shape[1]} channels at {rate} Hz, must have {microphones} at {SAMPLE_RATE}"
+        )
+    if not len(samples) or not np.isfinite(samples).all():
+        raise InputError(f"{path}: has no samples, or some that are not finite")
+    return torch.from_numpy(np.ascontiguousarray(samples.T))
+
+
+def _read_embedding(path: Path) -> Tensor:
+    try:
+        embedding = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly anything on files that are not its own
+        raise InputError(f"{path}: not a readable speaker embedding ({reason(error).split('. ')[0]})") from None
+    if not isinstance(embedding, Tensor) or embedding.numel() != SPEAKER_EMBEDDING_SIZE:
+        raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} values")
+    if not torch.isfinite(embedding).all():
+        raise InputError(f"{path}: has values that are not finite")
+    return embedding.float().flatten()
+
+
+class DynamicMixing:
+    """Two talkers and a room drawn for every example; :func:`render` mixes them on the training device."""
+
+    def __init__(self, data: DynamicData, model: ModelConfig, *, seed: int, skip_broken: bool) -> None:
+        """List the talkers and read the bank.
+
+        Raises:
+            InputError: no speech, fewer than two talkers with enough of it, or no bank of responses.
+        """
+        self._data, self._model, self._seed = data, model, seed
+        self._length = round(data.seconds * SAMPLE_RATE)
+        # The fastest playback needs the most speech.
+        self._segment = round(self._length * (1 + data.speed)) + 1
+        self._enrollment = _ENROLLMENT_SECONDS * SAMPLE_RATE if model.task == "tse" else 0
+        self._skip_broken = skip_broken
+        corpus = find_speech(Path(data.speech), skip_broken=skip_broken)
+        for line in corpus.broken:
+            warn(f"skipped: {line}")
+        self._talkers = list(find_talkers(corpus, self._segment, self._enrollment).values())
+        if len(self._talkers) < 2:
+            raise InputError(f"{data.speech}: has {len(self._talkers)} speakers with enough speech, two are needed")
+        self._responses = read_bank(Path(data.responses))
+
+    def __len__(self) -> int:
+        return self._data.items
+
+    def example(self, address: Address) -> dict[str, Any]:
+        """One example by epoch and index.
+
+        Raises:
+            InputError: a speech file is damaged (skipping broken ones, another is drawn), or there is only silence.
+        """
+        rng = np.random.default_rng([self._seed, *address])
+        why = ""
+        for _ in range(_DRAWS):  # the next draw is as reproducible as the one before
+            try:
+                return self._draw(rng)
+            except NoSpeech as error:
+                why = str(error)
+            except BrokenFile as error:
+                if not self._skip_broken:
+                    raise
+                why = str(error)
+                warn(f"skipped: {why}")
+        raise InputError(f"{self._data.speech}: no usable speech in {_DRAWS} draws, at last {why}; give other speech")
+
+    def _draw(self, rng: np.random.Generator) -> dict[str, Any]:
+        talkers = [self._talkers[index] for index in rng.choice(len(self._talkers), 2, replace=False)]
+        segments = [draw_segments(rng, talker, self._segment, self._enrollment) for talker in talkers]
+        speech = []
+        for mixed, _ in segments:
+            speed = 1 + self._data.speed * rng.uniform(-1, 1)
+            samples = read_speech(mixed)
+            if self._data.speed:
+                samples = soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE)
+            speech.append(np.pad(samples, (0, max(0, self._length - len(samples))))[: self._length])
+        room = self._responses[rng.integers(len(self._responses))]
+        example = {
+            "names": " + ".join(mixed.utterance.name for mixed, _ in segments),
+            "speech": torch.from_numpy(np.stack(speech)),
+            "responses": torch.from_numpy(room[rng.permutation(2)]),
+            "level_difference_db": torch.tensor(self._data.level_difference_db * rng.uniform(-1, 1)),
+        }
+        if self._model.task == "tse":
+            embedding = speaker_embedding(read_segment(segments[0][1]))
+            example["speaker_embedding"] = torch.from_numpy(embedding[0])
+        return example
+
+
+_LEVEL = 10 ** (-28 / 20)  # RMS of a dynamic mixture, of full scale 1
+_HEADROOM = 0.99
+
+
+def render(batch: Batch, *, target_only: bool) -> Batch:
+    """Mixture and sources of a batch of dynamic mixing, on the device the batch is on; other batches as they are.
+
+    Args:
+        target_only: for TSE, whose sources are the first talker alone.
+    """
+    if "speech" not in batch:
+        return batch
+    speech, responses = batch["speech"], batch["responses"]
+    length = speech.shape[-1]
+    size = length + responses.shape[-1] - 1
+    spectrum = torch.fft.rfft(speech, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
+    heard = torch.fft.irfft(spectrum, n=size)[..., :length]
+    level = heard.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-8)
+    half = (batch["level_difference_db"] / 2)[:, None, None, None]
+    signs = torch.tensor([1.0, -1.0], device=half.device)[:, None, None]
+    sources = heard / level * 10 ** (half * signs / 20)
+    mixture = sources.sum(1)
+    gain = _LEVEL / mixture.square().mean((-2, -1)).sqrt()
+    peak = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1)))
+    gain = torch.minimum(gain, _HEADROOM / peak)[:, None, None]
+    sources = (sources * gain[:, None]).float()
+    rendered: Batch = {
+        "names": batch["names"],
+        "mixture": (mixture * gain).float(),
+        "sources": sources[:, :1] if target_only else sources,
+    }
+    if "speaker_embedding" in batch:
+        rendered["speaker_embedding"] = batch["speaker_embedding"]
+    return rendered
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What was wrong with an example."""
+
+    message: str
+
+
+class _Batches(Dataset[Batch | _Fault]):
+    """Examples by lists of addresses, collated."""
+
+    def __init__(self, examples: MixtureFolder | DynamicMixing) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, addresses: Sequence[Address]) -> Batch | _Fault:
+        try:
+            return self._collate([self._examples.example(address) for address in addresses])
+        except InputError as error:
+            # As a value: an exception would leave a worker process with its traceback for a message.
+            return _Fault(str(error))
+
+    def _collate(self, examples: list[dict[str, Any]]) -> Batch:
+        batch: dict[str, Any] = {"names": [example["names"] for example in examples]}
+        for key in examples[0].keys() - {"names"}:
+            values = [example[key] for example in examples]
+            if len({value.shape for value in values}) > 1:
+                raise InputError(f"{examples[0]['names']}: its length differs from others of its batch; cut all alike")
+            batch[key] = torch.stack(values)
+        return batch  # type: ignore[return-value]
+
+
+class EpochOrder(Sampler[list[Address]]):
+    """The batches of one epoch for one of several devices, as lists of addresses.
+
+    Device r of R takes every R-th example of each batch, so that the batches are the same however many devices share
+    them. An epoch begun and interrupted can be gone on with at a later batch.
+    """
+
+    def __init__(
+        self,
+        items: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        devices: int = 1,
+        first_batch: int = 0,
+    ) -> None:
+        """The order of ``items`` examples.
+
+        Args:
+            batch_size: over all devices; the last batch of an epoch may be smaller unless shuffled, when what is left
+                over is for another epoch.
+            first_batch: of the first epoch that is gone through.
+        """
+        self._items, self._batch_size, self._seed, self._shuffle = items, batch_size, seed, shuffle
+        self._rank, self._devices = rank, devices
+        self.first_batch = first_batch
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is gone through next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self._items, self._batch_size)
+        return max(whole, 1) if self._shuffle else whole + bool(rest)
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        order = np.arange(self._items)
+        if self._shuffle:
+            order = np.random.default_rng([self._seed, self._epoch]).permutation(self._items)
+        first, self.first_batch = self.first_batch, 0
+        for number in range(first, len(self)):
+            batch = order[number * self._batch_size : (number + 1) * self._batch_size]
+            own = batch[self._rank :: self._devices]
+            # A device left without one repeats the first, because all must take as many steps.
+            yield [(self._epoch, int(index)) for index in (own if len(own) else batch[:1])]
+
+
+class Loader(DataLoader[Any]):
+    """Batches in an order that can be gone on with; the order's place is the trainer's step, so it keeps no state."""
+
+    def __init__(self, examples: MixtureFolder | DynamicMixing, order: EpochOrder, workers: int) -> None:
+        """Batches of examples, read by ``workers`` processes (0: by this one)."""
+        super().__init__(
+            _Batches(examples),
+            sampler=order,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.order = order
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, _Fault):
+                raise InputError(batch.message)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,47 @@
+"""What training minimises."""
+
+from itertools import permutations
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
+
+Permutation = Literal["per_channel", "joint"]
+
+
+def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
+    """Scale-invariant signal-to-distortion ratio of zero-mean signals ``[..., N]``, dB, ``[...]``."""
+    ratio: Tensor = scale_invariant_signal_distortion_ratio(estimate, reference, zero_mean=True)
+    return ratio
+
+
+def permuted_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutation) -> Tensor:
+    """SI-SDR of every source under the best assignment of estimates to references.
+
+    Args:
+        estimates, references: ``[B, S, M, N]``.
+        permutation: ``per_channel`` lets each microphone find its own assignment, as in the published loss; ``joint``
+            finds one for all microphones.
+
+    Returns:
+        ``[B, S, M]``, dB, in the order of the references.
+    """
+    sources = references.shape[1]
+    orders = list(permutations(range(sources)))
+    # [orders, B, S, M]
+    scores = torch.stack([si_sdr(estimates[:, list(order)], references) for order in orders])
+    total = scores.sum(2, keepdim=True)
+    if permutation == "joint":
+        total = total.sum(3, keepdim=True)
+    best = total.argmax(0, keepdim=True).expand(1, *scores.shape[1:])
+    return scores.gather(0, best)[0]
+
+
+def negative_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutation) -> Tensor:
+    """The training loss, dB: every microphone apart, permutation-invariant over the sources, averaged.
+
+    Args:
+        estimates, references: ``[B, S, M, N]``; S is 1 for target speech extraction.
+    """
+    return -permuted_si_sdr(estimates, references, permutation).mean()

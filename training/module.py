@@ -1,0 +1,138 @@
+"""What one step of training, validation and test computes."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from common.errors import Failure
+from models.bundle import load_large
+from models.checkpoint import build, load_large_network, read_checkpoint
+from models.framing import pad_to_frames
+from models.manifest import find_bundle
+from models.pair import BoostedPair, SmallModel
+from training import metrics
+from training.config import TrainingConfig
+from training.datasets import Batch, render
+from training.losses import negative_si_sdr
+
+MONITOR = "validation/si_sdri"
+
+
+class TrainingModule(lightning.LightningModule):
+    """A pair, trained for the small network's output alone, or one network by itself.
+
+    Its checkpoints hold the weights under ``model.small.…`` and ``model.large.…``.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        """Build the networks and give them the weights the configuration names.
+
+        Raises:
+            InputError: a checkpoint cannot be used.
+        """
+        super().__init__()
+        self.config = config
+        if config.initial_checkpoint is not None:
+            self.model = read_checkpoint(Path(config.initial_checkpoint), config.model).train()
+        else:
+            self.model = build(config.model)
+        if config.large_checkpoint is not None:
+            _start_large(self._pair, config.large_checkpoint)
+        if config.freeze_large:
+            self._pair.large.network.requires_grad_(False)
+
+    @property
+    def _pair(self) -> BoostedPair:
+        assert isinstance(self.model, BoostedPair)
+        return self.model
+
+    def estimates(self, batch: Batch) -> dict[str, Tensor]:
+        """Estimates ``[B, S, M, N]`` of the network that is trained (``small``) and, of a pair, of the ``large``."""
+        mixture, speaker = batch["mixture"], batch.get("speaker_embedding")
+        if isinstance(self.model, BoostedPair):
+            output = self.model(mixture, speaker)
+            return {"small": output.small, "large": output.large}
+        alone = self.model.get_submodule("small")
+        assert isinstance(alone, SmallModel)
+        samples = pad_to_frames(mixture, self.config.model.framing)
+        estimate, _ = alone(samples, alone.initial_state(len(mixture), speaker))
+        return {"small": estimate[..., : mixture.shape[-1]]}
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # Dynamic mixtures are made where they are used.
+        with torch.autocast(self.device.type, enabled=False):
+            return render(batch, target_only=self.config.model.task == "tse")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        estimate = self.estimates(batch)["small"]
+        loss = negative_si_sdr(estimate.float(), batch["sources"], self.config.permutation)
+        if not torch.isfinite(loss):
+            raise Failure(f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}")
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(estimate))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        estimates = self.estimates(batch)
+        for name, estimate in estimates.items():
+            figure = metrics.si_sdr_improvement(estimate.float(), batch["sources"], batch["mixture"]).mean()
+            key = MONITOR if name == "small" else f"{MONITOR}_{name}"
+            self.log(key, figure, prog_bar=True, sync_dist=True, batch_size=len(estimate))
+        if batch_idx == 0:
+            self._log_audio(batch, estimates)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        references, mixture = batch["sources"], batch["mixture"]
+        for name, estimate in self.estimates(batch).items():
+            figures = {
+                "si_sdri": metrics.si_sdr_improvement(estimate, references, mixture),
+                "snri": metrics.snr_improvement(estimate, references, mixture),
+                "stoi": metrics.stoi(estimate, references),
+                "pesq": metrics.pesq(estimate.cpu(), references.cpu()),
+            }
+            for figure, values in figures.items():
+                self.log(f"test/{name}_{figure}", values.nanmean(), sync_dist=True, batch_size=len(estimate))
+
+    def configure_optimizers(self) -> Any:
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        optimiser = torch.optim.Adam(weights, lr=self.config.learning_rate)
+        schedule = self.config.schedule
+        if schedule.kind == "cosine":
+            steps = int(self.trainer.estimated_stepping_batches)
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=schedule.minimum)
+            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimiser, mode="max", patience=schedule.patience, factor=schedule.factor, min_lr=schedule.minimum
+        )
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": MONITOR}}
+
+    def _log_audio(self, batch: Batch, estimates: dict[str, Tensor]) -> None:
+        """The first example's left channels, for ears: mixture, sources and estimates."""
+        add_audio = getattr(getattr(self.logger, "experiment", None), "add_audio", None)
+        if add_audio is None or self.trainer.sanity_checking:
+            return
+        signals = {"mixture": batch["mixture"][0, :1]}
+        for name, voices in {"source": batch["sources"], **estimates}.items():
+            signals |= {f"{name}{number}": voice[:1] for number, voice in enumerate(voices[0], start=1)}
+        rate = self.config.model.framing.sample_rate
+        for name, signal in signals.items():
+            add_audio(f"validation/{name}", signal.float().clamp(-1, 1).cpu(), self.global_step, rate)
+
+
+def _start_large(pair: BoostedPair, source: str) -> None:
+    """Give the large network the weights of a bundle, by name or path, or of a checkpoint file."""
+    path = Path(source)
+    if path.is_file():
+        load_large_network(pair, path)
+        return
+    from models.checkpoint import load_exactly
+
+    large, _ = load_large(source)
+    load_exactly(pair.large.network, large.network.state_dict(), find_bundle(source))
+
+
+def trainable(module: nn.Module) -> int:
+    """How many weights training changes."""
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)

@@ -1,0 +1,306 @@
+"""A training run on Lightning: devices, checkpoints, logs, interruption and resume."""
+
+import json
+import logging
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from common.errors import InputError, reason
+from common.files import atomic_file
+from models.checkpoint import read_checkpoint
+from training.config import Data, DynamicData, FolderData, TrainingConfig, read_training_config
+from training.datasets import DynamicMixing, EpochOrder, Loader, MixtureFolder
+from training.module import MONITOR, TrainingModule
+
+LAST = "last.ckpt"
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a run runs."""
+
+    per_node: int | None  # GPUs, or processes on the CPU; None: every GPU, else one process
+    nodes: int
+
+
+def read_settings(path: Path, *, data: Path | None, large: str | None) -> TrainingConfig:
+    """The configuration of a file with what the command line puts in its place.
+
+    Raises:
+        InputError: the file cannot be used, or what is put in its place does not fit it.
+    """
+    settings = read_training_config(path)
+    document = settings.model_dump(mode="json")
+    if data is not None:
+        for split in ("train", "validation", "test"):
+            if isinstance(getattr(settings, split), FolderData):
+                document[split]["root"] = str(data)
+    if large is not None:
+        if settings.model.large is None:
+            raise InputError(f"{path}: is of one network alone; leave out --large")
+        document["large_checkpoint"] = large
+    return TrainingConfig.model_validate_json(json.dumps(document))
+
+
+def run_training(
+    settings: TrainingConfig,
+    run_dir: Path,
+    start: Path | None,
+    devices: Devices,
+    *,
+    frac: float,
+    skip_broken: bool,
+    wandb: bool,
+) -> None:
+    """Train from the beginning or from a checkpoint, to the last epoch or until interrupted.
+
+    Raises:
+        InputError: the configuration, the data or the checkpoint cannot be used.
+        Failure: the loss is no number any more.
+    """
+    _quiet()
+    lightning.seed_everything(settings.seed, verbose=False)
+    done = _steps_of(start, settings) if start is not None else 0
+    module = TrainingModule(settings)
+    train = _examples(settings.train, settings, training=True, skip_broken=skip_broken)
+    validation = _examples(settings.validation, settings, training=False, skip_broken=skip_broken)
+    if len(train) < settings.batch_size:
+        raise InputError(f"the training data has {len(train)} items, fewer than one batch of {settings.batch_size}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{run_dir}: cannot make the folder ({reason(error)})") from None
+
+    interruption = _Interruption(run_dir / LAST)
+    trainer = _trainer(
+        settings,
+        run_dir,
+        devices,
+        frac,
+        loggers=_loggers(run_dir, wandb=wandb),
+        callbacks=[
+            # A stopped run loses at most a minute.
+            ModelCheckpoint(
+                run_dir,
+                filename=Path(LAST).stem,
+                train_time_interval=timedelta(minutes=1),
+                enable_version_counter=False,
+            ),
+            ModelCheckpoint(
+                run_dir / "best",
+                filename="epoch{epoch:03d}_{" + MONITOR + ":.2f}dB",
+                auto_insert_metric_name=False,
+                monitor=MONITOR,
+                mode="max",
+                save_top_k=5,
+            ),
+            LearningRateMonitor("step"),
+            interruption,
+        ],
+    )
+    if trainer.is_global_zero:
+        with atomic_file(run_dir / "config.json") as temporary:
+            temporary.write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    batch_size = settings.batch_size
+    if batch_size % trainer.world_size:
+        raise InputError(f"batch_size {batch_size} cannot be shared by {trainer.world_size} devices; choose a multiple")
+    order = EpochOrder(
+        len(train), batch_size, seed=settings.seed, shuffle=True, rank=trainer.global_rank, devices=trainer.world_size
+    )
+    order.first_batch = done % max(int(len(order) * frac), 1)
+    trainer.fit(
+        module,
+        Loader(train, order, settings.workers),
+        _evaluation_loader(validation, settings, trainer),
+        ckpt_path=start,
+        weights_only=True,
+    )
+    if interruption.number is not None:
+        print(f"kb-train: stopped at step {trainer.global_step}; --resume goes on from there", file=sys.stderr)
+    else:
+        trainer.save_checkpoint(run_dir / LAST)
+
+
+def run_test(
+    settings: TrainingConfig,
+    run_dir: Path,
+    checkpoint: Path | None,
+    devices: Devices,
+    *,
+    frac: float,
+    skip_broken: bool,
+) -> None:
+    """Test a checkpoint, by default the run's best, on the test split; figures go to ``RUN_DIR/test.json``.
+
+    Raises:
+        InputError: no checkpoint, no test data, or either cannot be used.
+    """
+    _quiet()
+    if settings.test is None:
+        raise InputError("the configuration names no test data")
+    path = checkpoint or best_checkpoint(run_dir)
+    module = TrainingModule(settings.model_copy(update={"initial_checkpoint": str(path), "large_checkpoint": None}))
+    test = _examples(settings.test, settings, training=False, skip_broken=skip_broken)
+    trainer = _trainer(settings, run_dir, devices, frac, loggers=[], callbacks=[])
+    figures = trainer.test(module, _evaluation_loader(test, settings, trainer))
+    if trainer.is_global_zero:
+        with atomic_file(run_dir / "test.json") as temporary:
+            result = {"checkpoint": path.name, **{name: round(value, 4) for name, value in figures[0].items()}}
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint of a run with the best validation figure, or else its last.
+
+    Raises:
+        InputError: the run has none.
+    """
+    scored = {float(path.stem.partition("_")[2].removesuffix("dB")): path for path in run_dir.glob("best/*dB.ckpt")}
+    if scored:
+        return scored[max(scored)]
+    if (run_dir / LAST).is_file():
+        return run_dir / LAST
+    raise InputError(f"{run_dir}: has no checkpoint; train first, or give --ckpt")
+
+
+def _examples(
+    data: Data, settings: TrainingConfig, *, training: bool, skip_broken: bool
+) -> MixtureFolder | DynamicMixing:
+    if isinstance(data, DynamicData):
+        return DynamicMixing(data, settings.model, seed=settings.seed, skip_broken=skip_broken)
+    return MixtureFolder(data, settings.model, seed=settings.seed, training=training, skip_broken=skip_broken)
+
+
+def _evaluation_loader(
+    examples: MixtureFolder | DynamicMixing, settings: TrainingConfig, trainer: lightning.Trainer
+) -> Loader:
+    order = EpochOrder(
+        len(examples),
+        settings.evaluation_batch_size * trainer.world_size,
+        seed=settings.seed,
+        shuffle=False,
+        rank=trainer.global_rank,
+        devices=trainer.world_size,
+    )
+    return Loader(examples, order, settings.workers)
+
+
+def _trainer(
+    settings: TrainingConfig,
+    run_dir: Path,
+    devices: Devices,
+    frac: float,
+    *,
+    loggers: list[Logger],
+    callbacks: list[Callback],
+) -> lightning.Trainer:
+    if sys.stderr.isatty():
+        callbacks = [*callbacks, RichProgressBar()]
+    per_node = devices.per_node or (torch.cuda.device_count() or 1)
+    try:
+        return lightning.Trainer(
+            accelerator="auto",
+            devices=per_node,
+            num_nodes=devices.nodes,
+            strategy="ddp" if per_node * devices.nodes > 1 else "auto",
+            precision=settings.precision,
+            max_epochs=settings.epochs,
+            gradient_clip_val=settings.gradient_clip or None,
+            limit_train_batches=frac,
+            limit_val_batches=frac,
+            limit_test_batches=frac,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=10,
+            default_root_dir=run_dir,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[_WholeCheckpoints()],
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=sys.stderr.isatty(),
+        )
+    except (ValueError, RuntimeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise InputError(f"--devices, --nodes: {reason(error)}") from None
+
+
+def _loggers(run_dir: Path, *, wandb: bool) -> list[Logger]:
+    loggers: list[Logger] = [TensorBoardLogger(run_dir, name="tensorboard", version="")]
+    if wandb:
+        try:
+            from lightning.pytorch.loggers import WandbLogger
+
+            loggers.append(WandbLogger(name=run_dir.name, save_dir=run_dir, project="knowledge-boosting"))
+        except ImportError:
+            raise InputError("--wandb: Weights & Biases is not installed; pip install wandb") from None
+    return loggers
+
+
+def _steps_of(checkpoint: Path, settings: TrainingConfig) -> int:
+    """Steps that a run's checkpoint had taken.
+
+    Raises:
+        InputError: the file is no checkpoint of a run, or of a model of another size.
+    """
+    read_checkpoint(checkpoint, settings.model)
+    try:
+        steps = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+    except Exception as error:  # torch raises nearly anything on files that are not its own
+        raise InputError(f"{checkpoint}: not a readable checkpoint of a run ({reason(error).split('. ')[0]})") from None
+    return int(steps)
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints written beside their place and renamed: whoever is killed while writing leaves the one before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+class _Interruption(Callback):
+    """On SIGTERM or Ctrl-C: finish the step, save, end. A second signal ends at once."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.number: int | None = None
+        self._checkpoint = checkpoint
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
+        # Every process must stop at the same step.
+        if trainer.strategy.reduce_boolean_decision(self.number is not None, all=False):
+            self.number = self.number or int(signal.SIGTERM)
+            trainer.save_checkpoint(self._checkpoint)
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, self._handlers[number])
+
+
+def _quiet() -> None:
+    """Keep Lightning's own remarks off the terminal; what a user must know, this project says."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
