@@ -21,6 +21,7 @@ from models.config import Boosting, ModelConfig, NetworkSize
 from models.framing import pad_to_frames
 from models.pair import BoostedPair, SmallModel
 from training.losses import negative_si_sdr
+from training.memory import keep_freed_memory
 
 SMALL = NetworkSize(channels=16, hidden=16)
 LARGE = NetworkSize(channels=64, hidden=64, heads=8, self_attention=True)
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("out/train_step.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     torch.manual_seed(0)
     sources = torch.randn(arguments.batch, 2, 2, round(16000 * arguments.seconds))
     configs = {

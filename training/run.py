@@ -22,6 +22,7 @@ from common.files import atomic_file
 from models.checkpoint import read_checkpoint
 from training.config import Data, DynamicData, FolderData, TrainingConfig, read_training_config
 from training.datasets import DynamicMixing, EpochOrder, Loader, MixtureFolder
+from training.memory import keep_freed_memory
 from training.module import MONITOR, TrainingModule
 
 LAST = "last.ckpt"
@@ -71,6 +72,8 @@ def run_training(
         Failure: the loss is no number any more.
     """
     _quiet()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     lightning.seed_everything(settings.seed, verbose=False)
     done = _steps_of(start, settings) if start is not None else 0
     module = TrainingModule(settings)
@@ -172,7 +175,7 @@ def best_checkpoint(run_dir: Path) -> Path:
         return scored[max(scored)]
     if (run_dir / LAST).is_file():
         return run_dir / LAST
-    raise InputError(f"{run_dir}: has no checkpoint; train first, or give --ckpt")
+    raise InputError(f"{run_dir}: has no checkpoint; train first")
 
 
 def _examples(
