@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from models.bundle import load_pair
+from models.checkpoint import read_checkpoint
+from models.config import ModelConfig
+from models.framing import pad_to_frames
+from models.pair import BoostedPair, SmallModel
 from tests.processes import command, environment, refusal_here, run
-from training.config import read_training_config
+from training.config import FolderData, read_training_config
+from training.datasets import MixtureFolder
+from training.metrics import si_sdr_improvement
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PAIR: dict[str, Any] = {
@@ -162,6 +168,46 @@ def test_a_loss_that_is_no_number_stops_with_the_names_of_its_batch(dataset: Pat
     assert line.startswith("kb-train: error: the loss is nan at step ")
     assert str(dataset / "train") in line
     assert "Traceback" not in result.stderr
+
+
+def test_hints_of_a_fitted_large_network_help_the_small_one(tmp_path: Path) -> None:
+    """Learning is real: a reduced pair fitted to four mixtures, large network first, the published way."""
+    data = write_dataset(tmp_path / "data", 4, 0.5, ("train",))
+    large = {"channels": 32, "hidden": 32, "blocks": 1}
+    small = {"channels": 4, "hidden": 4, "blocks": 2}
+    pair = {"task": "ss", "small": small, "large": large, "boosting": {"delay": 1}}
+    everything = {"kind": "folder", "root": str(data), "split": "train"}
+
+    def fit(name: str, model: dict[str, Any], *flags: object, **changes: Any) -> Path:
+        changes |= {"model": model, "validation": everything, "permutation": "joint", "batch_size": 1, "epochs": 45}
+        changes |= {"learning_rate": 1e-2, "schedule": {"kind": "cosine"}}
+        config = write_config(tmp_path / name, data, **changes)
+        train("--config", config, "--run_dir", tmp_path / name / "run", *flags)
+        return tmp_path / name / "run" / "last.ckpt"
+
+    fitted = fit("large", {"task": "ss", "small": large})
+    alone = fit("small", {"task": "ss", "small": small})
+    boosted = fit("pair", pair, "--large", fitted, freeze_large=True)
+
+    settings = read_training_config(boosted.parent / "config.json")
+    assert isinstance(settings.validation, FolderData)
+    examples = MixtureFolder(settings.validation, settings.model, seed=0, training=False, skip_broken=False)
+    batch = [examples.example((0, index)) for index in range(4)]
+    mixture, sources = (torch.stack([example[key] for example in batch]) for key in ("mixture", "sources"))
+
+    def figure(estimate: Tensor) -> float:
+        return float(si_sdr_improvement(estimate[..., : mixture.shape[-1]], sources, mixture).mean())
+
+    model = read_checkpoint(boosted, settings.model)
+    other = read_checkpoint(alone, ModelConfig(task="ss", small=settings.model.small)).get_submodule("small")
+    assert isinstance(model, BoostedPair)
+    assert isinstance(other, SmallModel)
+    with torch.inference_mode():
+        with_hints, without = model(mixture), model(mixture, hint_mask=torch.zeros(63))
+        unaided, _ = other(pad_to_frames(mixture, settings.model.framing), other.initial_state(4))
+    assert figure(with_hints.large) > 8
+    assert figure(with_hints.small) > figure(unaided)
+    assert figure(with_hints.small) > figure(without.small)
 
 
 def test_a_run_becomes_a_bundle_and_is_tested(whole_run: Path, tmp_path: Path) -> None:
