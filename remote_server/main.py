@@ -38,8 +38,9 @@ def serve(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
     from models.bundle import load_large
+    from models.device import pick_device
     from models.manifest import UNTRAINED_NOTICE
-    from remote_server.engine import HintEngine, pick_device
+    from remote_server.engine import HintEngine
     from remote_server.service import HintService
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

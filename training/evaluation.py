@@ -23,8 +23,6 @@ import importlib.util
 import math
 import multiprocessing
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -32,7 +30,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, cast
 
@@ -66,6 +63,7 @@ from training.evaluation_plot import (
     table,
     write_results,
 )
+from training.workers import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -250,25 +248,6 @@ def _check_items(data: "MixtureFolder", metrics: Sequence[Metric]) -> int:
 
 
 # Estimates
-
-
-def _pick_device(name: str) -> "torch.device":
-    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` means here.
-
-    Raises:
-        InputError: the name is another, or there is no such device.
-    """
-    import torch
-
-    kind, _, index = name.partition(":")
-    if name not in ("auto", "cpu") and (kind != "cuda" or (index and not index.isdecimal()) or name.endswith(":")):
-        raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:INDEX")
-    count = torch.cuda.device_count()
-    if kind == "cuda" and int(index or 0) >= count:
-        raise InputError(f"--device {name}: this machine has {count} CUDA devices; try --device cpu")
-    # With its shorter mantissa a GPU would differ from a CPU by more than streaming differs from whole signals.
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device(name if name != "auto" else "cuda" if count else "cpu")
 
 
 @dataclass(frozen=True)
@@ -466,17 +445,7 @@ def _start_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
-    # Ctrl-C reaches every process of a terminal; the first one ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    # A killed parent cannot end its workers, and they would wait for it for ever.
-    wait_for([parent])
-    os._exit(1)
+    end_with_parent()
 
 
 # The command
@@ -586,9 +555,12 @@ def _evaluate(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
     """
     import torch
 
+    from models.device import pick_device
     from training.metrics import SAMPLE_RATE
 
-    device = _pick_device(options.device)
+    device = pick_device(options.device)
+    # With its shorter mantissa a GPU would differ from a CPU by more than streaming differs from whole signals.
+    torch.backends.cudnn.allow_tf32 = False
     models = _load_models(options.models)
     if options.delays and all(model.large is None for model in models):
         raise InputError("--delays: is for pairs, and every model given is one network alone; leave it out")

@@ -18,8 +18,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import islice
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +49,7 @@ from training.rooms import (
     level_gains,
     render,
 )
+from training.workers import end_with_parent
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -179,17 +177,7 @@ _maker: Mixtures | Responses  # of a worker process, set when it starts
 def _start_worker(maker: Mixtures | Responses) -> None:
     global _maker
     _maker = maker
-    # Ctrl-C reaches every process of a terminal; the first one ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    # A killed parent cannot end its workers, and they would wait for it for ever.
-    wait_for([parent])
-    os._exit(1)
+    end_with_parent()
 
 
 def _make_item(split: Path, index: int) -> dict[Path, str]:

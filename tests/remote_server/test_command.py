@@ -15,9 +15,9 @@ import pytest
 
 from common.errors import InputError
 from models.bundle import write_bundle
+from models.device import pick_device
 from protos import hints_pb2 as pb
 from protos.hints_pb2_grpc import HintServiceStub
-from remote_server.engine import pick_device
 from tests.golden_cases import Golden
 from tests.processes import Server, command, refusal, running_server
 from tests.remote_server.driver import Device, Material, assert_logged
