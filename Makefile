@@ -16,7 +16,7 @@ demo: $(VENV)/.runtime
 		--report out/report.json --plot out/replay.png
 
 test: $(VENV)/.development
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.development
 	$(BIN)/ruff format --check .
