@@ -33,6 +33,7 @@ class Golden:
     small_output_without_hints: Tensor  # [B, S, M, N]
 
 
+@torch.inference_mode(False)  # whoever asks first, others may want gradients
 def load(name: str) -> Golden:
     folder = FOLDER / name
     config = config_from_published(json.loads((folder / "config.json").read_text()), name)
