@@ -27,7 +27,9 @@ def read_config(path: Path) -> ModelConfig:
             return config_from_published(document, str(path))
         except ValidationError as error:
             raise InputError(f"{path}: {first_fault(error)}") from None
-    return validate(ModelConfig, document, path)
+    # A training configuration has the model's as a part.
+    model = document.get("model")
+    return validate(ModelConfig, model if isinstance(model, dict) else document, path)
 
 
 def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
