@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import common.cli
+from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -51,7 +52,7 @@ def replay(
         Path, typer.Argument(metavar="IN.wav", help="Mixture: WAV, FLAC or OGG, one or two channels.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Estimate; SS adds -speaker1, -speaker2 to the name.")],
-    bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle.")],
+    bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle.")] = DEFAULT_BUNDLE,
     server: Annotated[
         str | None, typer.Option("--server", metavar="HOST:PORT", help="A running kb-server; else one is started here.")
     ] = None,
@@ -63,6 +64,15 @@ def replay(
         list[Path] | None, typer.Option("--reference", help="True source, to measure against; SS: give it twice.")
     ] = None,
     with_large: Annotated[bool, typer.Option("--with-large", help="Measure the large network too.")] = False,
+    alone: Annotated[
+        str | None, typer.Option("--alone", metavar="BUNDLE", help="Measure this network alone too, of the same task.")
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare", metavar="DIR", help="Write mixture, references and all estimates here, and a figure."
+        ),
+    ] = None,
     clock: Annotated[Clock, typer.Option("--clock", help="Computed arrival times, or real pacing.")] = Clock.VIRTUAL,
     network: Annotated[
         str | None, typer.Option("--network", help="Preset: lan, wifi, 5g, lte or satellite; flags below override it.")
@@ -111,6 +121,8 @@ def replay(
             enrollment=enrollment,
             references=tuple(reference or ()),
             with_large=with_large,
+            alone=alone,
+            compare=compare,
             real_clock=clock is Clock.REAL,
             network=network,
             delay_ms=delay_ms,

@@ -54,12 +54,10 @@ def plot_replay(
     figure, axes = plt.subplots(
         rows, 1, figsize=(11, 2.3 * rows + 0.6), sharex=True, layout="constrained", squeeze=False
     )
-    levels = {name: _spectrogram(samples[0], rate) for name, samples in signals.items()}
+    levels = {name: spectrogram(samples[0], rate) for name, samples in signals.items()}
     top = max(float(level.max()) for level, _ in levels.values())
     for axis, (name, (level, extent)) in zip(axes[:, 0], levels.items(), strict=False):
-        image = axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top, cmap="magma")
-        axis.set_ylabel("kHz")
-        axis.set_title(name, loc="left", fontsize=10)
+        image = draw_spectrogram(axis, name, level, extent, top)
     figure.colorbar(image, ax=axes[: len(signals), 0].tolist(), label="dB", aspect=30, pad=0.01)
     if log is not None:
         _plot_ages(axes[-1, 0], log, ended_at, budget_ms)
@@ -91,7 +89,15 @@ def _plot_ages(axis: Any, log: HintLog, ended_at: int, budget_ms: float) -> None
     axis.legend(loc="upper right", ncols=4, fontsize=8)
 
 
-def _spectrogram(signal: NDArray[np.float32], rate: int) -> tuple[NDArray[np.float64], tuple[float, ...]]:
+def draw_spectrogram(axis: Any, title: str, level: NDArray[np.float64], extent: tuple[float, ...], top: float) -> Any:
+    """Draw a spectrogram, 80 dB down from ``top``; returns the image."""
+    image = axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top, cmap="magma")
+    axis.set_ylabel("kHz")
+    axis.set_title(title, loc="left", fontsize=10)
+    return image
+
+
+def spectrogram(signal: NDArray[np.float32], rate: int) -> tuple[NDArray[np.float64], tuple[float, ...]]:
     """Level in dB ``[F, T]`` of 32 ms frames, and its extent in seconds and kHz."""
     size = round(0.032 * rate)
     padded = np.pad(signal.astype(np.float64), (0, max(size - len(signal), 0)))

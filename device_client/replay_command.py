@@ -39,6 +39,8 @@ class ReplayOptions:
     enrollment: Path | None
     references: tuple[Path, ...]
     with_large: bool
+    alone: str | None
+    compare: Path | None
     real_clock: bool
     network: str | None
     delay_ms: float | None
@@ -89,6 +91,7 @@ def replay_file(options: ReplayOptions) -> None:
     outputs = _output_paths(options, manifest.model)
     inputs = _read_inputs(options, manifest.model)
     model = _load_model(directory)
+    baseline = _load_baseline(options.alone, manifest.model) if options.alone is not None else None
 
     with ExitStack() as stack:
         server = None
@@ -111,6 +114,10 @@ def replay_file(options: ReplayOptions) -> None:
         alone_log = _new_log(inputs.mixture, manifest.model)
         alone = _run_frames("without hints", model, inputs.mixture, embedding, None, alone_log)
         estimates["small_without_hints"] = alone.output
+    if baseline is not None:
+        estimates["alone"] = _run_frames(
+            "alone", baseline, inputs.mixture, embedding, None, _new_log(inputs.mixture, baseline.manifest.model)
+        ).output
     if options.with_large:
         estimates["large"] = _large_estimate(options.bundle, inputs.mixture, embedding)
     length = inputs.samples.shape[1]
@@ -158,6 +165,8 @@ def replay_file(options: ReplayOptions) -> None:
     )
     if options.report is not None:
         reporting.write_report(options.report, report)
+    if options.compare is not None and inputs.references is not None:
+        _compare(options.compare, options.input_file, manifest, inputs, at_file_rate, report.quality)
     if options.plot is not None:
         _plot(options.plot, options.input_file, manifest, inputs, sources, run)
     Console().print(reporting.table(report))
@@ -169,6 +178,20 @@ def _load_model(directory: Path) -> "TorchModel":
     except ImportError as error:
         raise Failure(f"this engine needs torch ({error}): pip install 'knowledge-boosting[server]'") from None
     return TorchModel(str(directory))
+
+
+def _load_baseline(bundle: str, model: ModelConfig) -> "TorchModel":
+    """One network alone, to stand beside a bundle's.
+
+    Raises:
+        InputError: it is no network alone, or made for other signals.
+    """
+    other = read_manifest(find_bundle(bundle)).model
+    if other.boosting is not None:
+        raise InputError(f"{bundle}: is a pair; give --alone the bundle of one network alone")
+    if (other.task, other.microphones, other.framing) != (model.task, model.microphones, model.framing):
+        raise InputError(f"{bundle}: is not of the task, microphones and framing of --bundle; give --alone one that is")
+    return _load_model(find_bundle(bundle))
 
 
 def _large_estimate(bundle: str, mixture: Samples, embedding: Samples | None) -> Samples:
@@ -184,8 +207,10 @@ def _check_call(options: ReplayOptions, manifest: Manifest) -> None:
         raise InputError(f"{name}: extracts a target speaker; give --enrollment FILE with a voice or an embedding")
     if task == "ss" and options.enrollment is not None:
         raise InputError(f"{name}: separates all speakers; leave out --enrollment")
-    if options.with_large and not options.references:
-        raise InputError("--with-large: measures the large network; give --reference to measure against")
+    measuring = {"--with-large": options.with_large, "--alone": options.alone, "--compare": options.compare}
+    for flag, wanted in measuring.items():
+        if wanted and not options.references:
+            raise InputError(f"{flag}: measures; give --reference to measure against")
     given = (options.network, options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit)
     simulated = options.trace is not None or any(value is not None for value in given)
     if manifest.model.boosting is None and (
@@ -218,6 +243,8 @@ def _output_paths(options: ReplayOptions, model: ModelConfig) -> list[Path]:
         from device_client.plot import check_plot
 
         check_plot(options.plot)
+    if options.compare is not None and options.compare.exists() and not options.compare.is_dir():
+        raise InputError(f"{options.compare}: is a file; give --compare a folder")
     return outputs
 
 
@@ -361,7 +388,7 @@ def _quality(
         return {}
     before = si_sdr(mixture, references).mean(), snr(mixture, references).mean()
     quality = {"mixture": reporting.Quality(si_sdr=round(float(before[0]), 3), si_sdri=0, snri=0)}
-    for name in ("small_without_hints", "boosted", "large"):
+    for name in ("alone", "small_without_hints", "boosted", "large"):
         if name in estimates:
             matched = estimates[name][list(match_sources(estimates[name], references))]
             after = si_sdr(matched, references).mean(), snr(matched, references).mean()
@@ -371,6 +398,29 @@ def _quality(
                 snri=round(float(after[1] - before[1]), 3),
             )
     return quality
+
+
+def _compare(
+    folder: Path,
+    input_file: Path,
+    manifest: Manifest,
+    inputs: _Inputs,
+    estimates: dict[str, Samples],
+    quality: dict[str, reporting.Quality],
+) -> None:
+    from device_client.comparison import System, check_folder, write_comparison
+
+    assert inputs.references is not None
+    check_folder(folder)
+    systems: dict[System, Samples] = {}
+    for name in ("alone", "boosted", "large"):
+        if name in estimates:
+            # Separated voices come in any order: here all in that of the references.
+            systems[name] = estimates[name][list(match_sources(estimates[name], inputs.references))]
+    gains = {name: quality[name].si_sdri for name in systems}
+    systems["reference"] = inputs.references
+    title = f"{input_file.name}, bundle {manifest.label}"
+    write_comparison(folder, inputs.samples, systems, gains, inputs.rate, manifest.model.task, title)
 
 
 def _plot(path: Path, input_file: Path, manifest: Manifest, inputs: _Inputs, sources: Samples, run: Run) -> None:

@@ -131,7 +131,7 @@ class Report(Record):
     hints: HintReport | None
     server_lost: ServerLost | None
     quality: dict[str, Quality] = Field(
-        description="with --reference: mixture, small_without_hints, boosted, and with --with-large large"
+        description="with --reference: mixture, alone (--alone), small_without_hints, boosted, large (--with-large)"
     )
     timing: Timing
 
@@ -240,7 +240,13 @@ def table(report: Report) -> Table:
     grid.add_row("device", f"compute {_spread(took.compute_ms)}; real-time factor {took.real_time_factor:.2f}")
     if took.frames_behind:
         grid.add_row("device too slow", f"{took.frames_behind} frames started more than a chunk late")
-    names = {"mixture": "mixture", "small_without_hints": "small, no hints", "boosted": "boosted", "large": "large"}
+    names = {
+        "mixture": "mixture",
+        "alone": "alone",
+        "small_without_hints": "small, no hints",
+        "boosted": "boosted",
+        "large": "large",
+    }
     for key, quality in report.quality.items():
         gains = "" if key == "mixture" else f", SI-SDRi {quality.si_sdri:+.2f} dB, SNRi {quality.snri:+.2f} dB"
         untrained = " (untrained)" if bundle.untrained and key != "mixture" else ""

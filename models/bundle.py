@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from common.errors import InputError, reason
-from common.files import atomic_directory
+from common.files import atomic_directory, atomic_file
 from models.checkpoint import load_exactly
 from models.config import ModelConfig
 from models.manifest import (
@@ -76,7 +77,16 @@ def _load(model: Model, directory: Path, manifest: Manifest, part: Part) -> Mode
 
 
 def write_bundle(
-    directory: Path, model: nn.Module, config: ModelConfig, *, untrained: bool, source: str, configuration: str
+    directory: Path,
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    untrained: bool,
+    source: str,
+    configuration: str,
+    training_speakers: Sequence[str] = (),
+    note: str = "",
+    half_speaker: bool = False,
 ) -> Manifest:
     """Write a bundle; the directory's name is the bundle's.
 
@@ -85,6 +95,9 @@ def write_bundle(
         untrained: whether the weights are random; the bundle is then called so wherever it is shown.
         source: where the weights come from.
         configuration: the file the sizes were read from.
+        training_speakers: whom the weights were trained on.
+        note: Markdown for the model card.
+        half_speaker: whether the speaker layers, most of a TSE network, are stored as float16.
 
     Raises:
         InputError: the directory exists already or cannot be written, or its name is no bundle name.
@@ -95,6 +108,8 @@ def write_bundle(
         for part in parts:
             path = temporary / f"{part}.safetensors"
             state = {name: tensor.contiguous() for name, tensor in model.get_submodule(part).state_dict().items()}
+            if half_speaker:
+                state = {name: tensor.half() if ".speaker." in name else tensor for name, tensor in state.items()}
             safetensors.torch.save_file(state, path)
             digests[part] = file_digest(path)
         try:
@@ -110,16 +125,17 @@ def write_bundle(
                     torch=torch.__version__,
                     source=source,
                     configuration=configuration,
+                    training_speakers=list(training_speakers),
                 ),
             )
         except ValueError as error:
             raise InputError(f"{directory}: cannot name a bundle ({reason(error)})") from None
         (temporary / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(_card(manifest), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(manifest, note), encoding="utf-8")
     return manifest
 
 
-def _card(manifest: Manifest) -> str:
+def _card(manifest: Manifest, note: str) -> str:
     model, framing = manifest.model, manifest.model.framing
     task = "target speech extraction" if model.task == "tse" else "two-speaker separation"
     lines = [f"# {manifest.name}", ""]
@@ -144,12 +160,32 @@ def _card(manifest: Manifest) -> str:
             f"{framing.bins} values (compression {model.boosting.compression}).",
             "",
         ]
-    if manifest.quality:
-        lines += [
-            "| measured | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in manifest.quality.items()),
-            "",
-        ]
+    if note:
+        lines += [note.strip(), ""]
     lines += [f"Weights: {manifest.provenance.source}. Bundle id: `{manifest.id}`.", ""]
     return "\n".join(lines)
+
+
+_MEASURED = "\n## Measured\n"
+
+
+def record_quality(directory: Path, quality: Mapping[str, float], table: str) -> None:
+    """Put measured figures into a bundle's manifest, and a table of them at the end of its card, for any there were.
+
+    Args:
+        quality: figures by name.
+        table: in Markdown.
+
+    Raises:
+        InputError: the bundle cannot be read or written.
+    """
+    manifest = read_manifest(directory).model_copy(update={"quality": dict(quality)})
+    card = directory / "README.md"
+    try:
+        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {manifest.name}\n"
+    except (OSError, ValueError) as error:
+        raise InputError(f"{card}: not readable ({reason(error)})") from None
+    with atomic_file(directory / MANIFEST_FILE) as temporary:
+        temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    with atomic_file(card) as temporary:
+        temporary.write_text(f"{text.partition(_MEASURED)[0]}{_MEASURED}\n{table}\n", encoding="utf-8")

@@ -14,6 +14,8 @@ from models.manifest import first_fault, read_json, validate
 from models.pair import BoostedPair, SmallModel
 from models.published import config_from_published, convert, is_published, is_published_config
 
+TRAINING_SPEAKERS = "training_speakers"  # where a training run's checkpoint lists them
+
 
 def read_config(path: Path) -> ModelConfig:
     """A model configuration: our own schema, or a published JSON file.
@@ -75,12 +77,56 @@ def load_large_network(model: BoostedPair, path: Path) -> None:
     load_exactly(model.large.network, own, path)
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
+def read_training_speakers(path: Path) -> list[str]:
+    """The speakers that a training run's checkpoint has heard; none if it does not tell, as published ones do not.
+
+    Raises:
+        InputError: the file is no checkpoint.
+    """
+    content = _content(path)
+    speakers = content.get(TRAINING_SPEAKERS, []) if isinstance(content, dict) else []
+    if not isinstance(speakers, list) or not all(isinstance(speaker, str) for speaker in speakers):
+        raise InputError(f"{path}: its list of training speakers is damaged; give another checkpoint of the run")
+    return speakers
+
+
+def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
+    """Give a model what fits it of a related one: of the other task, or of the small network without hints.
+
+    Args:
+        model: of :func:`build`.
+        path: a checkpoint of ours.
+        config: the model's.
+
+    Returns:
+        The tensors that keep their own values, because the checkpoint has none of that name and shape.
+
+    Raises:
+        InputError: the file is no checkpoint, or has nothing that fits.
+    """
+    state, own = _state_dict(path), model.state_dict()
+    for name in [name for name in state if ".network.output_conv.conv." in name and name in own]:
+        # Of two separated voices, the first one's output layer serves to extract one.
+        axis = -own[name].dim()
+        if config.task == "tse" and state[name].shape[axis] == 2 * config.spectrum_channels:
+            state[name] = state[name].narrow(axis, 0, config.spectrum_channels)
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    if not fitting:
+        raise InputError(f"{path}: has no tensor that fits this configuration; is it a checkpoint of a related model?")
+    load_exactly(model, own | fitting, path)
+    return sorted(own.keys() - fitting.keys())
+
+
+def _content(path: Path) -> Any:
     existing_file(path, "a checkpoint")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on files that are not its own
         raise InputError(f"{path}: not a readable checkpoint ({reason(error).split('. ')[0]})") from None
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    content = _content(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no state dict of tensors; give a .ckpt or .pt file of the network's weights")

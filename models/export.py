@@ -6,41 +6,94 @@ from typing import Annotated
 import typer
 
 import common.cli
-from common.errors import InputError
+from common.errors import InputError, existing_file, reason
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def export(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make; its name is the bundle's.")],
-    config: Annotated[Path, typer.Option("--config", help="Model configuration (JSON), ours or a published one.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to make; its name is the bundle's.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Model or training configuration (JSON), ours or a published one.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="Weights: a published checkpoint or one of ours.")
     ] = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="Random weights, and labelled so.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights.")] = 0,
+    note: Annotated[Path | None, typer.Option("--note", help="Markdown to put into the model card.")] = None,
+    half_speaker: Annotated[
+        bool, typer.Option("--half-speaker", help="Store TSE's speaker layers, most of its size, as float16.")
+    ] = False,
+    check: Annotated[
+        str | None, typer.Option("--check", help="Check the bundle of this name or path instead: digests and weights.")
+    ] = None,
 ) -> None:
-    """Make a bundle that kb-server and kb-client can run."""
+    """Make a bundle that kb-server and kb-client can run, or check one."""
+    if check is not None:
+        if output or config or checkpoint or untrained or note or half_speaker:
+            raise InputError("--check: checks a bundle that there is; leave out what makes one")
+        _check(check)
+        return
+    if output is None or config is None:
+        raise InputError("give --config FILE and --output DIRECTORY to make a bundle, or --check BUNDLE")
     if untrained == (checkpoint is not None):
         raise InputError("give either --checkpoint FILE or --untrained")
     import torch
 
     from models.bundle import write_bundle
-    from models.checkpoint import build, read_checkpoint, read_config
+    from models.checkpoint import build, read_checkpoint, read_config, read_training_speakers
     from models.manifest import UNTRAINED_NOTICE, file_digest
 
     sizes = read_config(config)
+    text, speakers = _read_note(note) if note is not None else "", []
     if checkpoint is None:
         torch.manual_seed(seed)
         model, source = build(sizes), f"random, seed {seed}"
     else:
         model = read_checkpoint(checkpoint, sizes)
-        source = f"{checkpoint.name}, {file_digest(checkpoint)}"
-    manifest = write_bundle(output, model, sizes, untrained=untrained, source=source, configuration=config.name)
+        source, speakers = f"{checkpoint.name}, {file_digest(checkpoint)}", read_training_speakers(checkpoint)
+    manifest = write_bundle(
+        output,
+        model,
+        sizes,
+        untrained=untrained,
+        source=source,
+        configuration=config.name,
+        training_speakers=speakers,
+        note=text,
+        half_speaker=half_speaker,
+    )
     print(f"{output}: bundle {manifest.label}, id {manifest.id}")
     if untrained:
         common.cli.warn(UNTRAINED_NOTICE)
+
+
+def _read_note(path: Path) -> str:
+    try:
+        return existing_file(path, "a note in Markdown").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as text ({reason(error)})") from None
+
+
+def _check(bundle: str) -> None:
+    """Compute every digest anew and load every part.
+
+    Raises:
+        InputError: the bundle is not what its manifest says, or lacks a part.
+    """
+    from models.bundle import load_large, load_small
+    from models.manifest import find_bundle
+
+    _, manifest = load_small(bundle)
+    if manifest.model.large is not None:
+        load_large(bundle)
+    for part, digest in manifest.digests.items():
+        print(f"{find_bundle(bundle) / part}.safetensors: {digest}")
+    print(f"{bundle}: bundle {manifest.label}, id {manifest.id}, as its manifest says")
 
 
 def main() -> None:

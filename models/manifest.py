@@ -17,6 +17,7 @@ from models.config import ModelConfig, Strict
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE = "bundle.json"
 PRETRAINED = Path(__file__).parent / "pretrained"
+DEFAULT_BUNDLE = "ss-48ms-compact"
 UNTRAINED_NOTICE = "UNTRAINED: random weights, nothing here says how a trained model sounds"
 
 Part = Literal["small", "large"]
@@ -31,6 +32,9 @@ class Provenance(Strict):
     torch: str
     source: str = Field(description="checkpoint file and its digest, or the seed of random weights")
     configuration: str = Field(description="file the network sizes were read from")
+    training_speakers: list[str] = Field(
+        default_factory=list, description="whom the weights were trained on, as far as known: never to be measured on"
+    )
 
 
 class Manifest(Strict):
@@ -83,9 +87,18 @@ def find_bundle(name_or_path: str) -> Path:
             return candidate
     if Path(name_or_path).is_dir():
         raise InputError(f"{name_or_path}: has no {MANIFEST_FILE}; make a bundle with kb-export")
-    shipped = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{MANIFEST_FILE}"))
+    shipped = [path.parent.name for path in _shipped()]
     there_are = f"shipped ones: {', '.join(shipped)}" if shipped else "none is shipped yet, make one with kb-export"
     raise InputError(f"{name_or_path}: no bundle of that name or path ({there_are})")
+
+
+def shipped_bundles() -> list[Manifest]:
+    """The manifests of all bundles that come with the software, by name."""
+    return [read_manifest(path.parent) for path in _shipped()]
+
+
+def _shipped() -> list[Path]:
+    return sorted(PRETRAINED.glob(f"*/{MANIFEST_FILE}"))
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -4,6 +4,7 @@
 audio in, hints out. :class:`BoostedPair` holds both, as in training and offline evaluation.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +107,10 @@ class LargeModel(nn.Module):
             Hints ``[B, T, hint channels, F]``, the embedding ``[B, T, F, 2S']`` they encode, and the state after the
             last frame.
         """
-        embedding, network = self.network(self.stft.analyse(samples), state.network)
+        # A frozen network (joint training may freeze it) runs several times as fast without autograd's records.
+        frozen = not self.network.output_conv.conv.weight.requires_grad
+        with torch.no_grad() if frozen else nullcontext():
+            embedding, network = self.network(self.stft.analyse(samples), state.network)
         hints, encoder = self.encoder(embedding, state.encoder)
         return hints.transpose(2, 3), embedding, LargeState(network, encoder)
 

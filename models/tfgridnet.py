@@ -130,6 +130,10 @@ class TFGridNet(nn.Module):
         self.speaker = nn.ModuleList(
             nn.Linear(SPEAKER_EMBEDDING_SIZE, 2 * bins * size.channels) for _ in range(between if speaker else 0)
         )
+        for layer in cast("Iterable[nn.Linear]", self.speaker):
+            # Start near x * 1 + 0, so that features pass before the speaker's part is learned.
+            nn.init.ones_(layer.bias[: bins * size.channels])
+            nn.init.zeros_(layer.bias[bins * size.channels :])
         self.fusion = nn.ModuleList(
             HintFusion(size.channels, bins, size.heads, size.window, hint_channels, delay)
             for _ in range(between if hint_channels else 0)

@@ -15,6 +15,7 @@ import typer
 import common.cli
 from common.cli import warn
 from common.errors import InputError
+from models.manifest import DEFAULT_BUNDLE
 
 if TYPE_CHECKING:
     from remote_server.service import HintService
@@ -24,7 +25,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def serve(
-    bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle to serve.")],
+    bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle to serve.")] = DEFAULT_BUNDLE,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one and prints it.")] = 50051,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",

@@ -33,6 +33,9 @@ class DynamicData(Strict):
     items: Annotated[int, Field(ge=1, description="mixtures an epoch")]
     seconds: PositiveFloat = 4.0
     level_difference_db: Annotated[float, Field(ge=0, description="drawn within plus or minus")] = 5.0
+    level_dbfs: Annotated[
+        tuple[float, float], Field(description="RMS of the mixture, drawn between the two; lowered where it would clip")
+    ] = (-35.0, -20.0)
     speed: Annotated[float, Field(ge=0, lt=0.5, description="playback speed drawn within 1 plus or minus")] = 0.0
 
 
@@ -68,11 +71,20 @@ class TrainingConfig(Strict):
     initial_checkpoint: Annotated[str | None, Field(description="weights of the whole model to start from")] = None
     large_checkpoint: Annotated[str | None, Field(description="weights of the large network to start from")] = None
     freeze_large: bool = False
+    warm_start: Annotated[
+        str | None,
+        Field(description="checkpoint of a related model, of the other task or without hints: what fits is taken"),
+    ] = None
+    hint_dropout: Annotated[float, Field(ge=0, le=1, description="share of examples without any hint")] = 0.0
 
     @model_validator(mode="after")
     def _only_pairs_have_a_large_network(self) -> Self:
         if self.model.large is None and (self.large_checkpoint is not None or self.freeze_large):
             raise ValueError("large_checkpoint and freeze_large are for a pair, not for one network alone")
+        if self.model.large is None and self.hint_dropout:
+            raise ValueError("hint_dropout is for a pair, not for one network alone")
+        if self.warm_start is not None and self.initial_checkpoint is not None:
+            raise ValueError("warm_start and initial_checkpoint: give one of them")
         return self
 
 

@@ -7,12 +7,13 @@ How a speaker is told, the first rule that fits:
 3. a file in no folder, ``<speaker>-….ogg``: by what stands before the first hyphen.
 """
 
+import csv
 import functools
 import hashlib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from common.errors import InputError, reason
 Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
 SPLITS = ("train", "val", "test")
+METADATA_FILE = "metadata.csv"  # of a rendered split: a line an item
 _SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
 _LAYOUTS = "<speaker>/… folders or <speaker>-… file names"
@@ -209,6 +211,36 @@ def find_talkers(corpus: Corpus, length: int, enrollment: int) -> dict[str, Talk
         if mixable:
             found[name] = Talker(name, mixable, enrollable)
     return found
+
+
+def mixture_speakers(split: Path) -> frozenset[str]:
+    """Who speaks in the mixtures of a rendered split; nobody if it does not tell, as published data sets do not.
+
+    Raises:
+        InputError: its metadata cannot be read.
+    """
+    path = split / METADATA_FILE
+    if not path.is_file():
+        return frozenset()
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return frozenset(line[f"speaker{number}"] for line in csv.DictReader(file) for number in ("00", "01"))
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise InputError(f"{path}: not readable as the metadata of mixtures ({reason(error)})") from None
+
+
+def refuse_shared_speakers(trained: Collection[str], split: Path) -> None:
+    """Refuse to measure on voices that were trained on.
+
+    Raises:
+        InputError: a speaker of the split is among those ``trained``.
+    """
+    shared = sorted(mixture_speakers(split) & frozenset(trained))
+    if shared:
+        others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+        raise InputError(
+            f"{split}: speaker {shared[0]}{others} is in the training list too; measure on speakers of their own"
+        )
 
 
 def split_talkers(talkers: Mapping[str, Talker], splits: Sequence[str], seed: int) -> dict[str, tuple[Talker, ...]]:

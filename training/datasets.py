@@ -4,6 +4,7 @@ An example is addressed by (epoch, index), and every random draw follows from se
 interrupted, resumed and spread over any number of workers and devices without a change to what it sees.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from training.corpus import (
     draw_segments,
     find_speech,
     find_talkers,
+    mixture_speakers,
     read_segment,
     read_speech,
     speaker_embedding,
@@ -49,6 +51,7 @@ class Batch(TypedDict):
     speech: NotRequired[Tensor]  # [B, 2, N], dry; for TSE the target first
     responses: NotRequired[Tensor]  # [B, 2, M, K]
     level_difference_db: NotRequired[Tensor]  # [B]
+    level_dbfs: NotRequired[Tensor]  # [B]
 
 
 class MixtureFolder:
@@ -71,6 +74,7 @@ class MixtureFolder:
         if not found:
             raise InputError(f"{folder}: has no numbered items; kb-make-dataset makes them")
         self.items = found[: data.items]
+        self.speakers = mixture_speakers(folder)
         self._model, self._seed, self._training, self._skip_broken = model, seed, training, skip_broken
 
     def __len__(self) -> int:
@@ -154,7 +158,9 @@ class DynamicMixing:
         corpus = find_speech(Path(data.speech), skip_broken=skip_broken)
         for line in corpus.broken:
             warn(f"skipped: {line}")
-        self._talkers = list(find_talkers(corpus, self._segment, self._enrollment).values())
+        talkers = find_talkers(corpus, self._segment, self._enrollment)
+        self.speakers = frozenset(talkers)
+        self._talkers = list(talkers.values())
         if len(self._talkers) < 2:
             raise InputError(f"{data.speech}: has {len(self._talkers)} speakers with enough speech, two are needed")
         self._responses = read_bank(Path(data.responses))
@@ -199,13 +205,13 @@ class DynamicMixing:
             "responses": torch.from_numpy(room[rng.permutation(2)]),
             "level_difference_db": torch.tensor(self._data.level_difference_db * rng.uniform(-1, 1)),
         }
+        example["level_dbfs"] = torch.tensor(rng.uniform(*self._data.level_dbfs))
         if self._model.task == "tse":
             embedding = speaker_embedding(read_segment(segments[0][1]))
             example["speaker_embedding"] = torch.from_numpy(embedding[0])
         return example
 
 
-_LEVEL = 10 ** (-28 / 20)  # RMS of a dynamic mixture, of full scale 1
 _HEADROOM = 0.99
 
 
@@ -227,7 +233,7 @@ def render(batch: Batch, *, target_only: bool) -> Batch:
     signs = torch.tensor([1.0, -1.0], device=half.device)[:, None, None]
     sources = heard / level * 10 ** (half * signs / 20)
     mixture = sources.sum(1)
-    gain = _LEVEL / mixture.square().mean((-2, -1)).sqrt()
+    gain = 10 ** (batch["level_dbfs"] / 20) / mixture.square().mean((-2, -1)).sqrt()
     peak = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1)))
     gain = torch.minimum(gain, _HEADROOM / peak)[:, None, None]
     sources = (sources * gain[:, None]).float()
@@ -324,6 +330,12 @@ class EpochOrder(Sampler[list[Address]]):
             yield [(self._epoch, int(index)) for index in (own if len(own) else batch[:1])]
 
 
+def _leave_signals(_worker: int) -> None:
+    """Leave SIGTERM and Ctrl-C to the trainer, though they reach every process of its group; it ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Loader(DataLoader[Any]):
     """Batches in an order that can be gone on with; the order's place is the trainer's step, so it keeps no state."""
 
@@ -334,6 +346,7 @@ class Loader(DataLoader[Any]):
             sampler=order,
             batch_size=None,
             num_workers=workers,
+            worker_init_fn=_leave_signals,
             pin_memory=torch.cuda.is_available(),
         )
         self.order = order

@@ -24,7 +24,7 @@ import math
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -43,6 +43,7 @@ import common.cli
 from common.errors import Failure, InputError
 from models.config import ModelConfig
 from models.manifest import MANIFEST_FILE, UNTRAINED_NOTICE, file_digest, find_bundle, read_manifest
+from training.corpus import refuse_shared_speakers
 from training.evaluation_plot import (
     METRICS,
     RESULT_FILES,
@@ -59,6 +60,7 @@ from training.evaluation_plot import (
     System,
     Values,
     bootstrap,
+    compare,
     output_folder,
     table,
     write_results,
@@ -106,6 +108,7 @@ class Options:
     workers: int | None
     device: str
     seed: int
+    record: bool
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class _Model:
     record: ModelRecord
     small: "SmallModel"
     large: "LargeModel | None"
+    training_speakers: Collection[str]
 
     @property
     def config(self) -> ModelConfig:
@@ -168,11 +172,11 @@ def _load_bundle(given: str, name: str) -> _Model:
     small, _ = load_small(given)
     large = load_large(given)[0] if manifest.model.large is not None else None
     record = _record(name, given, "bundle", manifest.id, None, manifest.model, untrained=manifest.untrained)
-    return _Model(record, small, large)
+    return _Model(record, small, large, manifest.provenance.training_speakers)
 
 
 def _load_run(folder: Path, given: str, name: str) -> _Model:
-    from models.checkpoint import read_checkpoint
+    from models.checkpoint import read_checkpoint, read_training_speakers
     from models.pair import BoostedPair
     from training.config import read_training_config
     from training.run import best_checkpoint
@@ -182,7 +186,8 @@ def _load_run(folder: Path, given: str, name: str) -> _Model:
     module = read_checkpoint(path, config).requires_grad_(False)
     record = _record(name, given, "run", file_digest(path), str(path.relative_to(folder)), config, untrained=False)
     small = cast("SmallModel", module.get_submodule("small"))
-    return _Model(record, small, module.large if isinstance(module, BoostedPair) else None)
+    large = module.large if isinstance(module, BoostedPair) else None
+    return _Model(record, small, large, read_training_speakers(path))
 
 
 def _record(
@@ -559,12 +564,17 @@ def _evaluate(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
     from training.metrics import SAMPLE_RATE
 
     device = pick_device(options.device)
+    if options.record:
+        for given in options.models:
+            find_bundle(given)  # runs are refused before anything is measured
     # With its shorter mantissa a GPU would differ from a CPU by more than streaming differs from whole signals.
     torch.backends.cudnn.allow_tf32 = False
     models = _load_models(options.models)
     if options.delays and all(model.large is None for model in models):
         raise InputError("--delays: is for pairs, and every model given is one network alone; leave it out")
     data = _open_data(options.data, options.split, options.items, models[0].config)
+    for model in models:
+        refuse_shared_speakers(model.training_speakers, options.data / options.split)
     samples = _check_items(data, options.metrics)
     names = [item.name for item in data.items]
 
@@ -600,8 +610,39 @@ def _evaluate(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
         metrics=options.metrics,
         models=records,
         rows=[row for row, _ in figures],
+        comparisons=compare(figures, options.seed),
     )
     return results, names, figures
+
+
+def _record_quality(results: Results) -> None:
+    """Write every bundle's own figures into its manifest and its card."""
+    from models.bundle import record_quality
+
+    data = f"{results.data.items} mixtures of {Path(results.data.root).name}/{results.data.split}"
+    for model in results.models:
+        quality: dict[str, float] = {}
+        lines = ["| system | " + " | ".join(METRICS[metric].heading for metric in results.metrics) + " |"]
+        lines.append("|---" * (1 + len(results.metrics)) + "|")
+        for row in results.rows:
+            if row.model != model.name or row.trained_delay is False:
+                continue
+            cells = []
+            for metric, figure in row.figures.items():
+                digits = METRICS[metric].digits
+                if figure.mean is not None:
+                    quality[f"{row.system}_{metric}"] = figure.mean
+                interval = "" if figure.low is None else f" ({figure.low:.{digits}f}…{figure.high:.{digits}f})"
+                cells.append("-" if figure.mean is None else f"{figure.mean:.{digits}f}{interval}")
+            lines.append(f"| {SYSTEMS[row.system]} | {' | '.join(cells)} |")
+        lines += [
+            f"| {SYSTEMS[gain.system]}, over {gain.over} | {gain.si_sdri.mean:+.2f} "
+            f"({gain.si_sdri.low:+.2f}…{gain.si_sdri.high:+.2f}) |" + " |" * (len(results.metrics) - 1)
+            for gain in results.comparisons
+            if gain.model == model.name and gain.si_sdri.low is not None
+        ]
+        lines += ["", f"On {data}, with {100 * results.bootstrap.confidence:g} % bootstrap intervals."]
+        record_quality(find_bundle(model.given), quality, "\n".join(lines))
 
 
 @app.command()
@@ -630,6 +671,9 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write what was measured into the bundles: bundle.json and model card.")
+    ] = False,
 ) -> None:
     """Measure what models make of a dataset's mixtures: alone, boosted, with wrong hints, and the large network.
 
@@ -646,11 +690,14 @@ def evaluate(
         workers=workers,
         device=device,
         seed=seed,
+        record=record,
     )
     _check_installed(options.metrics)
     with output_folder(output):
         results, names, figures = _evaluate(options)
         write_results(output, results, names, figures)
+        if record:
+            _record_quality(results)
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)

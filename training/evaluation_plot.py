@@ -119,6 +119,16 @@ class StreamingRecord(Strict):
     system: System
 
 
+class Comparison(Strict):
+    """What a system of a pair gains over a network alone, item by item."""
+
+    model: str
+    system: System
+    delay_frames: int | None
+    over: str = Field(description="the model that is one network alone")
+    si_sdri: Figure = Field(description="difference in dB; its interval is of the paired differences")
+
+
 class Results(Strict):
     """The content of ``results.json``."""
 
@@ -132,6 +142,7 @@ class Results(Strict):
     metrics: list[Metric] = Field(description="each the mean over sources and microphones")
     models: list[ModelRecord]
     rows: list[Row]
+    comparisons: list[Comparison] = Field(description="every trained system of a pair over every network alone")
 
 
 class ItemFigures(NamedTuple):
@@ -156,6 +167,26 @@ def bootstrap(values: Values, seed: int) -> Figure:
     return Figure(mean=mean, low=round(float(low), 4), high=round(float(high), 4), items=count)
 
 
+def compare(figures: Sequence[ItemFigures], seed: int) -> list[Comparison]:
+    """The trained systems of pairs over networks alone, item by item."""
+    alone = [found for found in figures if found.row.system == "alone"]
+    return [
+        Comparison(
+            model=row.model,
+            system=row.system,
+            delay_frames=row.delay_frames,
+            over=base.row.model,
+            si_sdri=bootstrap(values["si_sdri"] - base.values["si_sdri"], seed),
+        )
+        for base in alone
+        for row, values in figures
+        if row.model is not None
+        and base.row.model is not None
+        and row.system not in ("alone", "mixture")
+        and row.trained_delay is not False
+    ]
+
+
 def table(results: Results, width: int) -> RenderableType:
     """The results for a person, on a terminal of a width; intervals have lines of their own where it is narrow."""
     headings = ["", "late by", *(METRICS[metric].heading for metric in results.metrics)]
@@ -175,7 +206,26 @@ def table(results: Results, width: int) -> RenderableType:
         if name is not None:
             parts += ["", Text(labels[name], style="bold")]
         parts.append(_grid([line for _, line in group], widths))
-    return Group(*parts, Text("─" * total, style="dim"), *map(Text, _notes(results)))
+    parts += [Text("─" * total, style="dim"), *map(Text, _notes(results))]
+    return Group(*parts, *_comparisons(results))
+
+
+def _comparisons(results: Results) -> list[RenderableType]:
+    if not results.comparisons:
+        return []
+    several = len({comparison.over for comparison in results.comparisons}) > 1
+    grid = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    for number in range(3):
+        grid.add_column(justify="right" if number == 2 else "left", no_wrap=True)
+    for comparison in results.comparisons:
+        name = SYSTEMS[comparison.system] + (f" over {comparison.over}" if several else "")
+        gain = comparison.si_sdri
+        cell = Text("-" if gain.mean is None else f"{gain.mean:+.2f}")
+        if gain.low is not None:
+            cell.append(f" ({gain.low:+.2f}…{gain.high:+.2f})", style="dim")
+        grid.add_row(comparison.model, name, cell)
+    over = "the network alone" if several else results.comparisons[0].over
+    return ["", Text(f"SI-SDRi over {over}, dB, item by item", style="bold"), "", grid]
 
 
 def _line(row: Row, metrics: Sequence[Metric], interval: str) -> list[Text]:

@@ -36,7 +36,17 @@ import common.cli
 from common.errors import Failure, InputError, reason
 from common.files import atomic_directory, atomic_file
 from models.manifest import file_digest
-from training.corpus import SAMPLE_RATE, SPLITS, Samples, Talker, draw_voices, find_speech, find_talkers, split_talkers
+from training.corpus import (
+    METADATA_FILE,
+    SAMPLE_RATE,
+    SPLITS,
+    Samples,
+    Talker,
+    draw_voices,
+    find_speech,
+    find_talkers,
+    split_talkers,
+)
 from training.rooms import (
     BANK_FILE,
     RESPONSE_LENGTH,
@@ -54,7 +64,6 @@ from training.workers import end_with_parent
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 PARAMETERS_FILE = "dataset.json"
-METADATA_FILE = "metadata.csv"
 _ITEM_FILE = "metadata.json"
 _RESPONSE_FILE = "responses.npy"
 _BANK = "rooms"  # where the rooms of a bank wait until all are there

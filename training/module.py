@@ -1,17 +1,27 @@
 """What one step of training, validation and test computes."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.errors import Failure
 from models.bundle import load_large
-from models.checkpoint import build, load_large_network, read_checkpoint
+from models.checkpoint import (
+    TRAINING_SPEAKERS,
+    build,
+    load_exactly,
+    load_large_network,
+    read_checkpoint,
+    read_training_speakers,
+    warm_start,
+)
 from models.framing import pad_to_frames
-from models.manifest import find_bundle
+from models.manifest import find_bundle, read_manifest
 from models.pair import BoostedPair, SmallModel
 from training import metrics
 from training.config import TrainingConfig
@@ -39,21 +49,38 @@ class TrainingModule(lightning.LightningModule):
             self.model = read_checkpoint(Path(config.initial_checkpoint), config.model).train()
         else:
             self.model = build(config.model)
+        if config.warm_start is not None:
+            left = warm_start(self.model, Path(config.warm_start), config.model)
+            print(f"{config.warm_start}: taken over, but for {len(left)} tensors that start anew", file=sys.stderr)
         if config.large_checkpoint is not None:
             _start_large(self._pair, config.large_checkpoint)
+        # Whom the weights have heard, by whatever way: to be measured on others.
+        self.training_speakers: set[str] = set()
+        for source in (config.initial_checkpoint, config.large_checkpoint, config.warm_start):
+            if source is not None:
+                self.training_speakers |= training_speakers(source)
         if config.freeze_large:
             self._pair.large.network.requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[TRAINING_SPEAKERS] = sorted(self.training_speakers)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.training_speakers |= set(checkpoint.get(TRAINING_SPEAKERS, ()))
 
     @property
     def _pair(self) -> BoostedPair:
         assert isinstance(self.model, BoostedPair)
         return self.model
 
-    def estimates(self, batch: Batch) -> dict[str, Tensor]:
-        """Estimates ``[B, S, M, N]`` of the network that is trained (``small``) and, of a pair, of the ``large``."""
+    def estimates(self, batch: Batch, hint_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Estimates ``[B, S, M, N]`` of the network that is trained (``small``) and, of a pair, of the ``large``.
+
+        ``hint_mask`` is ``[B, T]`` or broadcasts to it: 0 for hints that are withheld.
+        """
         mixture, speaker = batch["mixture"], batch.get("speaker_embedding")
         if isinstance(self.model, BoostedPair):
-            output = self.model(mixture, speaker)
+            output = self.model(mixture, speaker, hint_mask)
             return {"small": output.small, "large": output.large}
         alone = self.model.get_submodule("small")
         assert isinstance(alone, SmallModel)
@@ -67,12 +94,20 @@ class TrainingModule(lightning.LightningModule):
             return render(batch, target_only=self.config.model.task == "tse")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        estimate = self.estimates(batch)["small"]
+        estimate = self.estimates(batch, self._hint_mask(len(batch["mixture"])))["small"]
         loss = negative_si_sdr(estimate.float(), batch["sources"], self.config.permutation)
         if not torch.isfinite(loss):
             raise Failure(f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(estimate))
         return loss
+
+    def _hint_mask(self, batch: int) -> Tensor | None:
+        """Which examples have hints, ``[B, 1]``; drawn from seed, step and device alone, as a resumed run needs."""
+        if not self.config.hint_dropout:
+            return None
+        rng = np.random.default_rng([self.config.seed, self.global_step, self.global_rank])
+        kept = rng.random((batch, 1)) >= self.config.hint_dropout
+        return torch.from_numpy(kept.astype(np.float32)).to(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         estimates = self.estimates(batch)
@@ -127,10 +162,15 @@ def _start_large(pair: BoostedPair, source: str) -> None:
     if path.is_file():
         load_large_network(pair, path)
         return
-    from models.checkpoint import load_exactly
-
     large, _ = load_large(source)
     load_exactly(pair.large.network, large.network.state_dict(), find_bundle(source))
+
+
+def training_speakers(source: str) -> set[str]:
+    """The speakers that a bundle, by name or path, or a checkpoint file was trained on, as far as it tells."""
+    if Path(source).is_file():
+        return set(read_training_speakers(Path(source)))
+    return set(read_manifest(find_bundle(source)).provenance.training_speakers)
 
 
 def trainable(module: nn.Module) -> int:

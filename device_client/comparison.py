@@ -1,0 +1,144 @@
+"""What every network makes of one mixture, side by side: sound files and one picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+
+from common.errors import InputError, reason
+from common.files import atomic_file
+from device_client import audio
+from device_client.plot import draw_spectrogram, spectrogram
+from models.manifest import shipped_bundles
+from protos.codec import Samples
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+PICTURE = "comparison.png"
+System = Literal["alone", "boosted", "large", "reference"]
+_TITLES: dict[System, str] = {
+    "alone": "small network alone",
+    "boosted": "boosted by late hints",
+    "large": "large network",
+    "reference": "reference: the voice itself",
+}
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder that a comparison goes to.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot make the folder ({reason(error)}); give another --compare") from None
+
+
+def write_comparison(
+    folder: Path,
+    mixture: Samples,
+    systems: Mapping[System, Samples],
+    gains: Mapping[System, float],
+    rate: int,
+    task: str,
+    title: str,
+) -> list[Path]:
+    """Write ``mixture.wav``, a file for every system and voice, and the picture.
+
+    Args:
+        mixture: ``[M, N]``.
+        systems: by name, ``[S, M, N]`` each, the voices of all in the same order.
+        gains: SI-SDRi in dB of the systems that are no reference.
+        task: of the bundle; the picture has the recorded quality by delay of the shipped bundles of that task.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    written = [folder / "mixture.wav"]
+    audio.write_audio(written[0], mixture, rate, "s16", None)
+    for name, voices in systems.items():
+        for number, voice in enumerate(voices, start=1):
+            written.append(folder / (f"{name}-speaker{number}.wav" if len(voices) > 1 else f"{name}.wav"))
+            audio.write_audio(written[-1], voice, rate, "s16", None)
+    _draw(folder / PICTURE, mixture, systems, gains, rate, task, title)
+    return [*written, folder / PICTURE]
+
+
+def _draw(
+    path: Path,
+    mixture: Samples,
+    systems: Mapping[System, Samples],
+    gains: Mapping[System, float],
+    rate: int,
+    task: str,
+    title: str,
+) -> None:
+    curve = _quality_by_delay(task)
+    shown = {"mixture": mixture[0]}
+    for system, voices in systems.items():
+        voice = ", speaker 1" if len(voices) > 1 else ""
+        gain = f": {gains[system]:+.1f} dB SI-SDRi{' (all speakers)' if voice else ''}" if system in gains else ""
+        shown[_TITLES[system] + voice + gain] = voices[0, 0]
+    levels = {title: spectrogram(samples, rate) for title, samples in shown.items()}
+    top = max(float(level.max()) for level, _ in levels.values())
+    rows = len(shown)
+    figure = plt.figure(figsize=(15 if curve else 10, 1.75 * rows + 0.8), layout="constrained")
+    try:
+        grid = figure.add_gridspec(rows, 2 if curve else 1, width_ratios=(1.7, 1) if curve else (1,))
+        first: Any = None
+        for row, (heading, (level, extent)) in enumerate(levels.items()):
+            first = axis = figure.add_subplot(grid[row, 0], sharex=first)
+            draw_spectrogram(axis, heading, level, extent, top)
+            axis.label_outer()
+        axis.set_xlabel("time, s")
+        if curve:
+            _draw_curve(figure.add_subplot(grid[:, 1]), curve)
+        figure.suptitle(title, fontsize=12)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=100)
+    finally:
+        plt.close(figure)
+
+
+def _quality_by_delay(task: str) -> dict[str, list[tuple[float, float]]]:
+    """What is recorded in the shipped bundles: by system, (delay in ms, SI-SDRi in dB)."""
+    curve: dict[str, list[tuple[float, float]]] = {}
+    for manifest in shipped_bundles():
+        model = manifest.model
+        if model.task != task or (model.boosting is not None and model.boosting.compression != 1):
+            continue
+        delay = 1000 * model.delay * model.framing.chunk_seconds
+        for system in ("alone", "boosted", "large"):
+            if f"{system}_si_sdri" in manifest.quality:
+                curve.setdefault(system, []).append((delay, manifest.quality[f"{system}_si_sdri"]))
+    return {system: sorted(points) for system, points in curve.items()} if "boosted" in curve else {}
+
+
+def _draw_curve(axis: Any, curve: Mapping[str, list[tuple[float, float]]]) -> None:
+    colours = {"alone": "#CC79A7", "boosted": "#0072B2", "large": "#009E73"}
+    for system, points in curve.items():
+        if system == "boosted":
+            axis.plot(*zip(*points, strict=True), "o-", color=colours[system], label="boosted")
+            for delay, gain in points:
+                axis.annotate(f"{gain:.1f}", (delay, gain), (0, 7), textcoords="offset points", ha="center")
+        else:
+            level = float(np.mean([gain for _, gain in points]))
+            label = {"alone": "small network alone", "large": "large network"}[system]
+            axis.axhline(level, color=colours[system], linestyle="--", label=f"{label}, {level:.1f} dB")
+    axis.set_xlabel("hints late by, ms")
+    axis.set_ylabel("SI-SDRi, dB")
+    axis.set_ylim(bottom=0)
+    axis.margins(y=0.15)
+    axis.grid(color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    axis.set_title("quality by delay: validation set, as recorded in the shipped bundles", loc="left", fontsize=10)
