@@ -1,19 +1,31 @@
-# make demo   replay the sample mixture with hints over a simulated network, into out/
-# make test   all tests
-# make lint   ruff and mypy
+# make demo      hear what hints do: the sample mixture, alone, boosted and large, into out/demo/
+# make test      all tests
+# make lint      ruff and mypy
+# make results   the validation table of the shipped bundles, into out/results/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUNDLE := out/untrained-ss-48ms
+SS_BUNDLES := ss-alone ss-48ms-compact
+TSE_BUNDLES := tse-alone tse-48ms-compact
 
-.PHONY: demo test lint stubs clean
+.PHONY: demo test lint results validation stubs clean
 
 demo: $(VENV)/.runtime
-	rm -rf $(BUNDLE)
-	$(BIN)/kb-export --untrained --seed 1 --config configs/demo/ss-48ms.json --output $(BUNDLE)
-	$(BIN)/kb-client replay samples/mixture.wav --output out/untrained.wav --bundle $(BUNDLE) --delay-ms 48 \
-		--reference samples/source1.wav --reference samples/source2.wav \
-		--report out/report.json --plot out/replay.png
+	$(BIN)/kb-client replay samples/mixture.wav --output out/enhanced.wav --delay-ms 48 \
+		--reference samples/source1.wav --reference samples/source2.wav --alone ss-alone --with-large \
+		--compare out/demo --report out/report.json --plot out/replay.png
+
+# The same mixtures on every machine: voices, rooms and seed are fixed.
+VALIDATION := $(BIN)/kb-make-dataset --speech samples/speech/valid --sofa samples/hrtf/mit_kemar_normal_pinna.sofa \
+	--absorption 0.3 0.8 --anechoic 0.25 --seed 2026 --val 200
+
+validation: $(VENV)/.development
+	$(VALIDATION) --task ss --output data/valid-ss
+	$(VALIDATION) --task tse --output data/valid-tse
+
+results: validation
+	$(BIN)/kb-evaluate $(SS_BUNDLES) --data data/valid-ss --split val --metrics si_sdri,snri --output out/results/ss
+	$(BIN)/kb-evaluate $(TSE_BUNDLES) --data data/valid-tse --split val --metrics si_sdri,snri --output out/results/tse
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

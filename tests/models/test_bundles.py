@@ -1,6 +1,8 @@
 """Bundles: written by kb-export, read back, refused when changed."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +11,15 @@ import safetensors.torch
 import torch
 
 from common.errors import InputError
-from models.bundle import load_large, load_pair, load_small
+from models.bundle import load_large, load_pair, load_small, record_quality
+from models.config import ModelConfig
 from models.manifest import read_manifest
 from tests.golden_cases import FOLDER, TOLERANCE, Golden, worst
 from tests.processes import refusal, run
 
 CASE = "tse_delay3"
-DEMO = Path(__file__).parents[2] / "configs/demo/ss-48ms.json"
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO = CONFIGS / "demo/ss-48ms.json"
 
 
 def test_a_published_checkpoint_becomes_a_bundle_that_computes_the_same(
@@ -92,6 +96,66 @@ def test_changed_bundles_do_not_load(change: str, golden_bundle: Callable[[str],
         load_large(str(tmp_path))
 
 
+def test_a_training_configuration_and_a_note_make_a_bundle_and_its_card(tmp_path: Path) -> None:
+    note = tmp_path / "note.md"
+    note.write_text("## Data\n\nRead English.\n")
+    config = json.loads((CONFIGS / "compact/tse-alone.json").read_text())
+    result = run(
+        *("kb-export", "--config", CONFIGS / "compact/tse-alone.json", "--untrained", "--note", note, "-o"),
+        tmp_path / "whole",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "## Data\n\nRead English." in (tmp_path / "whole" / "README.md").read_text()
+    assert read_manifest(tmp_path / "whole").model == ModelConfig.model_validate(config["model"])
+
+    # Speaker layers, most of it, take half the space; everything else stays as it was.
+    result = run(
+        *("kb-export", "--config", CONFIGS / "compact/tse-alone.json", "--untrained", "--half-speaker", "-o"),
+        tmp_path / "half",
+    )
+    assert result.returncode == 0, result.stderr
+    size = {name: (tmp_path / name / "small.safetensors").stat().st_size for name in ("whole", "half")}
+    assert size["half"] < 0.55 * size["whole"]
+    (whole, _), (half, _) = load_small(str(tmp_path / "whole")), load_small(str(tmp_path / "half"))
+    for (name, one), other in zip(whole.state_dict().items(), half.state_dict().values(), strict=True):
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(other, one, rtol=5e-4 if ".speaker." in name else 0, atol=1e-7)
+
+
+def test_check_finds_what_was_changed(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(golden_bundle(CASE), copy)
+    result = run("kb-export", "--check", copy)
+    assert result.returncode == 0, result.stderr
+    for part in ("small", "large"):
+        digest = hashlib.sha256((copy / f"{part}.safetensors").read_bytes()).hexdigest()
+        assert f"{part}.safetensors: sha256:{digest}" in result.stdout
+    weights = copy / "large.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert "large.safetensors: digest differs" in refusal("kb-export", "--check", copy)
+    weights.unlink()
+    assert "lacks its large part" in refusal("kb-export", "--check", copy)
+    assert "leave out what makes one" in refusal("kb-export", "--check", copy, "--untrained")
+    assert "no bundle of that name" in refusal("kb-export", "--check", "nothing-like-it")
+
+
+def test_recorded_figures_stand_in_manifest_and_card_once(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(golden_bundle(CASE), copy)
+    before = read_manifest(copy)
+    for figure in (1.0, 2.5):
+        record_quality(copy, {"boosted_si_sdri": figure}, f"| boosted | {figure} |")
+    manifest = read_manifest(copy)
+    assert manifest.quality == {"boosted_si_sdri": 2.5}
+    assert (manifest.id, manifest.digests, manifest.provenance) == (before.id, before.digests, before.provenance)
+    card = (copy / "README.md").read_text()
+    assert card.startswith((golden_bundle(CASE) / "README.md").read_text())
+    assert card.count("## Measured") == 1
+    assert "| boosted | 2.5 |" in card
+    assert "1.0" not in card.partition("## Measured")[2]
+    load_pair(str(copy))
+
+
 def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     config, checkpoint = FOLDER / CASE / "config.json", FOLDER / CASE / "joint.ckpt"
     (tmp_path / "there").mkdir()
@@ -99,7 +163,8 @@ def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     out = tmp_path / "new"
     cases: list[tuple[list[object], str]] = [
-        (["--config", config], "Missing"),
+        (["--config", config], "give --config FILE and --output DIRECTORY"),
+        (["--config", config, "-o", out, "--untrained", "--note", tmp_path / "no.md"], "no.md: no such file"),
         (["--config", config, "-o", out], "give either --checkpoint FILE or --untrained"),
         (["--config", config, "-o", out, "--untrained", "--checkpoint", checkpoint], "give either"),
         (["--config", tmp_path / "no.json", "-o", out, "--untrained"], "no.json: no such file"),

@@ -340,8 +340,12 @@ def test_unusable_dynamic_data_is_refused_naming_the_key(key: str, value: object
     assert_refused(changed(document, f"train.{key}", value), f"train.dynamic.{key}", tmp_path / "config.json")
 
 
-@pytest.mark.parametrize(("key", "value"), [("large_checkpoint", "large.pt"), ("freeze_large", True)])
-def test_one_network_alone_has_no_large_one_to_start_or_freeze(key: str, value: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"), [("large_checkpoint", "large.pt"), ("freeze_large", True), ("hint_dropout", 0.1)]
+)
+def test_one_network_alone_has_no_large_one_to_start_or_freeze_and_no_hints(
+    key: str, value: object, tmp_path: Path
+) -> None:
     document = json.loads((CONFIGS / "baselines/SM-BS-25.json").read_text()) | {key: value}
     assert_refused(document, key, tmp_path / "config.json")
 

@@ -1,6 +1,8 @@
 """kb-train: real runs of tiny networks, interrupted, resumed, shared by processes, and fitted."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import time
@@ -14,14 +16,16 @@ import torch
 from torch import Tensor
 
 from models.bundle import load_pair
-from models.checkpoint import read_checkpoint
+from models.checkpoint import build, read_checkpoint
 from models.config import ModelConfig
 from models.framing import pad_to_frames
 from models.pair import BoostedPair, SmallModel
-from tests.processes import command, environment, refusal_here, run
+from tests.processes import command, environment, refusal, refusal_here, run
 from training.config import FolderData, read_training_config
-from training.datasets import MixtureFolder
+from training.datasets import Batch, MixtureFolder
+from training.losses import permuted_si_sdr
 from training.metrics import si_sdr_improvement
+from training.module import TrainingModule
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PAIR: dict[str, Any] = {
@@ -110,13 +114,17 @@ def test_a_run_leaves_checkpoints_logs_and_its_configuration(
 
 def test_an_interrupted_run_goes_on_exactly(whole_run: Path, tmp_path: Path) -> None:
     """Wherever SIGTERM meets it, at the start, in mid-epoch or never: the same weights after the same steps."""
-    call = ["--config", whole_run / "config.json", "--run_dir", tmp_path / "run"]
-    process = subprocess.Popen(command("kb-train", *call), env=environment(), stderr=subprocess.PIPE, text=True)
+    document = json.loads((whole_run / "config.json").read_text()) | {"workers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    call = ["--config", tmp_path / "config.json", "--run_dir", tmp_path / "run"]
+    process = subprocess.Popen(
+        command("kb-train", *call), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("best/epoch*")):  # into the second epoch
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # its worker too, as a service manager or a terminal does
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     stopped = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"]
@@ -125,6 +133,78 @@ def test_an_interrupted_run_goes_on_exactly(whole_run: Path, tmp_path: Path) -> 
     train(*call, "--resume")
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 42
     assert largest_difference(tmp_path / "run" / "last.ckpt", whole_run / "run" / "last.ckpt") < 1e-6
+
+
+def test_a_run_goes_on_where_its_first_weights_are_gone(dataset: Path, tmp_path: Path) -> None:
+    """On another machine there is the repository, the data and one checkpoint file."""
+    first = tmp_path / "first"
+    torch.manual_seed(0)
+    alone = ModelConfig.model_validate({"task": "ss", "small": PAIR["small"]})
+    torch.save(build(alone).state_dict(), tmp_path / "small.pt")
+    config = write_config(first, dataset, epochs=1, warm_start=str(tmp_path / "small.pt"))
+    result = run("kb-train", "--config", config, "--run_dir", first / "run")
+    assert result.returncode == 0, result.stderr
+    assert "small.pt: taken over, but for" in result.stderr
+    (tmp_path / "small.pt").unlink()
+    other = tmp_path / "other"
+    config = write_config(other, dataset, epochs=2, warm_start=str(tmp_path / "small.pt"))
+    train("--config", config, "--run_dir", other / "run", "--ckpt", first / "run" / "last.ckpt")
+    assert torch.load(other / "run" / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert "small.pt: no such file" in refusal("kb-train", "--config", config, "--run_dir", tmp_path / "third")
+
+
+def test_speakers_of_training_are_kept_and_never_measured_on(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    write_speakers(data / "train", "19", "26")
+    write_speakers(data / "val", "26", "27")
+    config = write_config(tmp_path, data, epochs=1)
+    line = refusal_here("kb-train", capsys, "--config", config, "--run_dir", tmp_path / "run")
+    assert "val: speaker 26 is in the training list too" in line
+    write_speakers(data / "val", "27", "28")
+    train("--config", config, "--run_dir", tmp_path / "run")
+    last = tmp_path / "run" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["training_speakers"] == ["19", "26"]
+
+    # A run that starts from these weights has heard them too.
+    write_speakers(data / "train", "30", "31")
+    config = write_config(tmp_path / "next", data, epochs=1, initial_checkpoint=str(last))
+    train("--config", config, "--run_dir", tmp_path / "next" / "run")
+    last = tmp_path / "next" / "run" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["training_speakers"] == ["19", "26", "30", "31"]
+
+    bundle = tmp_path / "bundle"
+    assert run("kb-export", "--config", config, "--checkpoint", last, "-o", bundle).returncode == 0
+    assert json.loads((bundle / "bundle.json").read_text())["provenance"]["training_speakers"][0] == "19"
+    write_speakers(data / "val", "31", "32")
+    for model in (bundle, tmp_path / "next" / "run"):
+        line = refusal("kb-evaluate", model, "--data", data, "--split", "val", "-o", tmp_path / "out")
+        assert "val: speaker 31 is in the training list too" in line
+    line = refusal("kb-train", "--config", config, "--run_dir", tmp_path / "next" / "run", "--test")
+    assert "val: speaker 31 is in the training list too" in line
+
+
+def write_speakers(split: Path, *speakers: str) -> None:
+    (split / "metadata.csv").write_text(f"item,speaker00,speaker01\n000000,{speakers[0]},{speakers[1]}\n")
+
+
+def test_dropped_hints_are_no_hints(dataset: Path, tmp_path: Path) -> None:
+    """With every hint dropped the loss is that of the small network with zeros; without dropout, that of the pair."""
+    batch: Batch = {"names": ["a"], "sources": torch.randn(1, 2, 2, 4000, generator=torch.Generator().manual_seed(0))}
+    batch["mixture"] = batch["sources"].sum(1)
+    losses = {}
+    for dropout in (0.0, 1.0):
+        torch.manual_seed(0)
+        config = read_training_config(write_config(tmp_path, dataset, hint_dropout=dropout, permutation="joint"))
+        module = TrainingModule(config)
+        losses[dropout] = float(module.training_step(batch, 0).detach())
+        for kept in (1.0, 0.0):
+            estimate = module.model(batch["mixture"], None, torch.full((1, 1), kept)).small
+            expected = -permuted_si_sdr(estimate, batch["sources"], "joint").mean()
+            assert (losses[dropout] == pytest.approx(float(expected.detach()), abs=1e-4)) == (dropout == 1 - kept)
+    assert losses[0.0] != losses[1.0]
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+#!/bin/sh
+# All bundles of a size, from speech to bundles under out/: `sh configs/train-bundles.sh compact` (two CPU cores, hours)
+# or `full_size` (a GPU). Wants training speech in data/speech. The same command goes on where it was stopped.
+set -eu
+trap 'exit 130' INT TERM
+size=$1
+[ -d "configs/$size" ] || { echo "configs/$size: no such folder; give compact or full_size" >&2; exit 2; }
+[ -d data/speech ] || { echo "data/speech: no such folder; put or link the training speech there" >&2; exit 2; }
+
+dataset="kb-make-dataset --sofa samples/hrtf/mit_kemar_normal_pinna.sofa --absorption 0.3 0.8"
+$dataset --responses-only --rooms 400 --anechoic 1 --seed 11 --output data/anechoic
+$dataset --responses-only --rooms 1200 --anechoic 0.25 --seed 12 --output data/rooms
+make validation
+
+for name in ss-large-anechoic ss-large ss-alone ss-48ms tse-large tse-alone tse-48ms; do
+    run=runs/$size/$name
+    # Going on with a run that has ended changes nothing.
+    if [ -e "$run/last.ckpt" ]; then resume=--resume; else resume=; rm -rf "$run"; fi
+    kb-train --config "configs/$size/$name.json" --run_dir "$run" $resume
+    case $name in *-large*) continue ;; esac
+    rm -rf "out/$size/$name"
+    kb-export --config "configs/$size/$name.json" --checkpoint "$run/last.ckpt" --half-speaker --output "out/$size/$name"
+done

@@ -1,0 +1,88 @@
+"""Weights from a related model: of the other task, or of the small network without hints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import InputError
+from models.checkpoint import build, warm_start
+from models.config import ModelConfig
+from models.framing import pad_to_frames
+from models.pair import BoostedPair, SmallModel
+
+SIZE = {"channels": 6, "hidden": 5, "blocks": 3}
+SS = ModelConfig.model_validate({"task": "ss", "small": SIZE})
+TSE = ModelConfig.model_validate({"task": "tse", "small": SIZE})
+PAIR = ModelConfig.model_validate(
+    {"task": "ss", "small": {**SIZE, "heads": 3}, "large": SIZE, "boosting": {"delay": 1}}
+)
+
+
+@pytest.fixture
+def separation(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    torch.save(build(SS).state_dict(), tmp_path / "ss.pt")
+    return tmp_path / "ss.pt"
+
+
+def small_of(model: torch.nn.Module) -> SmallModel:
+    small = model.get_submodule("small")
+    assert isinstance(small, SmallModel)
+    return small.eval()
+
+
+def test_extraction_starts_as_the_first_separated_voice(separation: Path) -> None:
+    """As long as the speaker layers modulate by nothing, which a speaker embedding of zeros makes them do."""
+    separating, extracting = build(SS), build(TSE)
+    separating.load_state_dict(torch.load(separation, weights_only=True))
+    left = warm_start(extracting, separation, TSE)
+    assert left == [f"small.network.speaker.{index}.{name}" for index in (0, 1) for name in ("bias", "weight")]
+    samples = pad_to_frames(torch.randn(1, 2, 1000), SS.framing)
+    with torch.inference_mode():
+        both, _ = small_of(separating)(samples, small_of(separating).initial_state(1))
+        one, _ = small_of(extracting)(samples, small_of(extracting).initial_state(1, torch.zeros(1, 256)))
+    assert one.shape == (1, 1, 2, 1024)
+    torch.testing.assert_close(one[:, 0], both[:, 0], rtol=0, atol=1e-5)
+    assert (one[:, 0] - both[:, 1]).abs().max() > 1e-3
+
+
+def test_a_pair_starts_with_the_small_network_that_was_trained_alone(separation: Path) -> None:
+    pair = build(PAIR)
+    assert isinstance(pair, BoostedPair)
+    before = {name: value.clone() for name, value in pair.large.state_dict().items()}
+    left = warm_start(pair, separation, PAIR)
+    alone = torch.load(separation, weights_only=True)
+    taken = {f"small.{name}": value for name, value in pair.small.state_dict().items()}
+    assert set(left) == set(pair.state_dict()) - set(alone)
+    assert all(torch.equal(taken[name], value) for name, value in alone.items())
+    assert all(torch.equal(value, pair.large.state_dict()[name]) for name, value in before.items())
+
+
+def test_weights_of_another_size_are_refused(separation: Path, tmp_path: Path) -> None:
+    other = ModelConfig.model_validate({"task": "ss", "small": {"channels": 7, "hidden": 9, "blocks": 1}})
+    torch.save({"state_dict": {"model.nothing": torch.ones(1)}}, tmp_path / "none.ckpt")
+    with pytest.raises(InputError, match=r"none\.ckpt: has no tensor that fits"):
+        warm_start(build(other), tmp_path / "none.ckpt", other)
+    state = torch.load(separation, weights_only=True)
+    state["small.network.input_norm.weight"][0] = torch.nan
+    torch.save(state, separation)
+    with pytest.raises(InputError, match="input_norm.weight has values that are not finite"):
+        warm_start(build(SS), separation, SS)
+
+
+def test_a_frozen_large_network_computes_the_same() -> None:
+    torch.manual_seed(0)
+    pair = build(PAIR)
+    assert isinstance(pair, BoostedPair)
+    mixture = torch.randn(1, 2, 1500)
+    free = pair(mixture)
+    pair.large.network.requires_grad_(False)
+    frozen = pair(mixture)
+    assert free.embedding.requires_grad
+    assert not frozen.embedding.requires_grad
+    torch.testing.assert_close(frozen.small, free.small, rtol=0, atol=1e-5)
+    frozen.small.square().sum().backward()
+    # What encodes the hints still learns.
+    assert pair.large.encoder.conv.weight.grad is not None
+    assert all(weight.grad is None for weight in pair.large.network.parameters())
