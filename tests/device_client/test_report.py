@@ -18,7 +18,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from device_client.report import Report
 from tests.golden_cases import Golden
-from tests.processes import Server, command, run
+from tests.processes import Server, command, refusal, run
 
 ROOT = Path(__file__).parents[2]
 SS = "ss_delay6_compression2"
@@ -115,6 +115,43 @@ def test_a_full_run_says_untrained_wherever_its_output_could_be_taken_for_a_resu
         for order in ([0, 1], [1, 0])
     ]
     assert report.quality["boosted"].si_sdr == pytest.approx(max(scores), abs=0.05)
+
+
+def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
+    """Mixture, references and what each network makes of it, the voices of all in the references' order."""
+    document = json.loads((untrained / "bundle.json").read_text())["model"]
+    config = tmp_path / "alone.json"
+    config.write_text(json.dumps({"task": "ss", "small": document["small"]}))
+    assert run("kb-export", "--untrained", "--config", config, "-o", tmp_path / "alone").returncode == 0
+    samples = {name: ROOT / "samples" / f"{name}.wav" for name in ("mixture", "source1", "source2")}
+    call = ["kb-client", "replay", samples["mixture"], "-o", tmp_path / "out.wav", "--bundle", untrained]
+    call += ["--alone", tmp_path / "alone", "--compare", tmp_path / "compared"]
+    line = refusal(*map(str, call))
+    assert "--alone: measures; give --reference" in line
+    call += ["--reference", samples["source1"], "--reference", samples["source2"], "--with-large"]
+    result = run(*map(str, call), "--report", tmp_path / "report.json")
+    assert result.returncode == 0, result.stderr
+    names = [f"{system}-speaker{number}" for system in ("alone", "boosted", "large", "reference") for number in (1, 2)]
+    files = {path.stem: path for path in (tmp_path / "compared").glob("*.wav")}
+    assert sorted(files) == sorted(["mixture", *names])
+    assert (tmp_path / "compared" / "comparison.png").stat().st_size > 10_000
+    sound = {name: soundfile.read(path)[0] for name, path in files.items()}
+    for name, path in samples.items():
+        written = name.replace("source", "reference-speaker")
+        assert np.array_equal(sound[written], soundfile.read(path)[0])
+
+    report = Report.model_validate_json((tmp_path / "report.json").read_text())
+    assert "alone" in result.stdout
+    for system in ("alone", "boosted", "large"):
+        # The figure reported is that of the files in this order, by another library.
+        score = scale_invariant_signal_distortion_ratio(
+            torch.tensor(np.stack([sound[f"{system}-speaker{number}"].T for number in (1, 2)])),
+            torch.tensor(np.stack([sound[f"reference-speaker{number}"].T for number in (1, 2)])),
+            zero_mean=True,
+        ).mean()
+        assert report.quality[system].si_sdr == pytest.approx(float(score), abs=0.05)
+
+    assert "is a pair; give --alone" in refusal(*map(str, [*call, "--alone", untrained]))
 
 
 def _svg_comment(path: Path) -> str:

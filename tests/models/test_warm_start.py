@@ -67,7 +67,7 @@ def test_weights_of_another_size_are_refused(separation: Path, tmp_path: Path) -
     state = torch.load(separation, weights_only=True)
     state["small.network.input_norm.weight"][0] = torch.nan
     torch.save(state, separation)
-    with pytest.raises(InputError, match="input_norm.weight has values that are not finite"):
+    with pytest.raises(InputError, match=r"input_norm\.weight has values that are not finite"):
         warm_start(build(SS), separation, SS)
 
 

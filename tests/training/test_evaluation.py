@@ -27,10 +27,10 @@ from torchmetrics.functional.audio import (
     signal_noise_ratio,
 )
 
-from models.bundle import write_bundle
+from models.bundle import load_pair, write_bundle
 from models.checkpoint import build
 from models.config import ModelConfig, NetworkSize
-from models.manifest import UNTRAINED_NOTICE
+from models.manifest import UNTRAINED_NOTICE, read_manifest
 from models.pair import BoostedPair, delay_hints
 from tests.golden_cases import Golden
 from training import evaluation
@@ -321,6 +321,45 @@ def test_several_bundles_at_their_own_and_at_other_delays(
     with torch.inference_mode():
         expected = expected_figures(retimed(sources.sum(0)[None]).small[0], sources, sources.sum(0), slow=False)
     assert outcome.of_items("si_sdri")[DELAY6, "boosted", "2"][0] == pytest.approx(expected["si_sdri"], abs=1e-3)
+
+
+def test_what_a_pair_gains_over_a_network_alone_is_counted_item_by_item(
+    dataset: Path, golden_bundle: Bundle, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    write_bundle(tmp_path / "lone", build(TINY), TINY, untrained=True, source="random", configuration="test")
+    shutil.copytree(golden_bundle(DELAY6), tmp_path / "pair")
+    models = (tmp_path / "lone", tmp_path / "pair")
+    arguments = ("--data", dataset, "--metrics", "si_sdri,snri", "--delays", "2", "--record")
+    outcome = evaluate(*models, *arguments, output=tmp_path / "out")
+    of_items = {
+        (model, system): values
+        for (model, system, delay), values in outcome.of_items("si_sdri").items()
+        if delay != "2"
+    }
+    systems = ["small_without_hints", "boosted", "boosted_wrong_hints", "large"]
+    found = outcome.results.comparisons
+    assert [(gain.model, gain.system, gain.over) for gain in found] == [("pair", system, "lone") for system in systems]
+    for gain in found:
+        differences = np.subtract(of_items["pair", gain.system], of_items["lone", "alone"])
+        assert gain.si_sdri.mean == pytest.approx(differences.mean(), abs=1e-3)
+        # The interval of four differences lies within their range, and is not that of the two means apart.
+        _, low, high = ends(gain.si_sdri)
+        assert differences.min() - 1e-3 <= low < differences.mean() < high <= differences.max() + 1e-3
+    boosted = found[1].si_sdri
+    assert f"{boosted.mean:+.2f} ({boosted.low:+.2f}…{boosted.high:+.2f})" in outcome.stdout
+
+    # What was measured now stands in the bundles, which load as before.
+    manifest = read_manifest(tmp_path / "pair")
+    by_system = {
+        row.system: row for row in outcome.results.rows if row.model == "pair" and row.trained_delay is not False
+    }
+    assert manifest.quality["boosted_si_sdri"] == by_system["boosted"].figures["si_sdri"].mean
+    assert manifest.quality["large_snri"] == by_system["large"].figures["snri"].mean
+    assert "alone_si_sdri" in read_manifest(tmp_path / "lone").quality
+    card = (tmp_path / "pair" / "README.md").read_text()
+    assert f"| boosted, over lone | {boosted.mean:+.2f} ({boosted.low:+.2f}…{boosted.high:+.2f}) |" in card
+    load_pair(str(tmp_path / "pair"))
 
 
 def test_target_speech_extraction(
