@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from common.errors import InputError, existing_file
 from models.config import ModelConfig, Strict
@@ -37,6 +37,13 @@ class DynamicData(Strict):
         tuple[float, float], Field(description="RMS of the mixture, drawn between the two; lowered where it would clip")
     ] = (-35.0, -20.0)
     speed: Annotated[float, Field(ge=0, lt=0.5, description="playback speed drawn within 1 plus or minus")] = 0.0
+
+    @field_validator("level_dbfs")
+    @classmethod
+    def _is_a_range(cls, level: tuple[float, float]) -> tuple[float, float]:
+        if not -100 <= level[0] <= level[1] <= 0:
+            raise ValueError("must be [LOW, HIGH] with -100 <= LOW <= HIGH <= 0")
+        return level
 
 
 Data = Annotated[FolderData | DynamicData, Field(discriminator="kind")]

@@ -6,7 +6,7 @@ interrupted, resumed and spread over any number of workers and devices without a
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -25,6 +25,7 @@ from training.corpus import (
     SAMPLE_RATE,
     BrokenFile,
     NoSpeech,
+    Segment,
     draw_segments,
     find_speech,
     find_talkers,
@@ -164,6 +165,7 @@ class DynamicMixing:
         if len(self._talkers) < 2:
             raise InputError(f"{data.speech}: has {len(self._talkers)} speakers with enough speech, two are needed")
         self._responses = read_bank(Path(data.responses))
+        self._embeddings: dict[Segment, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return self._data.items
@@ -207,9 +209,24 @@ class DynamicMixing:
         }
         example["level_dbfs"] = torch.tensor(rng.uniform(*self._data.level_dbfs))
         if self._model.task == "tse":
-            embedding = speaker_embedding(read_segment(segments[0][1]))
-            example["speaker_embedding"] = torch.from_numpy(embedding[0])
+            example["speaker_embedding"] = self._embedding(*segments[0])
         return example
+
+    def _embedding(self, mixed: Segment, enrollment: Segment) -> Tensor:
+        """The d-vector of an enrollment that begins with a whole second, unless what is mixed is in the way.
+
+        A d-vector takes longer than all else of an example, and so the same ones come again and are kept.
+        """
+        whole = replace(enrollment, start=enrollment.start - enrollment.start % SAMPLE_RATE)
+        if (
+            whole.utterance != mixed.utterance
+            or whole.start + whole.length <= mixed.start
+            or whole.start >= mixed.start + mixed.length
+        ):
+            enrollment = whole
+        if enrollment not in self._embeddings:
+            self._embeddings[enrollment] = torch.from_numpy(speaker_embedding(read_segment(enrollment))[0])
+        return self._embeddings[enrollment]
 
 
 _HEADROOM = 0.99
@@ -347,6 +364,7 @@ class Loader(DataLoader[Any]):
             batch_size=None,
             num_workers=workers,
             worker_init_fn=_leave_signals,
+            persistent_workers=workers > 0,  # which keep the d-vectors they have made
             pin_memory=torch.cuda.is_available(),
         )
         self.order = order

@@ -332,6 +332,8 @@ DYNAMIC = {"kind": "dynamic", "speech": "data/speech", "responses": "data/respon
         ("seconds", float("inf")),
         ("speed", 0.5),
         ("level_difference_db", -1),
+        ("level_dbfs", [-20, -30]),
+        ("level_dbfs", [-20, 3]),
         ("root", "data"),
     ],
 )

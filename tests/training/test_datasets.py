@@ -380,7 +380,13 @@ def mixing(
     skip_broken: bool = False,
 ) -> DynamicMixing:
     data = DynamicData(
-        speech=str(speech), responses=str(bank), items=8, seconds=SECONDS, speed=speed, level_difference_db=4.0
+        speech=str(speech),
+        responses=str(bank),
+        items=8,
+        seconds=SECONDS,
+        speed=speed,
+        level_difference_db=4.0,
+        level_dbfs=(-35.0, -25.0),
     )
     return DynamicMixing(data, model(task), seed=seed, skip_broken=skip_broken)
 
@@ -437,13 +443,15 @@ def test_sources_differ_in_level_as_drawn(drawn: Batch) -> None:
     assert level.std() > 1
 
 
-def test_the_mixture_is_the_sum_of_the_sources_at_a_common_level(drawn: Batch) -> None:
+def test_the_mixture_is_the_sum_of_the_sources_at_the_level_drawn(drawn: Batch) -> None:
     rendered = render(drawn, target_only=False)
     assert rendered.keys() == {"names", "mixture", "sources"}
     assert torch.allclose(rendered["mixture"], rendered["sources"].sum(1), atol=1e-6)
     assert rendered["mixture"].abs().max() < 1
     level = 10 * torch.log10(power(rendered["mixture"]))
-    assert torch.allclose(level, torch.full_like(level, -28), atol=0.01)
+    assert torch.allclose(level, drawn["level_dbfs"].double(), atol=0.01)
+    assert ((level > -35) & (level < -25)).all()
+    assert level.std() > 1
     assert rendered["mixture"].dtype == rendered["sources"].dtype == torch.float32
 
 
