@@ -5,9 +5,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SS_BUNDLES := ss-alone ss-48ms-compact
-TSE_BUNDLES := tse-alone tse-48ms-compact
-
 .PHONY: demo test lint results validation stubs clean
 
 demo: $(VENV)/.runtime
@@ -24,8 +21,7 @@ validation: $(VENV)/.development
 	$(VALIDATION) --task tse --output data/valid-tse
 
 results: validation
-	$(BIN)/kb-evaluate $(SS_BUNDLES) --data data/valid-ss --split val --metrics si_sdri,snri --output out/results/ss
-	$(BIN)/kb-evaluate $(TSE_BUNDLES) --data data/valid-tse --split val --metrics si_sdri,snri --output out/results/tse
+	$(BIN)/kb-evaluate ss-alone ss-48ms-compact --data data/valid-ss --split val --metrics si_sdri,snri --output out/results/ss
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -201,6 +201,9 @@ class HintFusion(nn.Module):
         self.merge = nn.Linear(channels, channels)
         self.slope_merge = nn.Parameter(torch.full((1,), 0.25))
         self.norm_merge = nn.LayerNorm((bins, channels))
+        # Fusion begins by adding next to nothing, and what it adds grows where hints help. At full scale it is noise at
+        # first, and training turns it into a constant before it can be of use.
+        nn.init.constant_(self.norm_merge.weight, 0.01)
 
     def initial_state(self, batch: int) -> FusionState:
         weight = self.film.weight

@@ -199,6 +199,9 @@ def test_dropped_hints_are_no_hints(dataset: Path, tmp_path: Path) -> None:
         torch.manual_seed(0)
         config = read_training_config(write_config(tmp_path, dataset, hint_dropout=dropout, permutation="joint"))
         module = TrainingModule(config)
+        assert isinstance(module.model, BoostedPair)
+        for fusion in module.model.small.network.fusion:
+            torch.nn.init.ones_(fusion.get_submodule("norm_merge").get_parameter("weight"))  # begins next to nothing
         losses[dropout] = float(module.training_step(batch, 0).detach())
         for kept in (1.0, 0.0):
             estimate = module.model(batch["mixture"], None, torch.full((1, 1), kept)).small
