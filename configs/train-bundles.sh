@@ -12,12 +12,12 @@ $dataset --responses-only --rooms 400 --anechoic 1 --seed 11 --output data/anech
 $dataset --responses-only --rooms 1200 --anechoic 0.25 --seed 12 --output data/rooms
 make validation
 
-for name in ss-large-anechoic ss-large-rooms ss-large ss-small ss-alone ss-48ms tse-large tse-small tse-alone tse-48ms; do
+for name in ss-large-anechoic ss-large-rooms ss-large ss-small ss-small-further ss-alone ss-48ms-ideal ss-48ms; do
     run=runs/$size/$name
     # Going on with a run that has ended changes nothing.
     if [ -e "$run/last.ckpt" ]; then resume=--resume; else resume=; rm -rf "$run"; fi
     kb-train --config "configs/$size/$name.json" --run_dir "$run" $resume
-    case $name in *-large* | *-small) continue ;; esac
+    case $name in *-large* | *-small* | *-ideal) continue ;; esac
     rm -rf "out/$size/$name"
     kb-export --config "configs/$size/$name.json" --checkpoint "$run/last.ckpt" --half-speaker \
         --note "configs/$size/card.md" --output "out/$size/$name"

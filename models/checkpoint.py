@@ -132,8 +132,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: holds no state dict of tensors; give a .ckpt or .pt file of the network's weights")
     if is_published(state):
         return state
-    # A training run's checkpoint holds the model beside the run's own state.
-    return {key.removeprefix("model."): value for key, value in state.items()}
+    # A training run's checkpoint holds the model beside what only training needs.
+    model = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    return model or state
 
 
 def build(config: ModelConfig) -> nn.Module:

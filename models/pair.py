@@ -150,14 +150,23 @@ class BoostedPair(nn.Module):
             speaker_embedding: ``[B, 256]`` for TSE.
             hint_mask: ``[T]`` or ``[B, T]``, 1 for the frames whose hints reach the small network, 0 for those lost.
         """
-        batch, _, length = mixture.shape
         samples = pad_to_frames(mixture, self.config.framing)
-        hints, embedding, _ = self.large(samples, self.large.initial_state(batch, speaker_embedding))
+        hints, embedding, _ = self.large(samples, self.large.initial_state(len(mixture), speaker_embedding))
+        small = self.hear(mixture, hints, speaker_embedding, hint_mask)
+        return PairOutput(small, self.large.estimate(embedding)[..., : mixture.shape[-1]], hints, embedding)
+
+    def hear(
+        self, mixture: Tensor, hints: Tensor, speaker_embedding: Tensor | None = None, hint_mask: Tensor | None = None
+    ) -> Tensor:
+        """What the small network makes, ``[B, S, M, N]``, of a mixture and hints ``[B, T, hint channels, F]``.
+
+        The hints are those of the frames themselves, and come ``delay`` frames late here; else as :meth:`forward`.
+        """
         used = hints if hint_mask is None else hints * hint_mask.to(hints)[..., None, None]
-        late = delay_hints(used, self.config.delay)
-        small, _ = self.small(samples, self.small.initial_state(batch, speaker_embedding), late)
-        large = self.large.estimate(embedding)
-        return PairOutput(small[..., :length], large[..., :length], hints, embedding)
+        samples = pad_to_frames(mixture, self.config.framing)
+        state = self.small.initial_state(len(mixture), speaker_embedding)
+        estimate: Tensor = self.small(samples, state, delay_hints(used, self.config.delay))[0]
+        return estimate[..., : mixture.shape[-1]]
 
 
 def delay_hints(hints: Tensor, delay: int) -> Tensor:

@@ -26,6 +26,7 @@ from models.pair import BoostedPair, SmallModel
 from training import metrics
 from training.config import TrainingConfig
 from training.datasets import Batch, render
+from training.guidance import Guidance, ideal_embedding, source_spectra
 from training.losses import negative_si_sdr
 
 MONITOR = "validation/si_sdri"
@@ -61,6 +62,7 @@ class TrainingModule(lightning.LightningModule):
                 self.training_speakers |= training_speakers(source)
         if config.freeze_large:
             self._pair.large.network.requires_grad_(False)
+        self.guidance = Guidance(self._pair) if config.guidance else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAINING_SPEAKERS] = sorted(self.training_speakers)
@@ -94,12 +96,30 @@ class TrainingModule(lightning.LightningModule):
             return render(batch, target_only=self.config.model.task == "tse")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        estimate = self.estimates(batch, self._hint_mask(len(batch["mixture"])))["small"]
+        mask = self._hint_mask(len(batch["mixture"]))
+        if self.guidance is not None:
+            self.guidance.forget()
+        estimate = (
+            self._with_ideal_hints(batch, mask) if self.config.ideal_hints else self.estimates(batch, mask)["small"]
+        )
         loss = negative_si_sdr(estimate.float(), batch["sources"], self.config.permutation)
         if not torch.isfinite(loss):
             raise Failure(f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(estimate))
+        if self.guidance is not None:
+            stft = self._pair.large.stft
+            mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
+            guidance = self.guidance.loss(source_spectra(stft, batch["sources"]), mixture)
+            self.log("train/guidance", guidance, batch_size=len(estimate))
+            loss = loss + self.config.guidance * guidance
         return loss
+
+    def _with_ideal_hints(self, batch: Batch, mask: Tensor | None) -> Tensor:
+        """The small network's estimates with hints of a large network that makes no mistakes."""
+        encoder = self._pair.large.encoder
+        embedding = ideal_embedding(source_spectra(self._pair.large.stft, batch["sources"]))
+        hints, _ = encoder(embedding, encoder.initial_past(len(embedding), embedding.shape[2]))
+        return self._pair.hear(batch["mixture"], hints.transpose(2, 3), batch.get("speaker_embedding"), mask)
 
     def _hint_mask(self, batch: int) -> Tensor | None:
         """Which examples have hints, ``[B, 1]``; drawn from seed, step and device alone, as a resumed run needs."""

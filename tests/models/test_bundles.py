@@ -99,9 +99,9 @@ def test_changed_bundles_do_not_load(change: str, golden_bundle: Callable[[str],
 def test_a_training_configuration_and_a_note_make_a_bundle_and_its_card(tmp_path: Path) -> None:
     note = tmp_path / "note.md"
     note.write_text("## Data\n\nRead English.\n")
-    config = json.loads((CONFIGS / "compact/tse-alone.json").read_text())
+    config = json.loads((CONFIGS / "baselines/SM-TSE-25.json").read_text())
     result = run(
-        *("kb-export", "--config", CONFIGS / "compact/tse-alone.json", "--untrained", "--note", note, "-o"),
+        *("kb-export", "--config", CONFIGS / "baselines/SM-TSE-25.json", "--untrained", "--note", note, "-o"),
         tmp_path / "whole",
     )
     assert result.returncode == 0, result.stderr
@@ -110,7 +110,7 @@ def test_a_training_configuration_and_a_note_make_a_bundle_and_its_card(tmp_path
 
     # Speaker layers, most of it, take half the space; everything else stays as it was.
     result = run(
-        *("kb-export", "--config", CONFIGS / "compact/tse-alone.json", "--untrained", "--half-speaker", "-o"),
+        *("kb-export", "--config", CONFIGS / "baselines/SM-TSE-25.json", "--untrained", "--half-speaker", "-o"),
         tmp_path / "half",
     )
     assert result.returncode == 0, result.stderr

@@ -190,6 +190,23 @@ def write_speakers(split: Path, *speakers: str) -> None:
     (split / "metadata.csv").write_text(f"item,speaker00,speaker01\n000000,{speakers[0]},{speakers[1]}\n")
 
 
+def test_a_guided_run_goes_on_and_becomes_a_pair_without_its_guidance(dataset: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, dataset, epochs=2, guidance=5.0, ideal_hints=True, freeze_large=True)
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    train("--config", config, "--run_dir", whole)
+    shorter = write_config(tmp_path / "shorter", dataset, epochs=1, guidance=5.0, ideal_hints=True, freeze_large=True)
+    train("--config", shorter, "--run_dir", half)
+    train("--config", config, "--run_dir", tmp_path / "on", "--ckpt", half / "last.ckpt")
+    assert largest_difference(whole / "last.ckpt", tmp_path / "on" / "last.ckpt") < 1e-6
+    assert any(name.startswith("guidance.") for name in weights(whole / "last.ckpt"))
+    pair = read_checkpoint(whole / "last.ckpt", read_training_config(config).model)
+    assert isinstance(pair, BoostedPair)
+    begun = weights(half / "last.ckpt")
+    for name, value in weights(whole / "last.ckpt").items():
+        if name.startswith("model.large.network."):
+            assert torch.equal(value, begun[name]), name  # frozen
+
+
 def test_dropped_hints_are_no_hints(dataset: Path, tmp_path: Path) -> None:
     """With every hint dropped the loss is that of the small network with zeros; without dropout, that of the pair."""
     batch: Batch = {"names": ["a"], "sources": torch.randn(1, 2, 2, 4000, generator=torch.Generator().manual_seed(0))}

@@ -1,0 +1,95 @@
+"""Guidance of fusion: ideal hints and the loss of what fusion hears, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.checkpoint import build
+from models.config import ModelConfig
+from models.pair import BoostedPair
+from training.guidance import Guidance, ideal_embedding, source_spectra
+
+SIZE = {"channels": 4, "hidden": 4, "blocks": 3}
+
+
+def pair_of(task: str) -> BoostedPair:
+    torch.manual_seed(0)
+    pair = build(ModelConfig.model_validate({"task": task, "small": SIZE, "large": SIZE, "boosting": {"delay": 2}}))
+    assert isinstance(pair, BoostedPair)
+    return pair
+
+
+def voices(batch: int, count: int) -> Tensor:
+    """Noise at two ears ``[B, S, 2, 2000]``: the last one twice as strong at the left ear, the others at the right."""
+    noise = torch.randn(batch, count, 2, 2000, generator=torch.Generator().manual_seed(1))
+    noise[:, -1, 0] *= 2
+    noise[:, :-1, 1] *= 2
+    return noise
+
+
+def test_ideal_hints_are_made_of_the_sources_the_left_one_first() -> None:
+    """As a large network's embedding they would sound like the sources, but for one gain."""
+    pair, sources = pair_of("ss"), voices(3, 2)
+    heard = pair.large.estimate(ideal_embedding(source_spectra(pair.large.stft, sources)))[..., :2000]
+    # The first 64 samples lack the frame before them.
+    torch.testing.assert_close(heard[..., 64:] / 4, sources.flip(1)[..., 64:], rtol=0, atol=1e-4)
+
+
+def test_spectra_are_the_fourier_transforms_of_windowed_frames() -> None:
+    sources = voices(1, 2)
+    spectra = source_spectra(pair_of("ss").large.stft, sources)
+    window = torch.hamming_window(192, periodic=True)
+    frame = torch.fft.rfft(sources[..., 128 * 5 : 128 * 5 + 192] * window)
+    torch.testing.assert_close(spectra[:, 5], frame.permute(0, 3, 1, 2), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", ["ss", "tse"])
+def test_the_loss_of_heads_that_know_nothing_is_a_coin_s(task: str) -> None:
+    pair = pair_of(task)
+    guidance = Guidance(pair)
+    for head in guidance.heads:
+        torch.nn.init.zeros_(head.get_parameter("weight"))
+        torch.nn.init.zeros_(head.get_parameter("bias"))
+    sources = voices(2, 2)
+    mixture = sources.sum(1)
+    wanted = source_spectra(pair.large.stft, sources[:, : pair.config.sources])
+    whole = source_spectra(pair.large.stft, mixture[:, None])[..., 0, :]
+    for _ in range(2):  # what was heard before does not count
+        guidance.forget()
+        pair(mixture, torch.zeros(2, 256) if task == "tse" else None)
+        loss = guidance.loss(wanted, whole)
+        assert float(loss.detach()) == pytest.approx(2 * math.log(2), abs=1e-3)
+
+
+def test_the_large_network_may_choose_which_source_comes_first() -> None:
+    pair = pair_of("ss")
+    guidance = Guidance(pair)
+    sources = voices(2, 2)
+    whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
+    spectra = source_spectra(pair.large.stft, sources)
+    pair(sources.sum(1))
+    torch.testing.assert_close(guidance.loss(spectra, whole), guidance.loss(spectra.flip(3), whole))
+    half = torch.cat([spectra[:1], spectra[1:].flip(3)])  # each example has an order of its own
+    torch.testing.assert_close(guidance.loss(half, whole), guidance.loss(spectra, whole))
+
+
+def test_guidance_moves_what_comes_before_it_and_the_hint_encoder() -> None:
+    pair = pair_of("ss")
+    pair.large.network.requires_grad_(False)
+    guidance = Guidance(pair)
+    sources = voices(2, 2)
+    pair(sources.sum(1))
+    whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
+    guidance.loss(source_spectra(pair.large.stft, sources), whole).backward()
+    small = pair.small.network
+    moved = {
+        name for name, weight in pair.named_parameters() if weight.grad is not None and weight.grad.abs().max() > 0
+    }
+    assert "large.encoder.conv.weight" in moved
+    for index in range(len(small.fusion)):
+        assert {
+            f"small.network.fusion.{index}.{name}.weight" for name in ("film", "query", "key_value", "merge")
+        } <= moved
+    assert not any(name.startswith(("small.network.output_conv", "large.network")) for name in moved)
