@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from common.errors import InputError, existing_file, reason
 from models.config import ModelConfig
 from models.manifest import first_fault, read_json, validate
-from models.pair import BoostedPair, SmallModel
+from models.pair import BoostedPair, LargeModel, SmallModel
 from models.published import config_from_published, convert, is_published, is_published_config
 
-TRAINING_SPEAKERS = "training_speakers"  # where a training run's checkpoint lists them
+# What a training run's checkpoint tells besides weights.
+TRAINING_SPEAKERS = "training_speakers"
+OUTPUT_GAIN = "output_gain"  # by part, for every source and microphone
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -88,6 +90,33 @@ def read_training_speakers(path: Path) -> list[str]:
     if not isinstance(speakers, list) or not all(isinstance(speaker, str) for speaker in speakers):
         raise InputError(f"{path}: its list of training speakers is damaged; give another checkpoint of the run")
     return speakers
+
+
+def level_output(model: nn.Module, path: Path) -> None:
+    """Bring a model's outputs to the level and sign of the sources, by the gains its training run's checkpoint tells.
+
+    The loss is blind to both, source by source and microphone by microphone, and so networks come out of training with
+    any. Hints stay as they are.
+
+    Raises:
+        InputError: the file is no checkpoint, or its gains are none of the model's.
+    """
+    content = _content(path)
+    gains = content.get(OUTPUT_GAIN, {}) if isinstance(content, dict) else {}
+    for part, gain in gains.items():
+        module = getattr(model, part, None)
+        if not isinstance(module, SmallModel | LargeModel):
+            raise InputError(f"{path}: has output gains of {part}, which the model has not; give another checkpoint")
+        each = torch.tensor(gain).repeat_interleave(2)  # real and imaginary parts
+        conv = module.network.output_conv.conv
+        assert conv.bias is not None
+        if each.shape != conv.bias.shape or not (each.isfinite() & (each != 0)).all():
+            raise InputError(f"{path}: its output gains are damaged; give another checkpoint of the run")
+        with torch.no_grad():
+            conv.weight *= each[:, None, None, None]
+            conv.bias *= each
+            if isinstance(module, LargeModel):
+                module.encoder.conv.weight /= each[:, None, None]
 
 
 def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:

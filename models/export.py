@@ -45,7 +45,7 @@ def export(
     import torch
 
     from models.bundle import write_bundle
-    from models.checkpoint import build, read_checkpoint, read_config, read_training_speakers
+    from models.checkpoint import build, level_output, read_checkpoint, read_config, read_training_speakers
     from models.manifest import UNTRAINED_NOTICE, file_digest
 
     sizes = read_config(config)
@@ -55,6 +55,7 @@ def export(
         model, source = build(sizes), f"random, seed {seed}"
     else:
         model = read_checkpoint(checkpoint, sizes)
+        level_output(model, checkpoint)
         source, speakers = f"{checkpoint.name}, {file_digest(checkpoint)}", read_training_speakers(checkpoint)
     manifest = write_bundle(
         output,

@@ -38,6 +38,14 @@ def permuted_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutat
     return scores.gather(0, best)[0]
 
 
+def match_sources(signals: Tensor, others: Tensor) -> Tensor:
+    """Signals ``[B, S, M, N]`` in the order that fits the others best, one for all microphones."""
+    orders = [list(order) for order in permutations(range(others.shape[1]))]
+    scores = torch.stack([si_sdr(signals[:, order], others).mean((1, 2)) for order in orders])
+    best = torch.tensor(orders, device=signals.device)[scores.argmax(0)]  # [B, S]
+    return signals.gather(1, best[:, :, None, None].expand_as(signals))
+
+
 def negative_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutation) -> Tensor:
     """The training loss, dB: every microphone apart, permutation-invariant over the sources, averaged.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.errors import Failure
 from models.bundle import load_large
 from models.checkpoint import (
+    OUTPUT_GAIN,
     TRAINING_SPEAKERS,
     build,
     load_exactly,
@@ -27,7 +28,7 @@ from training import metrics
 from training.config import TrainingConfig
 from training.datasets import Batch, render
 from training.guidance import Guidance, ideal_embedding, source_spectra
-from training.losses import negative_si_sdr
+from training.losses import match_sources, negative_si_sdr
 
 MONITOR = "validation/si_sdri"
 
@@ -55,6 +56,9 @@ class TrainingModule(lightning.LightningModule):
             print(f"{config.warm_start}: taken over, but for {len(left)} tensors that start anew", file=sys.stderr)
         if config.large_checkpoint is not None:
             _start_large(self._pair, config.large_checkpoint)
+        # By part, for every source and microphone, measured at validation: the loss is blind to level and sign.
+        self.output_gain: dict[str, list[float]] = {}
+        self._products: dict[str, Tensor] = {}
         # Whom the weights have heard, by whatever way: to be measured on others.
         self.training_speakers: set[str] = set()
         for source in (config.initial_checkpoint, config.large_checkpoint, config.warm_start):
@@ -66,9 +70,11 @@ class TrainingModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAINING_SPEAKERS] = sorted(self.training_speakers)
+        checkpoint[OUTPUT_GAIN] = self.output_gain
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.training_speakers |= set(checkpoint.get(TRAINING_SPEAKERS, ()))
+        self.output_gain = checkpoint.get(OUTPUT_GAIN, {})
 
     @property
     def _pair(self) -> BoostedPair:
@@ -135,8 +141,20 @@ class TrainingModule(lightning.LightningModule):
             figure = metrics.si_sdr_improvement(estimate.float(), batch["sources"], batch["mixture"]).mean()
             key = MONITOR if name == "small" else f"{MONITOR}_{name}"
             self.log(key, figure, prog_bar=True, sync_dist=True, batch_size=len(estimate))
+            sources = match_sources(batch["sources"], estimate.float())
+            products = torch.stack([(estimate * sources).sum((0, 3)), estimate.square().sum((0, 3))])  # [2, S, M]
+            self._products[name] = self._products.get(name, torch.zeros_like(products)) + products
         if batch_idx == 0:
             self._log_audio(batch, estimates)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, products in self._products.items():
+            gathered = self.all_gather(products)
+            assert isinstance(gathered, Tensor)
+            with_source, with_itself = gathered.view(-1, *products.shape).sum(0).flatten(1)
+            gain = with_source / with_itself  # of least squares
+            self.output_gain[name] = torch.where(gain.isfinite() & (gain != 0), gain, 1.0).tolist()
+        self._products.clear()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         references, mixture = batch["sources"], batch["mixture"]

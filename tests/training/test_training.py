@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from models.pair import BoostedPair, SmallModel
 from tests.processes import command, environment, refusal, refusal_here, run
 from training.config import FolderData, read_training_config
 from training.datasets import Batch, MixtureFolder
-from training.losses import permuted_si_sdr
+from training.losses import permuted_si_sdr, si_sdr
 from training.metrics import si_sdr_improvement
 from training.module import TrainingModule
 
@@ -318,9 +319,26 @@ def test_a_run_becomes_a_bundle_and_is_tested(whole_run: Path, tmp_path: Path) -
     result = run("kb-export", *flags)
     assert result.returncode == 0, result.stderr
     pair, manifest = load_pair(str(tmp_path / "bundle"))
-    trained = weights(folder / "last.ckpt")
-    assert all(torch.equal(value, trained[f"model.{name}"]) for name, value in pair.state_dict().items())
     assert not manifest.untrained
+
+    # The same networks and hints, at the level of the sources: on validation, no gain brings them nearer.
+    settings = read_training_config(whole_run / "config.json")
+    trained = read_checkpoint(folder / "last.ckpt", settings.model)
+    items = MixtureFolder(settings.validation, settings.model, seed=0, training=False, skip_broken=False)
+    examples = [items.example((0, index)) for index in range(len(items))]
+    mixture, sources = (torch.stack([example[key] for example in examples]) for key in ("mixture", "sources"))
+    with torch.inference_mode():
+        before, after = trained(mixture), pair(mixture)
+    torch.testing.assert_close(after.hints, before.hints, rtol=1e-4, atol=1e-6)
+    for name in ("small", "large"):
+        unlevel, level = getattr(before, name), getattr(after, name)
+        for source, microphone in product(range(2), range(2)):
+            one, other = unlevel[:, source, microphone], level[:, source, microphone]
+            gain = float((one * other).sum() / one.square().sum())
+            torch.testing.assert_close(other, gain * one, rtol=0, atol=1e-5)
+            kept = si_sdr(level, sources).mean((1, 2)) > si_sdr(level.flip(1), sources).mean((1, 2))
+            wanted = torch.where(kept[:, None], sources[:, source, microphone], sources[:, 1 - source, microphone])
+            assert float((other * wanted).sum() / other.square().sum()) == pytest.approx(1, abs=1e-2)
 
     result = run("kb-train", "--config", whole_run / "config.json", "--run_dir", folder, "--test")
     assert result.returncode == 0, result.stderr

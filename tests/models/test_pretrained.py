@@ -1,0 +1,76 @@
+"""The bundles that come with the software, and what they do for the sample mixture."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from models.manifest import DEFAULT_BUNDLE, PRETRAINED, find_bundle, read_manifest, shipped_bundles
+from tests.processes import run
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.name for path in PRETRAINED.iterdir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_bundle_is_whole_and_tells_what_it_is(name: str) -> None:
+    result = run("kb-export", "--check", name)
+    assert result.returncode == 0, result.stderr
+    manifest = read_manifest(find_bundle(name))
+    assert manifest.name == name
+    assert not manifest.untrained
+    system = "boosted" if manifest.model.boosting else "alone"
+    assert manifest.quality[f"{system}_si_sdri"] > 1
+    card = (find_bundle(name) / "README.md").read_text()
+    for word in ("LibriSpeech", "CC BY 4.0", "Gardner", "## Recipe", "## Limits", "## Measured"):
+        assert word in card, word
+
+
+def test_nobody_of_the_validation_speech_was_trained_on() -> None:
+    listed = (ROOT / "configs/compact/train-utterances.txt").read_text().split()
+    trained = {utterance.split("-")[0] for utterance in listed}
+    validation = {path.name for path in (ROOT / "samples/speech/valid").iterdir() if path.is_dir()}
+    assert len(trained) == 251
+    assert len(validation) == 5
+    assert not trained & validation
+    for manifest in shipped_bundles():
+        # Speakers with too little speech for a mixture were left out.
+        assert len(manifest.provenance.training_speakers) > 200
+        assert set(manifest.provenance.training_speakers) <= trained
+
+
+def test_the_tracked_tree_stays_small() -> None:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listing.stdout.split("\0") if name]
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 40 * 2**20
+
+
+def test_the_demo_improves_the_mixture_without_clipping_or_clicks(tmp_path: Path) -> None:
+    """What ``make demo`` runs, with every default."""
+    samples = ROOT / "samples"
+    result = run(
+        *("kb-client", "replay", samples / "mixture.wav", "-o", tmp_path / "out.wav", "--delay-ms", 48),
+        *("--reference", samples / "source1.wav", "--reference", samples / "source2.wav"),
+        *("--alone", "ss-alone", "--with-large", "--compare", tmp_path / "demo", "--report", tmp_path / "report.json"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["bundle"]["name"] == DEFAULT_BUNDLE
+    assert report["hints"]["on_time"] == report["hints"]["due"] > 900
+    assert report["clipped_samples"] == 0
+    gains = {name: quality["si_sdri"] for name, quality in report["quality"].items()}
+    assert gains["large"] > gains["boosted"] > 1
+    assert gains["alone"] > 1
+    for number in (1, 2):
+        reference, _ = soundfile.read(tmp_path / "demo" / f"reference-speaker{number}.wav")
+        jump = np.abs(np.diff(reference, axis=0)).max()
+        for system in ("alone", "boosted", "large"):
+            estimate, _ = soundfile.read(tmp_path / "demo" / f"{system}-speaker{number}.wav")
+            assert np.abs(estimate).max() < 1
+            assert np.abs(np.diff(estimate, axis=0)).max() <= 1.2 * jump, (system, number)
