@@ -84,8 +84,9 @@ def test_flags_that_cannot_be_used(
     np.save(tmp_path / "short.npy", np.zeros(255, np.float32))
     soundfile.write(tmp_path / "long.wav", np.zeros(31 * 8000), 8000)
     cases: list[tuple[list[object], str]] = [
-        (["-o", out], "Missing"),
         (["--bundle", ss], "Missing"),
+        (["-o", out, "--bundle", ss, "--alone", ss], "--alone: measures; give --reference"),
+        (["-o", out, "--bundle", ss, "--compare", tmp_path / "both"], "--compare: measures; give --reference"),
         (["-o", out, "--bundle", "nobody"], "nobody: no bundle of that name or path"),
         (["-o", out, "--bundle", tmp_path], "has no bundle.json"),
         (["-o", tmp_path / "out.xyz", "--bundle", ss], "must end in .wav or .flac"),

@@ -121,8 +121,29 @@ def with_root(config: TrainingConfig, root: str) -> TrainingConfig:
 
 def test_the_published_configurations_are_all_there() -> None:
     found = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.json")}
-    assert {name for name in found if not name.startswith("demo/")} == set(NAMES)
+    published_folders = {name.partition("/")[0] for name in NAMES}
+    assert {name for name in found if name.partition("/")[0] in published_folders} == set(NAMES)
     assert len(NAMES) == 20
+
+
+@pytest.mark.parametrize("folder", ["compact", "full_size"])
+def test_the_stages_of_shipped_bundles_follow_from_each_other(folder: str) -> None:
+    """Every stage starts from one before it in the recipe's order, and trains the networks it starts from."""
+    script = (CONFIGS / "train-bundles.sh").read_text()
+    order = next(line for line in script.splitlines() if line.startswith("for name in")).split()[3:-1]
+    stages = [name.rstrip(";") for name in order]
+    assert {f"{name}.json" for name in stages} == {path.name for path in (CONFIGS / folder).glob("*.json")}
+    for index, name in enumerate(stages):
+        stage = ours(f"{folder}/{name}")
+        for source in (stage.initial_checkpoint, stage.large_checkpoint, stage.warm_start):
+            if source is None:
+                continue
+            run, _, file = source.rpartition("/")
+            assert (run.rpartition("/")[0], file) == (f"runs/{folder}", "last.ckpt")
+            before = run.rpartition("/")[2]
+            assert before in stages[:index]
+            if source == stage.initial_checkpoint:
+                assert ours(f"{folder}/{before}").model == stage.model
 
 
 @pytest.mark.parametrize("name", NAMES)
