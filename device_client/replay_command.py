@@ -245,6 +245,10 @@ def _output_paths(options: ReplayOptions, model: ModelConfig) -> list[Path]:
         check_plot(options.plot)
     if options.compare is not None and options.compare.exists() and not options.compare.is_dir():
         raise InputError(f"{options.compare}: is a file; give --compare a folder")
+    if options.compare is not None and any(path.resolve().parent == options.compare.resolve() for path in read):
+        raise InputError(
+            f"{options.compare}: holds an input, which could be overwritten; give --compare another folder"
+        )
     return outputs
 
 

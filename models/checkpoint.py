@@ -103,15 +103,21 @@ def level_output(model: nn.Module, path: Path) -> None:
     """
     content = _content(path)
     gains = content.get(OUTPUT_GAIN, {}) if isinstance(content, dict) else {}
+    damaged = InputError(f"{path}: its output gains are damaged; give another checkpoint of the run")
+    if not isinstance(gains, dict):
+        raise damaged
     for part, gain in gains.items():
-        module = getattr(model, part, None)
+        module = getattr(model, str(part), None)
         if not isinstance(module, SmallModel | LargeModel):
-            raise InputError(f"{path}: has output gains of {part}, which the model has not; give another checkpoint")
-        each = torch.tensor(gain).repeat_interleave(2)  # real and imaginary parts
+            raise damaged
+        try:
+            each = torch.tensor(gain, dtype=torch.float32).repeat_interleave(2)  # real and imaginary parts
+        except (TypeError, ValueError, RuntimeError):
+            raise damaged from None
         conv = module.network.output_conv.conv
         assert conv.bias is not None
         if each.shape != conv.bias.shape or not (each.isfinite() & (each != 0)).all():
-            raise InputError(f"{path}: its output gains are damaged; give another checkpoint of the run")
+            raise damaged
         with torch.no_grad():
             conv.weight *= each[:, None, None, None]
             conv.bias *= each

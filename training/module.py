@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import Failure
 from models.bundle import load_large
@@ -209,8 +209,3 @@ def training_speakers(source: str) -> set[str]:
     if Path(source).is_file():
         return set(read_training_speakers(Path(source)))
     return set(read_manifest(find_bundle(source)).provenance.training_speakers)
-
-
-def trainable(module: nn.Module) -> int:
-    """How many weights training changes."""
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)

@@ -87,6 +87,10 @@ def test_flags_that_cannot_be_used(
         (["--bundle", ss], "Missing"),
         (["-o", out, "--bundle", ss, "--alone", ss], "--alone: measures; give --reference"),
         (["-o", out, "--bundle", ss, "--compare", tmp_path / "both"], "--compare: measures; give --reference"),
+        (
+            ["-o", out, "--bundle", ss, "--compare", tmp_path, "--reference", mixture, "--reference", mixture],
+            "holds an input, which could be overwritten",
+        ),
         (["-o", out, "--bundle", "nobody"], "nobody: no bundle of that name or path"),
         (["-o", out, "--bundle", tmp_path], "has no bundle.json"),
         (["-o", tmp_path / "out.xyz", "--bundle", ss], "must end in .wav or .flac"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import InputError
-from models.checkpoint import build, warm_start
+from models.checkpoint import build, level_output, warm_start
 from models.config import ModelConfig
 from models.framing import pad_to_frames
 from models.pair import BoostedPair, SmallModel
@@ -69,6 +69,15 @@ def test_weights_of_another_size_are_refused(separation: Path, tmp_path: Path) -
     torch.save(state, separation)
     with pytest.raises(InputError, match=r"input_norm\.weight has values that are not finite"):
         warm_start(build(SS), separation, SS)
+
+
+@pytest.mark.parametrize(
+    "gains", ["loud", {"small": "x"}, {"small": [1.0]}, {"small": [0.0] * 4}, {"nobody": [1.0] * 4}]
+)
+def test_damaged_output_gains_are_refused(gains: object, separation: Path) -> None:
+    torch.save({"state_dict": torch.load(separation, weights_only=True), "output_gain": gains}, separation)
+    with pytest.raises(InputError, match=r"ss\.pt: its output gains are damaged"):
+        level_output(build(SS), separation)
 
 
 def test_a_frozen_large_network_computes_the_same() -> None:
