@@ -1,6 +1,7 @@
 """What every network makes of one mixture, side by side: sound files and one picture."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,67 +29,47 @@ _TITLES: dict[System, str] = {
 }
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder that a comparison goes to.
+@dataclass(frozen=True)
+class Comparison:
+    """What was made of one mixture."""
+
+    mixture: Samples  # [M, N]
+    systems: Mapping[System, Samples]  # [S, M, N] each, the voices of all in the same order
+    gains: Mapping[System, float]  # SI-SDRi in dB, of the systems that are no reference
+    rate: int  # Hz
+    task: str  # of the bundle
+    title: str
+
+
+def write_comparison(folder: Path, comparison: Comparison) -> None:
+    """Write ``mixture.wav``, a file for every system and voice, and the picture.
+
+    The picture also has the quality by delay that is recorded in the shipped bundles of the same task.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: the folder cannot be made, or a file not be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot make the folder ({reason(error)}); give another --compare") from None
-
-
-def write_comparison(
-    folder: Path,
-    mixture: Samples,
-    systems: Mapping[System, Samples],
-    gains: Mapping[System, float],
-    rate: int,
-    task: str,
-    title: str,
-) -> list[Path]:
-    """Write ``mixture.wav``, a file for every system and voice, and the picture.
-
-    Args:
-        mixture: ``[M, N]``.
-        systems: by name, ``[S, M, N]`` each, the voices of all in the same order.
-        gains: SI-SDRi in dB of the systems that are no reference.
-        task: of the bundle; the picture has the recorded quality by delay of the shipped bundles of that task.
-
-    Returns:
-        The files.
-
-    Raises:
-        InputError: a file cannot be written.
-    """
-    written = [folder / "mixture.wav"]
-    audio.write_audio(written[0], mixture, rate, "s16", None)
-    for name, voices in systems.items():
+    audio.write_audio(folder / "mixture.wav", comparison.mixture, comparison.rate, "s16", None)
+    for name, voices in comparison.systems.items():
         for number, voice in enumerate(voices, start=1):
-            written.append(folder / (f"{name}-speaker{number}.wav" if len(voices) > 1 else f"{name}.wav"))
-            audio.write_audio(written[-1], voice, rate, "s16", None)
-    _draw(folder / PICTURE, mixture, systems, gains, rate, task, title)
-    return [*written, folder / PICTURE]
+            path = folder / (f"{name}-speaker{number}.wav" if len(voices) > 1 else f"{name}.wav")
+            audio.write_audio(path, voice, comparison.rate, "s16", None)
+    _draw(folder / PICTURE, comparison)
 
 
-def _draw(
-    path: Path,
-    mixture: Samples,
-    systems: Mapping[System, Samples],
-    gains: Mapping[System, float],
-    rate: int,
-    task: str,
-    title: str,
-) -> None:
-    curve = _quality_by_delay(task)
-    shown = {"mixture": mixture[0]}
-    for system, voices in systems.items():
+def _draw(path: Path, comparison: Comparison) -> None:
+    curve = _quality_by_delay(comparison.task)
+    gains = comparison.gains
+    shown = {"mixture": comparison.mixture[0]}
+    for system, voices in comparison.systems.items():
         voice = ", speaker 1" if len(voices) > 1 else ""
         gain = f": {gains[system]:+.1f} dB SI-SDRi{' (all speakers)' if voice else ''}" if system in gains else ""
         shown[_TITLES[system] + voice + gain] = voices[0, 0]
-    levels = {title: spectrogram(samples, rate) for title, samples in shown.items()}
+    levels = {title: spectrogram(samples, comparison.rate) for title, samples in shown.items()}
     top = max(float(level.max()) for level, _ in levels.values())
     rows = len(shown)
     figure = plt.figure(figsize=(15 if curve else 10, 1.75 * rows + 0.8), layout="constrained")
@@ -102,7 +83,7 @@ def _draw(
         axis.set_xlabel("time, s")
         if curve:
             _draw_curve(figure.add_subplot(grid[:, 1]), curve)
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(comparison.title, fontsize=12)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=100)
     finally:

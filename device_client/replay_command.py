@@ -412,10 +412,9 @@ def _compare(
     estimates: dict[str, Samples],
     quality: dict[str, reporting.Quality],
 ) -> None:
-    from device_client.comparison import System, check_folder, write_comparison
+    from device_client.comparison import Comparison, System, write_comparison
 
     assert inputs.references is not None
-    check_folder(folder)
     systems: dict[System, Samples] = {}
     for name in ("alone", "boosted", "large"):
         if name in estimates:
@@ -424,7 +423,8 @@ def _compare(
     gains = {name: quality[name].si_sdri for name in systems}
     systems["reference"] = inputs.references
     title = f"{input_file.name}, bundle {manifest.label}"
-    write_comparison(folder, inputs.samples, systems, gains, inputs.rate, manifest.model.task, title)
+    comparison = Comparison(inputs.samples, systems, gains, inputs.rate, manifest.model.task, title)
+    write_comparison(folder, comparison)
 
 
 def _plot(path: Path, input_file: Path, manifest: Manifest, inputs: _Inputs, sources: Samples, run: Run) -> None:
