@@ -1,4 +1,4 @@
-"""Time per frame of the full-size networks, one thread, torch engine: ``python benchmarks/frame_time.py``.
+"""Time per frame of the full-size networks on one thread: ``python benchmarks/frame_time.py``.
 
 Prints a table and writes it as JSON. The sizes are the published ones; the weights are random, which costs the same.
 """
@@ -6,23 +6,35 @@ Prints a table and writes it as JSON. The sizes are the published ones; the weig
 import argparse
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from device_client.hint_buffer import HintBuffer
+from device_client.onnx_engine import OnnxModel
+from device_client.torch_engine import TorchModel
+from models.bundle import write_bundle
+from models.checkpoint import build
 from models.config import Boosting, ModelConfig, NetworkSize
-from models.pair import LargeModel, SmallModel
+from models.pair import LargeModel
+from protos import hints_pb2 as pb
+from protos.codec import HINT_ENCODINGS, decode_hint, hint_encoder
 
 SMALL = NetworkSize(channels=16, hidden=16)
+TASKS: tuple[Literal["tse", "ss"], ...] = ("tse", "ss")
 LARGE = NetworkSize(channels=64, hidden=64, heads=8, self_attention=True)
 
 
-def measure(step: Callable[[], None], frames: int) -> dict[str, float]:
+def measure(step: Callable[[], object], frames: int) -> dict[str, float]:
     """Milliseconds of each of many calls, after a warm-up."""
     for _ in range(100):
         step()
@@ -35,31 +47,63 @@ def measure(step: Callable[[], None], frames: int) -> dict[str, float]:
     return {name: round(float(np.percentile(times, value)), 3) for name, value in names.items()}
 
 
-@torch.inference_mode()
-def benchmark(task: str, frames: int) -> dict[str, dict[str, float]]:
-    """The small network with fusion and the large one with hint encoder, each frame by frame."""
-    config = ModelConfig(task=task, small=SMALL, large=LARGE, boosting=Boosting(delay=6))  # type: ignore[arg-type]
+def small_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float]]:
+    """The small network with fusion under both engines, and the device's loop around the faster one."""
     torch.manual_seed(0)
-    small, large = SmallModel(config).eval(), LargeModel(config).eval()
-    speaker = torch.randn(1, 256) if task == "tse" else None
+    pair = build(config.model_copy(update={"large": config.small}))  # whose large network does not run here
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "random"
+        pair_config = config.model_copy(update={"large": config.small})
+        write_bundle(bundle, pair, pair_config, untrained=True, source="random", configuration="none")
+        onnx, in_torch = OnnxModel(str(bundle)), TorchModel(str(bundle))
+    speaker = np.random.default_rng(0).normal(0, 1 / 16, 256).astype(np.float32) if config.task == "tse" else None
+    framing = config.framing
+    window = np.random.default_rng(1).normal(0, 0.1, (config.microphones, framing.n_fft)).astype(np.float32)
+    hint = np.random.default_rng(2).normal(0, 1, (config.hint_channels, framing.bins)).astype(np.float32)
+    engines = {"ONNX Runtime": onnx.session(speaker), "torch": in_torch.session(speaker)}
+    looped, buffer, encoding = onnx.session(speaker), HintBuffer(config.delay), HINT_ENCODINGS["f16"]
+    payload, scale = hint_encoder(encoding)(hint)
+    message = pb.Hint(frame=0, payload=payload, scale=scale)
+    captured, frame = np.tile(window, 2), 0
+
+    def loop() -> None:
+        """What the device does for a frame: cut the window, decode a hint, take the one that is due, run."""
+        nonlocal frame
+        cut = np.ascontiguousarray(captured[:, : framing.n_fft])
+        buffer.put(frame, decode_hint(message, encoding, *hint.shape), 0)
+        looped.step(cut, buffer.take(frame - config.delay, 0) if frame >= config.delay else None)
+        frame += 1
+
+    figures = {name: measure(partial(engine.step, window, hint), frames) for name, engine in engines.items()}
+    return {
+        f"small with fusion, {name}": row for name, row in {**figures, "the whole loop": measure(loop, frames)}.items()
+    }
+
+
+@torch.inference_mode()
+def large_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float]]:
+    """The large network with its hint encoder, in torch."""
+    torch.manual_seed(0)
+    large = LargeModel(config).eval()
+    state = large.initial_state(1, torch.randn(1, 256) if config.task == "tse" else None)
     window = torch.randn(1, config.microphones, config.framing.n_fft)
-    hint = torch.randn(1, 1, config.hint_channels, config.framing.bins)
-    small_state, large_state = small.initial_state(1, speaker), large.initial_state(1, speaker)
 
-    def step_small() -> None:
-        nonlocal small_state
-        _, small_state = small(window, small_state, hint)
+    def step() -> None:
+        nonlocal state
+        _, _, state = large(window, state)
 
-    def step_large() -> None:
-        nonlocal large_state
-        _, _, large_state = large(window, large_state)
+    return {"large with hint encoder, torch": measure(step, frames)}
 
-    results = {}
-    for name, step in (("small with fusion", step_small), ("large with hint encoder", step_large)):
-        figures = measure(step, frames)
-        factor = figures["p50"] / (1e3 * config.framing.chunk_seconds)
-        results[f"{task.upper()} {name}"] = {**figures, "real_time_factor": round(factor, 4)}
-    return results
+
+def benchmark(task: Literal["tse", "ss"], frames: int) -> dict[str, dict[str, float]]:
+    """Both networks of a task, each frame by frame."""
+    config = ModelConfig(task=task, small=SMALL, large=LARGE, boosting=Boosting(delay=6))
+    figures = small_network(config, frames) | large_network(config, frames)
+    budget = 1e3 * config.framing.chunk_seconds
+    return {
+        f"{task.upper()} {name}": {**row, "real_time_factor": round(row["p50"] / budget, 4)}
+        for name, row in figures.items()
+    }
 
 
 def main() -> None:
@@ -68,7 +112,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("out/frame_time.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = {name: row for task in ("tse", "ss") for name, row in benchmark(task, arguments.frames).items()}
+    results = {name: row for task in TASKS for name, row in benchmark(task, arguments.frames).items()}
     table = Table(
         "network", "p50 ms", "p95", "p99", "p99.9", "real-time factor", title="Time per 8 ms frame, one thread"
     )
@@ -76,7 +120,11 @@ def main() -> None:
         table.add_row(name, *(f"{value:.3f}" for value in row.values()))
     Console().print(table)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
     arguments.json.write_text(
         json.dumps({"machine": machine, "frames": arguments.frames, "ms": results}, indent=2) + "\n"
     )

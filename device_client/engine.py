@@ -1,8 +1,11 @@
 """What runs the small network on the device."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
+from models.manifest import Manifest
 from protos.codec import Samples
+
+EngineName = Literal["onnx", "torch"]
 
 
 class Engine(Protocol):
@@ -18,4 +21,14 @@ class Engine(Protocol):
         Returns:
             ``[S, M, chunk]`` samples of the estimate.
         """
+        ...
+
+
+class Model(Protocol):
+    """A bundle's small network, from which sessions are made."""
+
+    manifest: Manifest
+
+    def session(self, speaker_embedding: Samples | None) -> Engine:
+        """A session from its start; ``speaker_embedding`` is ``[256]`` for TSE."""
         ...

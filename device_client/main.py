@@ -19,6 +19,13 @@ class Clock(StrEnum):
     REAL = "real"
 
 
+class EngineChoice(StrEnum):
+    """What computes the small network."""
+
+    ONNX = "onnx"
+    TORCH = "torch"
+
+
 class OutputFormat(StrEnum):
     """Samples of output files."""
 
@@ -53,6 +60,9 @@ def replay(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Estimate; SS adds -speaker1, -speaker2 to the name.")],
     bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle.")] = DEFAULT_BUNDLE,
+    engine: Annotated[
+        EngineChoice, typer.Option("--engine", help="What computes the small network; torch needs torch installed.")
+    ] = EngineChoice.ONNX,
     server: Annotated[
         str | None, typer.Option("--server", metavar="HOST:PORT", help="A running kb-server; else one is started here.")
     ] = None,
@@ -117,6 +127,7 @@ def replay(
             input_file=input_file,
             output=output,
             bundle=bundle,
+            engine=engine.value,
             server=server,
             enrollment=enrollment,
             references=tuple(reference or ()),

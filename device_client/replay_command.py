@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -15,17 +14,16 @@ from common.cli import warn
 from common.errors import Failure, InputError, existing_file, reason
 from device_client import audio, simulated_network
 from device_client import report as reporting
+from device_client.engine import EngineName, Model
 from device_client.hint_buffer import HintLog
 from device_client.hint_stream import Encodings, HintStream, enroll
 from device_client.local_server import local_server
+from device_client.onnx_engine import OnnxModel
 from device_client.quality import match_sources, si_sdr, snr
 from device_client.replay import Hints, RealHints, Run, VirtualHints, run_frames
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from models.manifest import Manifest, find_bundle, read_manifest
 from protos.codec import ENROLLMENT_RATE, ENROLLMENT_SECONDS, Samples
-
-if TYPE_CHECKING:
-    from device_client.torch_engine import TorchModel
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class ReplayOptions:
     input_file: Path
     output: Path
     bundle: str
+    engine: EngineName
     server: str | None
     enrollment: Path | None
     references: tuple[Path, ...]
@@ -90,8 +89,10 @@ def replay_file(options: ReplayOptions) -> None:
     trace = simulated_network.read_trace(options.trace) if options.trace is not None else None
     outputs = _output_paths(options, manifest.model)
     inputs = _read_inputs(options, manifest.model)
-    model = _load_model(directory)
-    baseline = _load_baseline(options.alone, manifest.model) if options.alone is not None else None
+    model = _load_model(directory, options.engine)
+    baseline = None
+    if options.alone is not None:
+        baseline = _load_baseline(options.alone, options.engine, manifest.model)
 
     with ExitStack() as stack:
         server = None
@@ -172,15 +173,23 @@ def replay_file(options: ReplayOptions) -> None:
     Console().print(reporting.table(report))
 
 
-def _load_model(directory: Path) -> "TorchModel":
-    try:
+def _load_model(directory: Path, engine: EngineName) -> Model:
+    if engine == "onnx":
+        return OnnxModel(str(directory))
+    with _needs_torch("--engine torch"):
         from device_client.torch_engine import TorchModel
-    except ImportError as error:
-        raise Failure(f"this engine needs torch ({error}): pip install 'knowledge-boosting[server]'") from None
     return TorchModel(str(directory))
 
 
-def _load_baseline(bundle: str, model: ModelConfig) -> "TorchModel":
+@contextmanager
+def _needs_torch(flag: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise Failure(f"{flag}: needs torch ({error}): pip install 'knowledge-boosting[server]'") from None
+
+
+def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model:
     """One network alone, to stand beside a bundle's.
 
     Raises:
@@ -191,12 +200,12 @@ def _load_baseline(bundle: str, model: ModelConfig) -> "TorchModel":
         raise InputError(f"{bundle}: is a pair; give --alone the bundle of one network alone")
     if (other.task, other.microphones, other.framing) != (model.task, model.microphones, model.framing):
         raise InputError(f"{bundle}: is not of the task, microphones and framing of --bundle; give --alone one that is")
-    return _load_model(find_bundle(bundle))
+    return _load_model(find_bundle(bundle), engine)
 
 
 def _large_estimate(bundle: str, mixture: Samples, embedding: Samples | None) -> Samples:
-    from device_client.torch_engine import large_estimate
-
+    with _needs_torch("--with-large"):
+        from device_client.torch_engine import large_estimate
     return large_estimate(bundle, mixture, embedding)
 
 
@@ -352,7 +361,7 @@ def _open_hints(
 
 
 def _run_frames(
-    label: str, model: "TorchModel", mixture: Samples, embedding: Samples | None, hints: Hints | None, log: HintLog
+    label: str, model: Model, mixture: Samples, embedding: Samples | None, hints: Hints | None, log: HintLog
 ) -> Run:
     config = model.manifest.model
     engine = model.session(embedding)

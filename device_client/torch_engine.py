@@ -1,4 +1,4 @@
-"""The small network in torch: the only part of the client that needs torch."""
+"""The networks in torch: the only part of the client that needs torch."""
 
 import torch
 

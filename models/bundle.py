@@ -15,6 +15,7 @@ from common.files import atomic_directory, atomic_file
 from models.checkpoint import load_exactly
 from models.config import ModelConfig
 from models.manifest import (
+    GRAPH_FILE,
     MANIFEST_FILE,
     UNTRAINED_NOTICE,
     Manifest,
@@ -26,6 +27,7 @@ from models.manifest import (
     read_manifest,
     verify_part,
 )
+from models.onnx_graph import check_graph, frame_graph
 from models.pair import BoostedPair, LargeModel, SmallModel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -101,6 +103,7 @@ def write_bundle(
 
     Raises:
         InputError: the directory exists already or cannot be written, or its name is no bundle name.
+        Failure: the graph does not compute what the network does.
     """
     parts: tuple[Part, ...] = ("small",) if config.large is None else ("small", "large")
     with atomic_directory(directory) as temporary:
@@ -110,8 +113,13 @@ def write_bundle(
             state = {name: tensor.contiguous() for name, tensor in model.get_submodule(part).state_dict().items()}
             if half_speaker:
                 state = {name: tensor.half() if ".speaker." in name else tensor for name, tensor in state.items()}
-            safetensors.torch.save_file(state, path)
+            path.write_bytes(safetensors.torch.save(state))
             digests[part] = file_digest(path)
+        small = model.get_submodule("small")
+        assert isinstance(small, SmallModel)
+        graph = frame_graph(small)
+        check_graph(graph, small)
+        (temporary / GRAPH_FILE).write_bytes(graph)
         try:
             manifest = Manifest(
                 name=directory.resolve().name,
@@ -119,6 +127,7 @@ def write_bundle(
                 untrained=untrained,
                 model=config,
                 digests=digests,
+                graph_digest=file_digest(temporary / GRAPH_FILE),
                 provenance=Provenance(
                     created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                     software=f"knowledge-boosting {importlib.metadata.version('knowledge-boosting')}",

@@ -1,7 +1,8 @@
 """What a bundle says of itself: ``bundle.json``. Needs no torch.
 
-A bundle is a directory: ``bundle.json``; ``small.safetensors``, the device's network; ``large.safetensors``, the
-server's network and hint encoder; ``README.md``, the model card. A device needs the small part, a server the large.
+A bundle is a directory: ``bundle.json``; ``small.safetensors``, the device's network, and ``small.onnx``, one frame of
+it as a graph; ``large.safetensors``, the server's network and hint encoder; ``README.md``, the model card. A device
+needs the small part, a server the large.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from models.config import ModelConfig, Strict
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE = "bundle.json"
+GRAPH_FILE = "small.onnx"
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_BUNDLE = "ss-48ms-compact"
 UNTRAINED_NOTICE = "UNTRAINED: random weights, nothing here says how a trained model sounds"
@@ -46,6 +48,9 @@ class Manifest(Strict):
     untrained: bool
     model: ModelConfig
     digests: dict[Part, str] = Field(description="SHA-256 of each safetensors file")
+    graph_digest: str | None = Field(
+        default=None, description="SHA-256 of small.onnx; none for bundles made before there were graphs"
+    )
     quality: dict[str, float] = Field(default_factory=dict, description="measured figures, such as SI-SDRi in dB")
     provenance: Provenance
 
@@ -127,6 +132,20 @@ def verify_part(directory: Path, manifest: Manifest, part: Part) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file; this copy of the bundle lacks its {part} part")
     if file_digest(path) != manifest.digests[part]:
+        raise InputError(f"{path}: digest differs from {MANIFEST_FILE}; the file was changed or cut, copy it again")
+    return path
+
+
+def verify_graph(directory: Path, manifest: Manifest) -> Path:
+    """The path of the device's graph, whose digest has been compared with the manifest.
+
+    Raises:
+        InputError: this copy of the bundle lacks the graph, or the file was changed.
+    """
+    path = directory / GRAPH_FILE
+    if manifest.graph_digest is None or not path.is_file():
+        raise InputError(f"{path}: no such file; export the bundle again with kb-export, or use --engine torch")
+    if file_digest(path) != manifest.graph_digest:
         raise InputError(f"{path}: digest differs from {MANIFEST_FILE}; the file was changed or cut, copy it again")
     return path
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "training": {"common", "models"},
 }
 # What of models a device may import without torch, and the client's only module that needs torch.
-TORCH_FREE = {"models.config", "models.manifest"}
+TORCH_FREE = {"models.config", "models.manifest", "models.onnx_stream"}
 NEEDS_TORCH = "device_client.torch_engine"
 
 
@@ -69,25 +69,33 @@ def test_the_client_imports_without_torch_and_without_the_server() -> None:
     names = [name for name in modules("device_client") if name != NEEDS_TORCH]
     script = (
         "import importlib, sys\n"
-        "for name in ('torch', 'safetensors', 'remote_server'): sys.modules[name] = None\n"
+        "for name in ('torch', 'onnx', 'remote_server'): sys.modules[name] = None\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
-def test_the_client_says_what_to_install_when_torch_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags", ["--engine torch", "--with-large --reference samples/source1.wav --reference samples/source2.wav"]
+)
+def test_the_client_says_what_to_install_when_torch_is_missing(flags: str, tmp_path: Path) -> None:
     script = (
         "import sys\n"
-        "for name in ('torch', 'safetensors'): sys.modules[name] = None\n"
+        "sys.modules['torch'] = None\n"
         "sys.argv = ['kb-client', *sys.argv[1:]]\n"
         "from device_client.main import main\n"
         "main()\n"
     )
-    bundle = str(tmp_path / "b")
-    made = [sys.executable, "-m", "models.export", "--untrained", "--config", "configs/demo/ss-48ms.json", "-o", bundle]
-    subprocess.run(made, cwd=ROOT, check=True, capture_output=True)
-    call = ["replay", "samples/mixture.wav", "-o", str(tmp_path / "o.wav"), "--bundle", bundle]
+    call = [
+        "replay",
+        "samples/mixture.wav",
+        "-o",
+        str(tmp_path / "o.wav"),
+        "--bundle",
+        "ss-48ms-compact",
+        *flags.split(),
+    ]
     without_torch = [sys.executable, "-c", script, *call]
     result = subprocess.run(without_torch, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1

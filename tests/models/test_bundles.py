@@ -45,6 +45,7 @@ def test_a_published_checkpoint_becomes_a_bundle_that_computes_the_same(
         "README.md",
         "bundle.json",
         "large.safetensors",
+        "small.onnx",
         "small.safetensors",
     ]
 

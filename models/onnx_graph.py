@@ -1,0 +1,313 @@
+"""The small network as an ONNX graph, one frame a run, for a device without torch.
+
+The graph holds the network alone; what only moves data is left to its caller, :mod:`models.onnx_stream`, who owns every
+buffer:
+
+- Attention caches are rings that the graph reads and never writes. The new frame's key and value come out of the graph,
+  and take part beside the ring, whose oldest row ``mask`` leaves out; the caller writes them into that row afterwards.
+- States that are replaced whole (LSTMs) go in and come out under two names, for two buffers that take turns.
+- The overlap-add of the frames is the caller's.
+
+Layouts are chosen so that nothing has to be transposed on the way: spectra and what attention flattens are
+``[channels, F]``, features are ``[F, D]``.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from common.errors import Failure
+from models.config import SPEAKER_EMBEDDING_SIZE
+from models.layers import HintFusion
+from models.onnx_stream import OnnxStream, load_graph
+from models.pair import SmallModel
+from models.tfgridnet import GridNetBlock
+
+OPSET = 20
+_IR_VERSION = 10
+Array = NDArray[np.float32]
+
+
+class _Graph:
+    """Nodes, weights, inputs and outputs, in the order they are added."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: list[onnx.TensorProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, *shape: int) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        return name
+
+    def output(self, value: str, name: str, *shape: int) -> None:
+        """Give a value out under a name."""
+        self._nodes.append(helper.make_node("Identity", [value], [name]))
+        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+    def weight(self, value: Tensor | Array | Sequence[int]) -> str:
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
+        name = f"w{len(self._weights)}"
+        self._weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Add a node; the name of its output, or a list of names."""
+        names = [f"v{len(self._nodes)}_{number}" for number in range(outputs)]
+        self._nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def reshape(self, value: str, *shape: int) -> str:
+        return cast("str", self.node("Reshape", value, self.weight(shape)))
+
+    def layer_norm(self, value: str, scale: Tensor | Array, shift: Tensor | Array, *, axis: int = -1) -> str:
+        weights = self.weight(scale), self.weight(shift)
+        return cast("str", self.node("LayerNormalization", value, *weights, axis=axis, epsilon=1e-5))
+
+    def linear(self, value: str, layer: nn.Linear) -> str:
+        """``[F, in]`` to ``[F, out]``."""
+        return cast("str", self.node("Gemm", value, self.weight(layer.weight.T), self.weight(layer.bias)))
+
+    def linear_transposed(self, value: str, weight: Tensor, bias: Tensor) -> str:
+        """``[F, in]`` to ``[out, F]``."""
+        return cast("str", self.node("Gemm", self.weight(weight), value, self.weight(bias[:, None]), transB=1))
+
+    def file(self, metadata: dict[str, str]) -> bytes:
+        graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._weights)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="knowledge-boosting"
+        )
+        model.ir_version = _IR_VERSION
+        helper.set_model_props(model, metadata)
+        onnx.checker.check_model(model, full_check=True)
+        return model.SerializeToString()
+
+
+def frame_graph(model: SmallModel) -> bytes:
+    """One frame of the small network, for one stream, as the bytes of an ONNX file.
+
+    Inputs, all float32, for each block ``i`` and each fusion ``j`` (after every block but the last):
+
+    ===================  =======================  =======================================================
+    ``window``           ``[M, n_fft]``           the frame's samples
+    ``input_past``       ``[1, 2M, 2, F]``        ``input_new`` of the two frames before, the older first
+    ``hidden_i``         ``[1, F, H]``            ``new_hidden_i`` of the frame before; ``cell_i`` likewise
+    ``output_past``      ``[1, D, 2, F]``         as ``input_past``, of ``output_new``
+    ``speaker_weight_j`` ``[F, D]``               TSE: the speaker layer's modulation; ``speaker_bias_j`` likewise
+    ``hint``             ``[hint channels, F]``   of ``delay`` frames ago, or zeros
+    ``delayed_j``        ``[F, D]``               ``features_j`` of ``delay`` frames ago; not for a delay of 0
+    ``keys_j``           ``[L, key size, W]``     ``key_j`` of the last W frames, in any order
+    ``values_j``         ``[L, W, value size]``   ``value_j`` of the same
+    ``mask``             ``[W]``                  minus infinity at the oldest of these frames, else 0
+    ===================  =======================  =======================================================
+
+    States are zeros at the start of a stream. Outputs: ``frame`` ``[S', n_fft]``, to be overlapped with the tail of the
+    frame before and added, already divided by the window sums; ``input_new`` ``[1, 2M, 1, F]``, ``output_new``
+    ``[1, D, 1, F]``, ``new_hidden_i``, ``new_cell_i``, ``features_j`` ``[F, D]``, ``key_j`` ``[L, 1, key size]``,
+    ``value_j`` ``[L, 1, value size]``.
+    """
+    config, network = model.config, model.network
+    framing, mics, bins, signals = (
+        config.framing,
+        config.microphones,
+        config.framing.bins,
+        config.spectrum_channels // 2,
+    )
+    channels, hidden, heads, window = (
+        config.small.channels,
+        config.small.hidden,
+        config.small.heads,
+        config.small.window,
+    )
+    graph = _Graph("small")
+
+    # Spectrum: [M, 2F] as [2M, F], whose channels are (real, imaginary) of every microphone.
+    spectrum = graph.node("MatMul", graph.input("window", mics, framing.n_fft), graph.weight(model.stft.analysis))
+    new = graph.reshape(spectrum, 1, 2 * mics, 1, bins)
+    graph.output(new, "input_new", 1, 2 * mics, 1, bins)
+    past = graph.input("input_past", 1, 2 * mics, 2, bins)
+    conv = network.input_conv.conv
+    order = [part * mics + mic for mic in range(mics) for part in range(2)]
+    x = _conv(graph, graph.node("Concat", past, new, axis=2), conv, conv.weight[:, order])
+    x = graph.node("Transpose", graph.reshape(x, channels, bins), perm=[1, 0])
+    x = graph.layer_norm(x, network.input_norm.weight, network.input_norm.bias)
+
+    hint = mask = ""
+    if len(network.fusion):
+        hint, mask = graph.input("hint", config.hint_channels, bins), graph.input("mask", window)
+    for index, block in enumerate(cast("Iterable[GridNetBlock]", network.blocks)):
+        x = _block(graph, block, x, index, bins, channels, hidden)
+        if index == len(network.blocks) - 1:
+            break
+        if len(network.speaker):
+            weight = graph.input(f"speaker_weight_{index}", bins, channels)
+            x = graph.node("Mul", x, weight)
+            x = graph.node("Add", x, graph.input(f"speaker_bias_{index}", bins, channels))
+        if len(network.fusion):
+            x = _fusion(
+                graph, cast("HintFusion", network.fusion[index]), x, hint, mask, index, bins, channels, heads, window
+            )
+
+    new = graph.reshape(graph.node("Transpose", x, perm=[1, 0]), 1, channels, 1, bins)
+    graph.output(new, "output_new", 1, channels, 1, bins)
+    conv = network.output_conv.conv
+    past = graph.input("output_past", 1, channels, 2, bins)
+    embedding = _conv(graph, graph.node("Concat", past, new, axis=2), conv, conv.weight)
+    # [2S', F] is [S', 2F], all real parts before all imaginary ones; the window sums divide here.
+    synthesis = model.stft.synthesis.unflatten(0, (bins, 2)).transpose(0, 1).flatten(0, 1).clone()
+    head, body = model.stft.head_gain, model.stft.body_gain
+    synthesis[:, : framing.lookahead] *= head
+    synthesis[:, framing.lookahead : framing.chunk] *= body
+    synthesis[:, framing.chunk :] *= head
+    frame = graph.node("MatMul", graph.reshape(embedding, signals, 2 * bins), graph.weight(synthesis))
+    graph.output(frame, "frame", signals, framing.n_fft)
+    return graph.file({"task": config.task, "delay": str(config.delay)})
+
+
+def check_graph(graph: bytes, model: SmallModel) -> None:
+    """Run graph and network side by side over frames of noise, a third of them without hints.
+
+    Raises:
+        Failure: their samples differ by more than 1e-4 of the loudest.
+    """
+    config, rng = model.config, np.random.default_rng(0)
+    embedding, speaker = None, {}
+    if config.task == "tse":
+        embedding = torch.from_numpy(rng.normal(0, 1 / 16, (1, SPEAKER_EMBEDDING_SIZE)).astype(np.float32))
+    loudest = worst = 0.0
+    with torch.inference_mode():
+        state = model.initial_state(1, embedding)
+        for index, modulation in enumerate(state.network.speaker):
+            speaker[f"speaker_weight_{index}"] = modulation.weight[0, 0].numpy()
+            speaker[f"speaker_bias_{index}"] = modulation.bias[0, 0].numpy()
+        stream = OnnxStream(load_graph(graph), config, speaker)
+        for frame in range(2 * config.small.window):
+            window = rng.normal(0, 0.1, (config.microphones, config.framing.n_fft)).astype(np.float32)
+            hint = np.zeros((config.hint_channels, config.framing.bins), np.float32)
+            if frame % 3:
+                hint = rng.normal(0, 1, hint.shape).astype(np.float32)
+            hints = torch.from_numpy(hint)[None, None] if config.boosting else None
+            expected, state = model(torch.from_numpy(window)[None], state, hints)
+            worst = max(worst, float(np.abs(stream.step(window, hint) - expected[0].numpy()).max()))
+            loudest = max(loudest, float(expected.abs().max()))
+    if not worst <= 1e-4 * loudest:
+        raise Failure(f"the exported graph differs from the network by {worst:.2g} (loudest sample {loudest:.2g})")
+
+
+def _conv(graph: _Graph, value: str, conv: nn.Conv2d, weight: Tensor) -> str:
+    bias = conv.bias
+    assert bias is not None
+    return cast("str", graph.node("Conv", value, graph.weight(weight), graph.weight(bias), pads=[0, 1, 0, 1]))
+
+
+def _block(graph: _Graph, block: GridNetBlock, x: str, index: int, bins: int, channels: int, hidden: int) -> str:
+    normed = graph.layer_norm(x, block.intra_norm.weight, block.intra_norm.bias)
+    y = graph.node(
+        "LSTM",
+        graph.reshape(normed, bins, 1, channels),
+        *_lstm_weights(graph, block.intra_lstm),
+        hidden_size=hidden,
+        direction="bidirectional",
+    )
+    y = graph.linear(graph.reshape(y, bins, 2 * hidden), block.intra_linear)
+    x = graph.node("Add", x, y)
+
+    normed = graph.layer_norm(x, block.inter_norm.weight, block.inter_norm.bias)
+    state = graph.input(f"hidden_{index}", 1, bins, hidden), graph.input(f"cell_{index}", 1, bins, hidden)
+    _, new_hidden, new_cell = graph.node(
+        "LSTM",
+        graph.reshape(normed, 1, bins, channels),
+        *_lstm_weights(graph, block.inter_lstm),
+        "",
+        *state,
+        hidden_size=hidden,
+        outputs=3,
+    )
+    graph.output(new_hidden, f"new_hidden_{index}", 1, bins, hidden)
+    graph.output(new_cell, f"new_cell_{index}", 1, bins, hidden)
+    y = graph.linear(graph.reshape(new_hidden, bins, hidden), block.inter_linear)
+    return cast("str", graph.node("Add", x, y))
+
+
+def _lstm_weights(graph: _Graph, lstm: nn.LSTM) -> tuple[str, str, str]:
+    """Weights, recurrence and biases of every direction; gates in ONNX's order (i, o, f, g), torch has (i, f, g, o)."""
+
+    def gates(tensor: Tensor) -> Array:
+        i, f, g, o = tensor.detach().chunk(4)
+        return np.concatenate([part.cpu().numpy() for part in (i, o, f, g)])
+
+    directions = [[gates(weight) for weight in direction] for direction in lstm.all_weights]
+    return (
+        graph.weight(np.stack([weights[0] for weights in directions])),
+        graph.weight(np.stack([weights[1] for weights in directions])),
+        graph.weight(np.stack([np.concatenate(weights[2:]) for weights in directions])),
+    )
+
+
+def _fusion(
+    graph: _Graph,
+    fusion: HintFusion,
+    x: str,
+    hint: str,
+    mask: str,
+    index: int,
+    bins: int,
+    channels: int,
+    heads: int,
+    window: int,
+) -> str:
+    key, value = fusion.key, fusion.value
+    graph.output(x, f"features_{index}", bins, channels)
+    delayed = graph.input(f"delayed_{index}", bins, channels) if fusion.delay else x
+    film = graph.node("Gemm", hint, graph.weight(fusion.film.weight.T), graph.weight(fusion.film.bias), transA=1)
+    weight, bias = graph.node("Split", film, outputs=2, axis=1, num_outputs=2)
+    merged = graph.node("Add", graph.node("Mul", delayed, weight), bias)
+
+    def normed(part: str, slope: Tensor, size: int, norm: nn.LayerNorm) -> str:
+        """``[L * size, F]`` to ``[L, 1, size * F]``; torch flattens with the bins first."""
+        part = graph.node("PRelu", part, graph.weight(slope.reshape(1, 1)))
+        scale, shift = (each.detach().view(bins, size).T.flatten() for each in (norm.weight, norm.bias))
+        return graph.layer_norm(graph.reshape(part, heads, 1, size * bins), scale, shift)
+
+    scale = (key * bins) ** -0.5
+    query = normed(
+        graph.linear_transposed(x, fusion.query.weight, fusion.query.bias), fusion.slope_query, key, fusion.norm_query
+    )
+    split = heads * key
+    weights, biases = fusion.key_value.weight, fusion.key_value.bias
+    new_key = normed(
+        graph.linear_transposed(merged, weights[:split], biases[:split]), fusion.slope_key, key, fusion.norm_key
+    )
+    new_value = normed(
+        graph.linear_transposed(merged, weights[split:], biases[split:]), fusion.slope_value, value, fusion.norm_value
+    )
+    graph.output(new_key, f"key_{index}", heads, 1, key * bins)
+    graph.output(new_value, f"value_{index}", heads, 1, value * bins)
+
+    query = graph.node("Mul", query, graph.weight(np.array(scale, np.float32)))
+    kept = graph.node("Add", graph.node("MatMul", query, graph.input(f"keys_{index}", heads, key * bins, window)), mask)
+    own = graph.node("ReduceSum", graph.node("Mul", query, new_key), graph.weight([2]), keepdims=1)
+    attention = graph.node("Softmax", graph.node("Concat", kept, own, axis=2), axis=2)
+    kept, own = graph.node("Split", attention, graph.weight([window, 1]), outputs=2, axis=2)
+    attended = graph.node("MatMul", kept, graph.input(f"values_{index}", heads, window, value * bins))
+    attended = graph.node("Add", attended, graph.node("Mul", new_value, own))
+
+    merge, norm = fusion.merge, fusion.norm_merge
+    merged = graph.node(
+        "Gemm",
+        graph.reshape(attended, channels, bins),
+        graph.weight(merge.weight.T),
+        graph.weight(merge.bias),
+        transA=1,
+    )
+    merged = graph.node("PRelu", merged, graph.weight(fusion.slope_merge.reshape(1, 1)))
+    return cast("str", graph.node("Add", x, graph.layer_norm(merged, norm.weight, norm.bias, axis=0)))

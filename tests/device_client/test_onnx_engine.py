@@ -1,0 +1,135 @@
+"""The device's engine against the published computation, and against torch at full size."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from common.errors import InputError
+from device_client.engine import Engine
+from device_client.onnx_engine import OnnxModel
+from models.bundle import write_bundle
+from models.checkpoint import build, read_config
+from models.config import Framing
+from models.framing import pad_to_frames
+from models.pair import SmallModel
+from tests.golden_cases import NAMES, TOLERANCE, Golden, worst
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+Samples = NDArray[np.float32]
+
+
+def run(engine: Engine, mixture: Samples, hints: list[Samples | None], framing: Framing) -> Samples:
+    """Estimates ``[S, M, N]`` of a padded mixture ``[M, N]``, with the hint that each of its frames gets."""
+    starts = [framing.chunk * frame for frame in range(len(hints))]
+    windows = [np.ascontiguousarray(mixture[:, start : start + framing.n_fft]) for start in starts]
+    return np.concatenate([engine.step(window, hint) for window, hint in zip(windows, hints, strict=True)], axis=-1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_gives_what_the_published_computation_gives(
+    name: str, golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
+) -> None:
+    case, model = golden(name), OnnxModel(str(golden_bundle(name)))
+    framing = case.pair.config.framing
+    mixture = pad_to_frames(case.mixture, framing).numpy()
+    delay, length = case.pair.config.delay, case.mixture.shape[-1]
+    for item in range(len(mixture)):
+        speaker = case.speaker_embedding[item].numpy() if case.speaker_embedding is not None else None
+        encoded = list(case.hint[item].numpy())
+        late = [None] * delay + encoded[: len(encoded) - delay]
+        boosted = run(model.session(speaker), mixture[item], late, framing)
+        assert worst(boosted[..., :length], case.small_output[item]) < TOLERANCE
+        alone = run(model.session(speaker), mixture[item], [None] * len(encoded), framing)
+        assert worst(alone[..., :length], case.small_output_without_hints[item]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["TSE_joint/B6-TSE", "SS_joint/B6-SS", "SS_joint/B0-SS", "baselines/SM-BS-25"])
+def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = read_config(CONFIGS / f"{name}.json")
+    # The large network is not what runs here; a tiny one is written faster.
+    if config.large is not None:
+        config = config.model_copy(update={"large": config.small})
+    network = build(config).eval().requires_grad_(False)
+    for weight in network.parameters():
+        weight.add_(0.05 * torch.randn_like(weight))  # affine parts and slopes that begin all alike
+    write_bundle(tmp_path / "b", network, config, untrained=True, source="random", configuration=name)
+    small, model = network.get_submodule("small"), OnnxModel(str(tmp_path / "b"))
+    assert isinstance(small, SmallModel)
+
+    rng = np.random.default_rng(0)
+    frames = 1250
+    mixture = rng.normal(0, 0.1, (2, 128 * frames + 64)).astype(np.float32)
+    speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if config.task == "tse" else None
+    given = np.zeros((frames, config.hint_channels, 97), np.float32)
+    states = [1.0] if config.boosting is None else [1.0, 0.0, 0.5]
+    for share in states:
+        there = rng.random(frames) < share
+        given[:] = rng.normal(0, 1, given.shape) * there[:, None, None]
+        received = [hint if on else None for hint, on in zip(given, there, strict=True)]
+        output = run(model.session(speaker), mixture, received, config.framing)
+        with torch.inference_mode():
+            state = small.initial_state(1, torch.from_numpy(speaker)[None] if speaker is not None else None)
+            hints = torch.from_numpy(given)[None] if config.boosting is not None else None
+            expected = small(torch.from_numpy(mixture)[None], state, hints)[0][0]
+        assert worst(output, expected) < TOLERANCE * max(1.0, float(expected.abs().max()))
+
+
+def test_sessions_of_one_model_do_not_touch_each_other(
+    golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
+) -> None:
+    model = OnnxModel(str(golden_bundle("ss_delay1_compression4")))
+    framing = model.manifest.model.framing
+    chunk, n_fft = framing.chunk, framing.n_fft
+    mixture = pad_to_frames(golden("ss_delay1_compression4").mixture, framing).numpy()[0]
+    undisturbed = run(model.session(None), mixture, [None] * 60, framing)
+    one, other = model.session(None), model.session(None)
+    for start in range(0, 60 * chunk, chunk):
+        window = np.ascontiguousarray(mixture[:, start : start + n_fft])
+        np.testing.assert_array_equal(one.step(window, None), undisturbed[..., start : start + chunk])
+        other.step(np.full_like(window, np.nan), None)
+
+
+def test_what_a_step_gave_is_the_caller_s(golden_bundle: Callable[[str], Path]) -> None:
+    model = OnnxModel(str(golden_bundle("ss_delay1_compression4")))
+    session = model.session(None)
+    window = np.ones((2, model.manifest.model.framing.n_fft), np.float32)
+    first = session.step(window, None)
+    kept = first.copy()
+    session.step(2 * window, None)
+    np.testing.assert_array_equal(first, kept)
+
+
+@pytest.fixture
+def copied(golden_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
+    source, copy = golden_bundle("ss_delay1_compression4"), tmp_path / "copy"
+    copy.mkdir()
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def test_a_changed_graph_is_refused(copied: Path) -> None:
+    graph = copied / "small.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match=r"small\.onnx: digest differs"):
+        OnnxModel(str(copied))
+
+
+def test_a_bundle_without_a_graph_says_how_to_get_one(copied: Path) -> None:
+    (copied / "small.onnx").unlink()
+    with pytest.raises(InputError, match="kb-export"):
+        OnnxModel(str(copied))
+
+
+def test_a_bundle_from_before_there_were_graphs_says_how_to_get_one(copied: Path) -> None:
+    manifest = json.loads((copied / "bundle.json").read_text())
+    del manifest["graph_digest"]
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="kb-export"):
+        OnnxModel(str(copied))
