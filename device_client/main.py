@@ -153,6 +153,24 @@ def replay(
     )
 
 
+@app.command()
+def bench(
+    bundle: Annotated[
+        list[str] | None,
+        typer.Option("--bundle", help="Name or path; may be given more than once; else all installed."),
+    ] = None,
+    engine: Annotated[EngineChoice, typer.Option("--engine", help="What computes the network.")] = EngineChoice.ONNX,
+    frames: Annotated[
+        int, typer.Option("--frames", min=100, max=1_000_000, help="Frames to time; 125 a second.")
+    ] = 2000,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure how fast this device runs its networks, and say whether that is enough to run live."""
+    from device_client.bench import bench as run_bench
+
+    run_bench(tuple(bundle or ()), engine.value, frames, json_file)
+
+
 def main() -> None:
     """Entry point of ``kb-client``."""
     common.cli.run(app, "kb-client")

@@ -14,11 +14,10 @@ from common.cli import warn
 from common.errors import Failure, InputError, existing_file, reason
 from device_client import audio, simulated_network
 from device_client import report as reporting
-from device_client.engine import EngineName, Model
+from device_client.engine import EngineName, Model, load_model, needs_torch
 from device_client.hint_buffer import HintLog
 from device_client.hint_stream import Encodings, HintStream, enroll
 from device_client.local_server import local_server
-from device_client.onnx_engine import OnnxModel
 from device_client.quality import match_sources, si_sdr, snr
 from device_client.replay import Hints, RealHints, Run, VirtualHints, run_frames
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
@@ -89,7 +88,7 @@ def replay_file(options: ReplayOptions) -> None:
     trace = simulated_network.read_trace(options.trace) if options.trace is not None else None
     outputs = _output_paths(options, manifest.model)
     inputs = _read_inputs(options, manifest.model)
-    model = _load_model(directory, options.engine)
+    model = load_model(directory, options.engine)
     baseline = None
     if options.alone is not None:
         baseline = _load_baseline(options.alone, options.engine, manifest.model)
@@ -173,22 +172,6 @@ def replay_file(options: ReplayOptions) -> None:
     Console().print(reporting.table(report))
 
 
-def _load_model(directory: Path, engine: EngineName) -> Model:
-    if engine == "onnx":
-        return OnnxModel(str(directory))
-    with _needs_torch("--engine torch"):
-        from device_client.torch_engine import TorchModel
-    return TorchModel(str(directory))
-
-
-@contextmanager
-def _needs_torch(flag: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise Failure(f"{flag}: needs torch ({error}): pip install 'knowledge-boosting[server]'") from None
-
-
 def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model:
     """One network alone, to stand beside a bundle's.
 
@@ -200,11 +183,11 @@ def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model
         raise InputError(f"{bundle}: is a pair; give --alone the bundle of one network alone")
     if (other.task, other.microphones, other.framing) != (model.task, model.microphones, model.framing):
         raise InputError(f"{bundle}: is not of the task, microphones and framing of --bundle; give --alone one that is")
-    return _load_model(find_bundle(bundle), engine)
+    return load_model(find_bundle(bundle), engine)
 
 
 def _large_estimate(bundle: str, mixture: Samples, embedding: Samples | None) -> Samples:
-    with _needs_torch("--with-large"):
+    with needs_torch("--with-large"):
         from device_client.torch_engine import large_estimate
     return large_estimate(bundle, mixture, embedding)
 

@@ -83,9 +83,7 @@ class TrainingConfig(Strict):
         Field(description="checkpoint of a related model, of the other task or without hints: what fits is taken"),
     ] = None
     hint_dropout: Annotated[float, Field(ge=0, le=1, description="share of examples without any hint")] = 0.0
-    guidance: Annotated[
-        float, Field(ge=0, description="weight of what tells fusion, or the blocks of one network, whose a bin is")
-    ] = 0.0
+    guidance: Annotated[float, Field(ge=0, description="weight of what tells fusion what hints are good for")] = 0.0
     ideal_hints: Annotated[
         bool, Field(description="hints are made from the true sources, not by the large network")
     ] = False
@@ -94,8 +92,8 @@ class TrainingConfig(Strict):
     def _only_pairs_have_a_large_network(self) -> Self:
         if self.model.large is None and (self.large_checkpoint is not None or self.freeze_large):
             raise ValueError("large_checkpoint and freeze_large are for a pair, not for one network alone")
-        if self.model.large is None and (self.hint_dropout or self.ideal_hints):
-            raise ValueError("hint_dropout and ideal_hints are for a pair, not for one network alone")
+        if self.model.large is None and (self.hint_dropout or self.guidance or self.ideal_hints):
+            raise ValueError("hint_dropout, guidance and ideal_hints are for a pair, not for one network alone")
         if self.ideal_hints and not self.freeze_large:
             raise ValueError("ideal_hints: set freeze_large too, the large network learns nothing from them")
         if self.warm_start is not None and self.initial_checkpoint is not None:

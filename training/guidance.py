@@ -1,10 +1,9 @@
-"""How fusion learns to use late hints, and a network whom to extract, in few updates.
+"""How fusion learns to use late hints in few updates.
 
 By the small network's loss alone, fusion is noise to it at first, and thousands of updates go by before late hints are
 of any use. Guidance tells every fusion directly what hints are good for: from what it is about to add, a linear layer,
 used in training only, must find the sources' shares of every time-frequency bin. With *ideal hints*, made from the true
-sources, this is learned faster yet, and without a large network. A network alone is guided in the same way after its
-blocks: to extract a speaker, it must first tell whose a bin is, and a mixture left as it is pays too well for that.
+sources, this is learned faster yet, and without a large network.
 """
 
 from itertools import permutations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.framing import Stft, pad_to_frames
-from models.pair import SmallModel
+from models.pair import BoostedPair
 
 _IDEAL_GAIN = 4.0  # trained large networks, free in scale, were found to give about this times the sources' spectra
 
@@ -40,27 +39,21 @@ def ideal_embedding(spectra: Tensor) -> Tensor:
 
 
 class Guidance(nn.Module):
-    """A linear layer for each fusion of a network with hints, or each block but the first of one alone."""
+    """A linear layer for each fusion of a pair's small network, which it listens to."""
 
-    def __init__(self, small: SmallModel) -> None:
+    def __init__(self, pair: BoostedPair) -> None:
         super().__init__()
-        config, network = small.config, small.network
+        config = pair.config
         self._sources, self._microphones = config.sources, config.microphones
+        fusions = list(pair.small.network.fusion)
+        self.heads = nn.ModuleList(
+            nn.Linear(config.small.channels, config.sources * config.microphones) for _ in fusions
+        )
         self._heard: list[Tensor] = []
-        for fusion in network.fusion:
+        for fusion in fusions:
             fusion.get_submodule("norm_merge").register_forward_hook(
                 lambda module, inputs, _: self._heard.append(functional.layer_norm(inputs[0], module.normalized_shape))
             )
-        # The first block has not heard whom to extract.
-        blocks = [] if len(network.fusion) else list(network.blocks)[1:]
-        for block in blocks:
-            block.register_forward_hook(
-                lambda _, __, output: self._heard.append(functional.layer_norm(output[0], output[0].shape[-1:]))
-            )
-        self.heads = nn.ModuleList(
-            nn.Linear(config.small.channels, config.sources * config.microphones)
-            for _ in range(len(network.fusion) + len(blocks))
-        )
 
     def forget(self) -> None:
         """Call before the pair runs."""

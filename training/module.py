@@ -66,7 +66,7 @@ class TrainingModule(lightning.LightningModule):
                 self.training_speakers |= training_speakers(source)
         if config.freeze_large:
             self._pair.large.network.requires_grad_(False)
-        self.guidance = Guidance(self._small) if config.guidance else None
+        self.guidance = Guidance(self._pair) if config.guidance else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAINING_SPEAKERS] = sorted(self.training_speakers)
@@ -81,12 +81,6 @@ class TrainingModule(lightning.LightningModule):
         assert isinstance(self.model, BoostedPair)
         return self.model
 
-    @property
-    def _small(self) -> SmallModel:
-        small = self.model.get_submodule("small")
-        assert isinstance(small, SmallModel)
-        return small
-
     def estimates(self, batch: Batch, hint_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Estimates ``[B, S, M, N]`` of the network that is trained (``small``) and, of a pair, of the ``large``.
 
@@ -96,7 +90,8 @@ class TrainingModule(lightning.LightningModule):
         if isinstance(self.model, BoostedPair):
             output = self.model(mixture, speaker, hint_mask)
             return {"small": output.small, "large": output.large}
-        alone = self._small
+        alone = self.model.get_submodule("small")
+        assert isinstance(alone, SmallModel)
         samples = pad_to_frames(mixture, self.config.model.framing)
         estimate, _ = alone(samples, alone.initial_state(len(mixture), speaker))
         return {"small": estimate[..., : mixture.shape[-1]]}
@@ -118,7 +113,7 @@ class TrainingModule(lightning.LightningModule):
             raise Failure(f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(estimate))
         if self.guidance is not None:
-            stft = self._small.stft
+            stft = self._pair.large.stft
             mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
             guidance = self.guidance.loss(source_spectra(stft, batch["sources"]), mixture)
             self.log("train/guidance", guidance, batch_size=len(estimate))

@@ -48,7 +48,7 @@ def test_spectra_are_the_fourier_transforms_of_windowed_frames() -> None:
 @pytest.mark.parametrize("task", ["ss", "tse"])
 def test_the_loss_of_heads_that_know_nothing_is_a_coin_s(task: str) -> None:
     pair = pair_of(task)
-    guidance = Guidance(pair.small)
+    guidance = Guidance(pair)
     for head in guidance.heads:
         torch.nn.init.zeros_(head.get_parameter("weight"))
         torch.nn.init.zeros_(head.get_parameter("bias"))
@@ -65,7 +65,7 @@ def test_the_loss_of_heads_that_know_nothing_is_a_coin_s(task: str) -> None:
 
 def test_the_large_network_may_choose_which_source_comes_first() -> None:
     pair = pair_of("ss")
-    guidance = Guidance(pair.small)
+    guidance = Guidance(pair)
     sources = voices(2, 2)
     whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
     spectra = source_spectra(pair.large.stft, sources)
@@ -78,7 +78,7 @@ def test_the_large_network_may_choose_which_source_comes_first() -> None:
 def test_guidance_moves_what_comes_before_it_and_the_hint_encoder() -> None:
     pair = pair_of("ss")
     pair.large.network.requires_grad_(False)
-    guidance = Guidance(pair.small)
+    guidance = Guidance(pair)
     sources = voices(2, 2)
     pair(sources.sum(1))
     whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
