@@ -20,21 +20,28 @@ from training.evaluation_plot import bootstrap
 
 Record = dict[str, str]
 
-CONDITIONS: dict[str, tuple[Callable[[Record, int], float], list[float]]] = {
+Condition = tuple[Callable[[Record, int], float], list[float]]
+ROOM: dict[str, Condition] = {
     "angle between talkers, degrees": (
         lambda record, _: abs((float(record["azimuth00_deg"]) - float(record["azimuth01_deg"]) + 180) % 360 - 180),
         [15, 45, 90, 135, 180],
     ),
-    "level of talker 1 over 2, dB": (
-        lambda record, _: float(record["level_difference_db"]),
-        [-5, -2.5, 0, 2.5, 5],
-    ),
-    "level of the target over the other, dB": (
-        # The target of target speech extraction is the item's number, even or odd.
-        lambda record, index: float(record["level_difference_db"]) * (-1 if index % 2 else 1),
-        [-5, -2.5, 0, 2.5, 5],
-    ),
     "reverberation time, s": (lambda record, _: float(record["rt60_s"]), [0, 0.01, 0.12, 0.2, 0.6]),
+}
+LEVEL: dict[str, dict[str, Condition]] = {
+    "ss": {
+        "level of talker 1 over 2, dB": (
+            lambda record, _: float(record["level_difference_db"]),
+            [-5, -2.5, 0, 2.5, 5],
+        )
+    },
+    "tse": {
+        # The target is the one of the item's number, even or odd.
+        "level of the target over the other, dB": (
+            lambda record, index: float(record["level_difference_db"]) * (-1 if index % 2 else 1),
+            [-5, -2.5, 0, 2.5, 5],
+        )
+    },
 }
 
 
@@ -56,9 +63,7 @@ def main() -> None:
     alone, boosted = (np.array([figures[system][item] for item in items]) for system in ("alone", "boosted"))
 
     found: dict[str, list[dict[str, float | int | None]]] = {}
-    for name, (value_of, edges) in CONDITIONS.items():
-        if ("talker 1" in name and task == "tse") or ("target" in name and task == "ss"):
-            continue
+    for name, (value_of, edges) in (ROOM | LEVEL[task]).items():
         values = np.array([value_of(records[item], index) for index, item in enumerate(items)])
         table = Table(name, "items", "alone", "boosted", "difference", title=f"SI-SDRi, dB, {task.upper()}")
         found[name] = []
