@@ -1,5 +1,6 @@
 """A kb-server process of our own, on loopback, for as long as it is needed."""
 
+import importlib.util
 import re
 import select
 import subprocess
@@ -26,6 +27,10 @@ def local_server(bundle: Path) -> Iterator[str]:
     Raises:
         Failure: it does not start; the message has its own last words.
     """
+    if importlib.util.find_spec("torch") is None:
+        raise Failure(
+            "a server on this machine needs torch: give --server HOST:PORT, or pip install 'knowledge-boosting[server]'"
+        )
     command = [sys.executable, "-m", "remote_server.main", "--bundle", str(bundle), "--port", "0", "--device", "cpu"]
     with tempfile.TemporaryFile() as log:
         # A session of its own keeps Ctrl-C for us; with our end of its standard input gone it stops by itself.

@@ -77,7 +77,7 @@ def test_the_client_imports_without_torch_and_without_the_server() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--engine torch", "--with-large --reference samples/source1.wav --reference samples/source2.wav"]
+    "flags", ["", "--engine torch", "--with-large --reference samples/source1.wav --reference samples/source2.wav"]
 )
 def test_the_client_says_what_to_install_when_torch_is_missing(flags: str, tmp_path: Path) -> None:
     script = (
