@@ -12,13 +12,14 @@ $dataset --responses-only --rooms 400 --anechoic 1 --seed 11 --output data/anech
 $dataset --responses-only --rooms 1200 --anechoic 0.25 --seed 12 --output data/rooms
 make validation
 
-for name in ss-large-anechoic ss-large-rooms ss-large ss-small ss-small-further ss-alone ss-48ms-ideal ss-48ms; do
+# Every stage starts from what those before it left; `export` marks those that become bundles.
+while read -r name role; do
     run=runs/$size/$name
     # Going on with a run that has ended changes nothing.
     if [ -e "$run/last.ckpt" ]; then resume=--resume; else resume=; rm -rf "$run"; fi
-    kb-train --config "configs/$size/$name.json" --run_dir "$run" $resume
-    case $name in *-large* | *-small* | *-ideal) continue ;; esac
+    kb-train --config "configs/$size/$name.json" --run_dir "$run" $resume </dev/null
+    [ "$role" = export ] || continue
     rm -rf "out/$size/$name"
     kb-export --config "configs/$size/$name.json" --checkpoint "$run/last.ckpt" --half-speaker \
         --note "configs/$size/card.md" --output "out/$size/$name"
-done
+done <"configs/$size/stages.txt"

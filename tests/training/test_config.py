@@ -129,9 +129,9 @@ def test_the_published_configurations_are_all_there() -> None:
 @pytest.mark.parametrize("folder", ["compact", "full_size"])
 def test_the_stages_of_shipped_bundles_follow_from_each_other(folder: str) -> None:
     """Every stage starts from one before it in the recipe's order, and trains the networks it starts from."""
-    script = (CONFIGS / "train-bundles.sh").read_text()
-    order = next(line for line in script.splitlines() if line.startswith("for name in")).split()[3:-1]
-    stages = [name.rstrip(";") for name in order]
+    lines = [line.split() for line in (CONFIGS / folder / "stages.txt").read_text().splitlines()]
+    stages = [name for name, *_ in lines]
+    assert [name for name, *role in lines if role == ["export"]] == ["ss-alone", "ss-48ms"]
     assert {f"{name}.json" for name in stages} == {path.name for path in (CONFIGS / folder).glob("*.json")}
     for index, name in enumerate(stages):
         stage = ours(f"{folder}/{name}")
