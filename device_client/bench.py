@@ -1,7 +1,6 @@
 """``kb-client bench``: how fast this device runs its networks."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,9 @@ from common.files import atomic_file
 from device_client.engine import EngineName, Model, load_model
 from models.config import SPEAKER_EMBEDDING_SIZE
 from models.manifest import find_bundle, shipped_bundles
+
+if sys.platform != "win32":
+    import resource
 
 _WARM_UP = 100
 _PERCENTILES = (50, 95, 99, 99.9)
@@ -56,11 +58,12 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
     memory = _peak_memory_mib()
     console = Console()
     console.print(table)
-    console.print(f"Most memory this process has had: {memory:.0f} MiB.")
+    if memory is not None:
+        console.print(f"Most memory this process has had: {memory:.0f} MiB.")
     for verdict in verdicts:
         console.print(verdict)
     if output is not None:
-        content = {"engine": engine, "frames": frames, "peak_memory_mib": round(memory, 1), "bundles": figures}
+        content = {"engine": engine, "frames": frames, "peak_memory_mib": memory, "bundles": figures}
         with atomic_file(output) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -90,6 +93,8 @@ def _verdict(label: str, factor: float, slow_frames: float) -> str:
     )
 
 
-def _peak_memory_mib() -> float:
+def _peak_memory_mib() -> float | None:
+    if sys.platform == "win32":
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
