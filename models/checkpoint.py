@@ -17,6 +17,8 @@ from models.published import config_from_published, convert, is_published, is_pu
 # What a training run's checkpoint tells besides weights.
 TRAINING_SPEAKERS = "training_speakers"
 OUTPUT_GAIN = "output_gain"  # by part, for every source and microphone
+# Tensors beside the model's, of a run that sees speaker embeddings whitened.
+WHITENING_MATRIX, WHITENING_MEAN = "whitening.matrix", "whitening.mean"
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -169,7 +171,21 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         return state
     # A training run's checkpoint holds the model beside what only training needs.
     model = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    if WHITENING_MATRIX in state and WHITENING_MEAN in state:
+        _take_whitening_in(model, state[WHITENING_MATRIX], state[WHITENING_MEAN], path)
     return model or state
+
+
+def _take_whitening_in(model: dict[str, Tensor], matrix: Tensor, mean: Tensor, path: Path) -> None:
+    """Let the speaker layers, trained on ``matrix (e - mean)``, take embeddings ``e`` as they are."""
+    for name in [name for name in model if ".network.speaker." in name and name.endswith(".weight")]:
+        bias = name.removesuffix("weight") + "bias"
+        try:
+            weight = model[name].double() @ matrix.double()
+            model[bias] = (model[bias].double() - weight @ mean.double()).float()
+            model[name] = weight.float()
+        except (KeyError, RuntimeError):
+            raise InputError(f"{path}: its speaker layers are damaged; give another checkpoint of the run") from None
 
 
 def build(config: ModelConfig) -> nn.Module:

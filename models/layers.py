@@ -45,9 +45,9 @@ class Window:
 
     stream: Tensor  # [B, 1]
     rows: Tensor  # [B, min(T, W)] rows that the newest frames are written to
-    past: Tensor | None  # [B, W - 1] rows of the frames before, oldest first; None for one frame
-    band: Tensor | None  # [W, 2 W - 1] which of a block's keys lie in a query's window; None for one frame
-    unseen: Tensor  # rows or keys from before the start of a stream: [B, 1, 1, W], or [B, 1, blocks, 1, 2 W - 1]
+    past: Tensor | None  # [B, W] rows of the frames before, oldest first; None for one frame
+    band: Tensor | None  # [W, 2 W] which of a block's keys lie in a query's window; None for one frame
+    unseen: Tensor  # rows or keys from before the start of a stream: [B, 1, 1, W], or [B, 1, blocks, 1, 2 W]
 
 
 def window_of(frames: Tensor, steps: int, size: int) -> Window:
@@ -65,13 +65,14 @@ def window_of(frames: Tensor, steps: int, size: int) -> Window:
     if steps == 1:
         return Window(stream, frames % size, None, None, (slot > frames)[:, None, None])
     rows = (frames + torch.arange(max(steps - size, 0), steps, device=device)) % size
-    # Queries go in blocks of W; the keys of a block are the W - 1 frames before it and its own W.
-    key = torch.arange(2 * size - 1, device=device)
-    distance = key - slot[:, None]
-    first = torch.arange(0, steps, size, device=device)[:, None] - (size - 1)
+    # Queries go in blocks of W; the keys of a block are its own W frames and the W before it, of which the very first
+    # is in nobody's window: whole blocks need no overlapping views, whose gradients are slow.
+    key = torch.arange(2 * size, device=device)
+    distance = key - slot[:, None] - 1
+    first = torch.arange(0, steps, size, device=device)[:, None] - size
     unseen = frames[:, :, None] + first + key < 0
     band = (distance >= 0) & (distance < size)
-    return Window(stream, rows, (frames + 1 + slot[:-1]) % size, band, unseen[:, None, :, None])
+    return Window(stream, rows, (frames + slot) % size, band, unseen[:, None, :, None])
 
 
 def window_attention(
@@ -105,7 +106,8 @@ def window_attention(
 
     def banded(ring: Tensor, new: Tensor) -> Tensor:
         before = ring[stream, :, past].transpose(1, 2)
-        return functional.pad(torch.cat([before, new], dim=2), tail).unfold(2, 2 * size - 1, size).transpose(-1, -2)
+        whole = functional.pad(torch.cat([before, new], dim=2), tail).unflatten(2, (blocks + 1, size))
+        return torch.cat([whole[:, :, :-1], whole[:, :, 1:]], dim=3)
 
     output = functional.scaled_dot_product_attention(
         functional.pad(query, tail).unflatten(2, (blocks, size)),
@@ -160,13 +162,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: AttentionCache, window: Window) -> tuple[Tensor, AttentionCache]:
         heads = self.heads
-        projected = self.project(x)
+        sizes = (self.key, self.value)
+        slopes = [each.repeat_interleave(size) for each, size in zip((self.slope_qk, self.slope_v), sizes, strict=True)]
+        projected = _prelu(self.project(x), torch.cat(slopes))
         split = 2 * heads * self.key
-        qk = _heads(projected[..., :split], 2 * heads, self.slope_qk)
+        qk = _heads(projected[..., :split], 2 * heads)
         query, key = normalise_frame(qk, self.scale_qk, self.shift_qk).chunk(2, dim=1)
-        value = normalise_frame(_heads(projected[..., split:], heads, self.slope_v), self.scale_v, self.shift_v)
+        value = normalise_frame(_heads(projected[..., split:], heads), self.scale_v, self.shift_v)
         attended, cache = window_attention(query, key, value, cache, window, mask_unseen=True)
-        merged = self.norm_merge(functional.prelu(self.merge(_channels(attended, self.bins)), self.slope_merge))
+        merged = self.norm_merge(_prelu(self.merge(_channels(attended, self.bins)), self.slope_merge))
         return x + merged, cache
 
 
@@ -218,21 +222,25 @@ class HintFusion(nn.Module):
         line = torch.cat([state.delayed, x], dim=1)
         weight, bias = self.film(hint).chunk(2, dim=-1)
         merged = torch.addcmul(bias, line[:, :steps], weight)
-        key_value = self.key_value(merged)
         split = self.heads * self.key
-        query = self.norm_query(_heads(self.query(x), self.heads, self.slope_query))
-        key = self.norm_key(_heads(key_value[..., :split], self.heads, self.slope_key))
-        value = self.norm_value(_heads(key_value[..., split:], self.heads, self.slope_value))
+        slopes = torch.cat([self.slope_key.expand(split), self.slope_value.expand(self.heads * self.value)])
+        key_value = _prelu(self.key_value(merged), slopes)
+        query = self.norm_query(_heads(_prelu(self.query(x), self.slope_query), self.heads))
+        key = self.norm_key(_heads(key_value[..., :split], self.heads))
+        value = self.norm_value(_heads(key_value[..., split:], self.heads))
         attended, cache = window_attention(query, key, value, state.cache, window, mask_unseen=False)
-        fused = self.norm_merge(functional.prelu(self.merge(_channels(attended, self.bins)), self.slope_merge))
+        fused = self.norm_merge(_prelu(self.merge(_channels(attended, self.bins)), self.slope_merge))
         return x + fused, FusionState(line[:, steps:], cache)
 
 
-def _heads(x: Tensor, heads: int, slope: Tensor) -> Tensor:
-    """PReLU, one slope a head or one for all, and ``[B, T, F, heads * size]`` to ``[B, heads, T, F * size]``."""
-    batch, steps, bins, channels = x.shape
-    x = functional.prelu(x.reshape(batch * steps * bins, heads, channels // heads), slope)
-    return x.view(batch, steps, bins, heads, -1).permute(0, 3, 1, 2, 4).flatten(-2)
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """``x`` where it is positive, else ``x * slope``, of vectorised operations: the library's own is not, on a CPU."""
+    return torch.addcmul(x * slope, functional.relu(x), 1 - slope)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, T, F, heads * size]`` to ``[B, heads, T, F * size]``."""
+    return x.unflatten(-1, (heads, -1)).permute(0, 3, 1, 2, 4).flatten(-2)
 
 
 def _channels(x: Tensor, bins: int) -> Tensor:

@@ -27,8 +27,6 @@ def load_graph(source: Path | bytes) -> onnxruntime.InferenceSession:
     # One thread: a frame is too little work to share.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Denormal numbers, after long silence, would slow a frame many times.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own exceptions have no common base

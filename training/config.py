@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from common.errors import InputError, existing_file
-from models.config import ModelConfig, Strict
+from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig, Strict
 from models.manifest import first_fault, read_json, validate
 from models.published import config_from_published, is_published_config
 from training.losses import Permutation
@@ -37,6 +37,9 @@ class DynamicData(Strict):
         tuple[float, float], Field(description="RMS of the mixture, drawn between the two; lowered where it would clip")
     ] = (-35.0, -20.0)
     speed: Annotated[float, Field(ge=0, lt=0.5, description="playback speed drawn within 1 plus or minus")] = 0.0
+    candidates: Annotated[
+        int, Field(ge=1, description="TSE: talkers drawn, of whom the one least like the first is the second")
+    ] = 1
 
     @field_validator("level_dbfs")
     @classmethod
@@ -83,7 +86,13 @@ class TrainingConfig(Strict):
         Field(description="checkpoint of a related model, of the other task or without hints: what fits is taken"),
     ] = None
     hint_dropout: Annotated[float, Field(ge=0, le=1, description="share of examples without any hint")] = 0.0
-    guidance: Annotated[float, Field(ge=0, description="weight of what tells fusion what hints are good for")] = 0.0
+    guidance: Annotated[
+        float, Field(ge=0, description="weight of what tells fusion, or a network alone, what to listen for")
+    ] = 0.0
+    speaker_components: Annotated[
+        int,
+        Field(ge=0, lt=SPEAKER_EMBEDDING_SIZE, description="differences of speakers that TSE learns by; 0: as they come"),
+    ] = 0
     ideal_hints: Annotated[
         bool, Field(description="hints are made from the true sources, not by the large network")
     ] = False
@@ -92,8 +101,10 @@ class TrainingConfig(Strict):
     def _only_pairs_have_a_large_network(self) -> Self:
         if self.model.large is None and (self.large_checkpoint is not None or self.freeze_large):
             raise ValueError("large_checkpoint and freeze_large are for a pair, not for one network alone")
-        if self.model.large is None and (self.hint_dropout or self.guidance or self.ideal_hints):
-            raise ValueError("hint_dropout, guidance and ideal_hints are for a pair, not for one network alone")
+        if self.model.large is None and (self.hint_dropout or self.ideal_hints):
+            raise ValueError("hint_dropout and ideal_hints are for a pair, not for one network alone")
+        if self.model.task != "tse" and self.speaker_components:
+            raise ValueError("speaker_components are for target speech extraction")
         if self.ideal_hints and not self.freeze_large:
             raise ValueError("ideal_hints: set freeze_large too, the large network learns nothing from them")
         if self.warm_start is not None and self.initial_checkpoint is not None:

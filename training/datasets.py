@@ -6,6 +6,7 @@ interrupted, resumed and spread over any number of workers and devices without a
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -47,9 +48,9 @@ class Batch(TypedDict):
     names: list[str]
     mixture: NotRequired[Tensor]  # [B, M, N]
     sources: NotRequired[Tensor]  # [B, S, M, N]
-    speaker_embedding: NotRequired[Tensor]  # [B, 256], TSE
+    speaker_embedding: NotRequired[Tensor]  # [B, 256], TSE; of dynamic mixing [B, 2, 256], of both talkers
     # Of dynamic mixing, before `render` makes mixture and sources of them:
-    speech: NotRequired[Tensor]  # [B, 2, N], dry; for TSE the target first
+    speech: NotRequired[Tensor]  # [B, 2, N], dry
     responses: NotRequired[Tensor]  # [B, 2, M, K]
     level_difference_db: NotRequired[Tensor]  # [B]
     level_dbfs: NotRequired[Tensor]  # [B]
@@ -97,6 +98,15 @@ class MixtureFolder:
                     raise
                 warn(f"skipped: {error}")
         raise InputError(f"{self.items[0].parent}: every item is broken")
+
+    def speaker_embeddings(self) -> Tensor:
+        """The d-vectors of the first 1000 items' speakers, ``[2 items, 256]``.
+
+        Raises:
+            InputError: one is missing or cannot be used.
+        """
+        files = [item / f"spk_id{number:02d}.pt" for item in self.items[:1000] for number in (0, 1)]
+        return torch.stack([_read_embedding(file) for file in files])
 
     def _read(self, item: Path, epoch: int, index: int) -> dict[str, Any]:
         voices = [_read_source(item / f"source{number:02d}.wav", self._model.microphones) for number in (0, 1)]
@@ -166,6 +176,10 @@ class DynamicMixing:
             raise InputError(f"{data.speech}: has {len(self._talkers)} speakers with enough speech, two are needed")
         self._responses = read_bank(Path(data.responses))
         self._embeddings: dict[Segment, torch.Tensor] = {}
+        if data.candidates > 1:
+            if model.task != "tse" or data.candidates >= len(self._talkers):
+                raise InputError(f"train.candidates: must be 1 for separation, and less than {len(self._talkers)}")
+            self._voices = self.speaker_embeddings()
 
     def __len__(self) -> int:
         return self._data.items
@@ -191,7 +205,12 @@ class DynamicMixing:
         raise InputError(f"{self._data.speech}: no usable speech in {_DRAWS} draws, at last {why}; give other speech")
 
     def _draw(self, rng: np.random.Generator) -> dict[str, Any]:
-        talkers = [self._talkers[index] for index in rng.choice(len(self._talkers), 2, replace=False)]
+        first, *others = rng.choice(len(self._talkers), 1 + self._data.candidates, replace=False)
+        second = others[0]
+        if len(others) > 1:
+            likeness = self._voices @ self._voices[first]
+            second = min(others, key=lambda index: float(likeness[index]))
+        talkers = [self._talkers[first], self._talkers[second]]
         segments = [draw_segments(rng, talker, self._segment, self._enrollment) for talker in talkers]
         speech = []
         for mixed, _ in segments:
@@ -209,8 +228,20 @@ class DynamicMixing:
         }
         example["level_dbfs"] = torch.tensor(rng.uniform(*self._data.level_dbfs))
         if self._model.task == "tse":
-            example["speaker_embedding"] = self._embedding(*segments[0])
+            example["speaker_embedding"] = torch.stack([self._embedding(*pair) for pair in segments])
         return example
+
+    def speaker_embeddings(self) -> Tensor:
+        """A d-vector of every talker, ``[talkers, 256]``, the same for the same seed; their mean where there is no speech."""
+        rng = np.random.default_rng(self._seed)
+        found: dict[int, Tensor] = {}
+        for index, talker in enumerate(self._talkers):
+            with suppress(NoSpeech):
+                found[index] = self._embedding(*draw_segments(rng, talker, self._segment, self._enrollment))
+        if not found:
+            raise InputError(f"{self._data.speech}: no usable speech; give other speech")
+        mean = torch.stack(list(found.values())).mean(0)
+        return torch.stack([found.get(index, mean) for index in range(len(self._talkers))])
 
     def _embedding(self, mixed: Segment, enrollment: Segment) -> Tensor:
         """The d-vector of an enrollment that begins with a whole second, unless what is mixed is in the way.
@@ -232,11 +263,10 @@ class DynamicMixing:
 _HEADROOM = 0.99
 
 
-def render(batch: Batch, *, target_only: bool) -> Batch:
+def render(batch: Batch) -> Batch:
     """Mixture and sources of a batch of dynamic mixing, on the device the batch is on; other batches as they are.
 
-    Args:
-        target_only: for TSE, whose sources are the first talker alone.
+    For TSE every mixture comes twice, with either talker as the target: only whom to listen to tells the two apart.
     """
     if "speech" not in batch:
         return batch
@@ -253,15 +283,15 @@ def render(batch: Batch, *, target_only: bool) -> Batch:
     gain = 10 ** (batch["level_dbfs"] / 20) / mixture.square().mean((-2, -1)).sqrt()
     peak = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1)))
     gain = torch.minimum(gain, _HEADROOM / peak)[:, None, None]
-    sources = (sources * gain[:, None]).float()
-    rendered: Batch = {
-        "names": batch["names"],
-        "mixture": (mixture * gain).float(),
-        "sources": sources[:, :1] if target_only else sources,
+    sources, mixture = (sources * gain[:, None]).float(), (mixture * gain).float()
+    if "speaker_embedding" not in batch:
+        return {"names": batch["names"], "mixture": mixture, "sources": sources}
+    return {
+        "names": [name for name in batch["names"] for _ in range(2)],
+        "mixture": mixture.repeat_interleave(2, 0),
+        "sources": sources.flatten(0, 1)[:, None],
+        "speaker_embedding": batch["speaker_embedding"].flatten(0, 1),
     }
-    if "speaker_embedding" in batch:
-        rendered["speaker_embedding"] = batch["speaker_embedding"]
-    return rendered
 
 
 @dataclass(frozen=True)

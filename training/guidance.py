@@ -1,9 +1,11 @@
-"""How fusion learns to use late hints in few updates.
+"""How networks learn in few updates what to listen for.
 
 By the small network's loss alone, fusion is noise to it at first, and thousands of updates go by before late hints are
 of any use. Guidance tells every fusion directly what hints are good for: from what it is about to add, a linear layer,
 used in training only, must find the sources' shares of every time-frequency bin. With *ideal hints*, made from the true
-sources, this is learned faster yet, and without a large network.
+sources, this is learned faster yet, and without a large network. Of a network alone, guidance asks the same of the
+features themselves, after every block but the first: SI-SDR tells a network that extracts the wrong speaker, or none,
+next to nothing of what to change.
 """
 
 from itertools import permutations
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.framing import Stft, pad_to_frames
-from models.pair import BoostedPair
+from models.pair import SmallModel
 
 _IDEAL_GAIN = 4.0  # trained large networks, free in scale, were found to give about this times the sources' spectra
 
@@ -39,28 +41,33 @@ def ideal_embedding(spectra: Tensor) -> Tensor:
 
 
 class Guidance(nn.Module):
-    """A linear layer for each fusion of a pair's small network, which it listens to."""
+    """A linear layer for each fusion of a small network, or each block but the first of a network alone."""
 
-    def __init__(self, pair: BoostedPair) -> None:
+    def __init__(self, model: SmallModel) -> None:
         super().__init__()
-        config = pair.config
+        config, network = model.config, model.network
         self._sources, self._microphones = config.sources, config.microphones
-        fusions = list(pair.small.network.fusion)
-        self.heads = nn.ModuleList(
-            nn.Linear(config.small.channels, config.sources * config.microphones) for _ in fusions
-        )
         self._heard: list[Tensor] = []
-        for fusion in fusions:
-            fusion.get_submodule("norm_merge").register_forward_hook(
-                lambda module, inputs, _: self._heard.append(functional.layer_norm(inputs[0], module.normalized_shape))
-            )
+        listened = list(network.fusion) or list(network.blocks)[1:]
+        for module in listened:
+            if network.fusion:
+                module.get_submodule("norm_merge").register_forward_hook(lambda m, x, _: self._hear(m, x[0]))
+            else:
+                module.register_forward_hook(lambda m, _, output: self._hear(m, output[0]))
+        self.heads = nn.ModuleList(
+            nn.Linear(config.small.channels, config.sources * config.microphones) for _ in listened
+        )
+
+    def _hear(self, module: nn.Module, features: Tensor) -> None:
+        if module.training:
+            self._heard.append(functional.layer_norm(features, features.shape[-2:]))
 
     def forget(self) -> None:
-        """Call before the pair runs."""
+        """Call before the network runs."""
         self._heard.clear()
 
     def loss(self, spectra: Tensor, mixture: Tensor) -> Tensor:
-        """Cross-entropy of the sources' shares of each bin, loud bins counting for more; after the pair has run.
+        """Cross-entropy of the sources' shares of each bin, loud bins counting for more; after the network has run.
 
         Args:
             spectra: of the sources, complex ``[B, T, F, S, M]``.

@@ -23,12 +23,13 @@ from models.checkpoint import (
 )
 from models.framing import pad_to_frames
 from models.manifest import find_bundle, read_manifest
-from models.pair import BoostedPair, SmallModel
+from models.pair import BoostedPair, LargeModel, SmallModel
 from training import metrics
 from training.config import TrainingConfig
 from training.datasets import Batch, render
 from training.guidance import Guidance, ideal_embedding, source_spectra
 from training.losses import match_sources, negative_si_sdr
+from training.speaker_whitening import SpeakerWhitening
 
 MONITOR = "validation/si_sdri"
 
@@ -66,7 +67,8 @@ class TrainingModule(lightning.LightningModule):
                 self.training_speakers |= training_speakers(source)
         if config.freeze_large:
             self._pair.large.network.requires_grad_(False)
-        self.guidance = Guidance(self._pair) if config.guidance else None
+        self.guidance = Guidance(self._small) if config.guidance else None
+        self.whitening = SpeakerWhitening() if config.speaker_components else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAINING_SPEAKERS] = sorted(self.training_speakers)
@@ -81,6 +83,20 @@ class TrainingModule(lightning.LightningModule):
         assert isinstance(self.model, BoostedPair)
         return self.model
 
+    @property
+    def _small(self) -> SmallModel:
+        small = self.model.get_submodule("small")
+        assert isinstance(small, SmallModel)
+        return small
+
+    def whiten_speakers(self, embeddings: Tensor) -> None:
+        """Train on speaker embeddings by the differences of these, ``[N, 256]``; before the first step."""
+        assert self.whitening is not None
+        self.whitening.fit(embeddings, self.config.speaker_components)
+        for part in self.model.children():
+            assert isinstance(part, SmallModel | LargeModel)
+            self.whitening.enter(part.network)
+
     def estimates(self, batch: Batch, hint_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Estimates ``[B, S, M, N]`` of the network that is trained (``small``) and, of a pair, of the ``large``.
 
@@ -90,16 +106,17 @@ class TrainingModule(lightning.LightningModule):
         if isinstance(self.model, BoostedPair):
             output = self.model(mixture, speaker, hint_mask)
             return {"small": output.small, "large": output.large}
-        alone = self.model.get_submodule("small")
-        assert isinstance(alone, SmallModel)
         samples = pad_to_frames(mixture, self.config.model.framing)
-        estimate, _ = alone(samples, alone.initial_state(len(mixture), speaker))
+        estimate, _ = self._small(samples, self._small.initial_state(len(mixture), speaker))
         return {"small": estimate[..., : mixture.shape[-1]]}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Dynamic mixtures are made where they are used.
         with torch.autocast(self.device.type, enabled=False):
-            return render(batch, target_only=self.config.model.task == "tse")
+            rendered = render(batch)
+        if self.whitening is not None:
+            rendered["speaker_embedding"] = self.whitening(rendered["speaker_embedding"])
+        return rendered
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         mask = self._hint_mask(len(batch["mixture"]))
@@ -113,7 +130,7 @@ class TrainingModule(lightning.LightningModule):
             raise Failure(f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(estimate))
         if self.guidance is not None:
-            stft = self._pair.large.stft
+            stft = self._small.stft
             mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
             guidance = self.guidance.loss(source_spectra(stft, batch["sources"]), mixture)
             self.log("train/guidance", guidance, batch_size=len(estimate))

@@ -83,6 +83,8 @@ def run_training(
     validation = _examples(settings.validation, settings, training=False, skip_broken=skip_broken)
     refuse_shared_speakers(train.speakers, Path(settings.validation.root) / settings.validation.split)
     module.training_speakers |= train.speakers
+    if start is None and module.whitening is not None:
+        module.whiten_speakers(train.speaker_embeddings())
     if len(train) < settings.batch_size:
         raise InputError(f"the training data has {len(train)} items, fewer than one batch of {settings.batch_size}")
     try:

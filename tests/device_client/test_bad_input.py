@@ -136,7 +136,7 @@ def test_references_that_cannot_be_used(
         assert expected in line
 
 
-@pytest.mark.parametrize("part", ["small", "bundle.json", "schema", "id"])
+@pytest.mark.parametrize("part", ["small.onnx", "small.safetensors", "bundle.json", "schema", "id"])
 def test_a_bundle_that_was_changed(
     part: str, golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,11 +146,14 @@ def test_a_bundle_that_was_changed(
         (copy / file.name).write_bytes(file.read_bytes())
     manifest = copy / "bundle.json"
     document = json.loads(manifest.read_text())
-    if part == "small":
-        weights = bytearray((copy / "small.safetensors").read_bytes())
+    flags: list[object] = ["-o", tmp_path / "o.wav", "--bundle", copy, "--server", "127.0.0.1:1"]
+    if part.startswith("small"):
+        weights = bytearray((copy / part).read_bytes())
         weights[-1] ^= 1
-        (copy / "small.safetensors").write_bytes(weights)
+        (copy / part).write_bytes(weights)
         expected = "digest differs"
+        # Each engine checks what it reads.
+        flags += ["--engine", "onnx" if part == "small.onnx" else "torch"]
     elif part == "bundle.json":
         manifest.write_text("{")
         expected = "not readable as JSON"
@@ -161,7 +164,6 @@ def test_a_bundle_that_was_changed(
         document["model"]["boosting"]["delay"] = 5
         manifest.write_text(json.dumps(document))
         expected = "id does not match"
-    flags = ["-o", tmp_path / "o.wav", "--bundle", copy, "--server", "127.0.0.1:1"]
     assert expected in refusal_here("kb-client", capsys, "replay", mixture, *flags)
 
 

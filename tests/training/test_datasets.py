@@ -378,6 +378,7 @@ def mixing(
     seed: int = 0,
     speed: float = 0.0,
     skip_broken: bool = False,
+    candidates: int = 1,
 ) -> DynamicMixing:
     data = DynamicData(
         speech=str(speech),
@@ -387,6 +388,7 @@ def mixing(
         speed=speed,
         level_difference_db=4.0,
         level_dbfs=(-35.0, -25.0),
+        candidates=candidates,
     )
     return DynamicMixing(data, model(task), seed=seed, skip_broken=skip_broken)
 
@@ -436,7 +438,7 @@ def test_speech_is_a_stretch_of_the_utterance_that_is_named(drawn: Batch) -> Non
 
 
 def test_sources_differ_in_level_as_drawn(drawn: Batch) -> None:
-    sources = render(drawn, target_only=False)["sources"]
+    sources = render(drawn)["sources"]
     level = 10 * torch.log10(power(sources[:, 0]) / power(sources[:, 1]))
     assert torch.allclose(level, drawn["level_difference_db"].double(), atol=1e-3)
     assert (level.abs() <= 4).all()
@@ -444,7 +446,7 @@ def test_sources_differ_in_level_as_drawn(drawn: Batch) -> None:
 
 
 def test_the_mixture_is_the_sum_of_the_sources_at_the_level_drawn(drawn: Batch) -> None:
-    rendered = render(drawn, target_only=False)
+    rendered = render(drawn)
     assert rendered.keys() == {"names", "mixture", "sources"}
     assert torch.allclose(rendered["mixture"], rendered["sources"].sum(1), atol=1e-6)
     assert rendered["mixture"].abs().max() < 1
@@ -460,7 +462,7 @@ def test_peaks_stay_below_full_scale(drawn: Batch) -> None:
     clicks = torch.zeros_like(drawn["speech"])
     clicks[:, 0, 100] = 1
     clicks[:, 1, 5000] = 1
-    rendered = render(Batch({**drawn, "speech": clicks}), target_only=False)
+    rendered = render(Batch({**drawn, "speech": clicks}))
     for signal in (rendered["mixture"], rendered["sources"]):
         peak = signal.abs().flatten(1).amax(1)
         assert (peak < 1).all()
@@ -470,7 +472,7 @@ def test_peaks_stay_below_full_scale(drawn: Batch) -> None:
 
 def test_rendering_is_convolution_with_the_responses(drawn: Batch) -> None:
     """But for one gain a talker, which both ears share."""
-    sources = render(drawn, target_only=False)["sources"].double().numpy()
+    sources = render(drawn)["sources"].double().numpy()
     speech, responses = drawn["speech"].double().numpy(), drawn["responses"].double().numpy()
     for item in range(len(sources)):
         for talker in (0, 1):
@@ -481,7 +483,7 @@ def test_rendering_is_convolution_with_the_responses(drawn: Batch) -> None:
 
 def test_other_batches_are_left_as_they_are(root: Path) -> None:
     batch = next(iter(Loader(folder_of(root), EpochOrder(6, 2, seed=0, shuffle=False), 0)))
-    assert render(batch, target_only=False) is batch
+    assert render(batch) is batch
 
 
 def test_a_draw_follows_from_seed_epoch_and_index_alone(bank: Path) -> None:
@@ -521,22 +523,49 @@ def targeted(bank: Path) -> Batch:
     return collate([examples.example((0, index)) for index in range(3)])
 
 
-def test_the_embedding_is_of_the_first_talker(targeted: Batch) -> None:
-    """It is closer to that talker's utterances than to the other's, though of another segment."""
-    assert targeted["speaker_embedding"].shape == (3, 256)
+def test_the_embeddings_are_of_the_talkers(targeted: Batch) -> None:
+    """Each is closer to its talker's utterances than to the other's, though of another segment."""
+    assert targeted["speaker_embedding"].shape == (3, 2, 256)
     for name, found in zip(targeted["names"], targeted["speaker_embedding"], strict=True):
-        first, second = (
-            torch.from_numpy(speaker_embedding(soundfile.read(SPEECH / utterance, dtype="float32")[0])[0])
-            for utterance in name.split(" + ")
+        whole = torch.stack(
+            [
+                torch.from_numpy(speaker_embedding(soundfile.read(SPEECH / utterance, dtype="float32")[0])[0])
+                for utterance in name.split(" + ")
+            ]
         )
-        assert float(found @ first) > float(found @ second) + 0.05
+        likeness = found @ whole.T
+        assert float(likeness[0, 0]) > float(likeness[0, 1]) + 0.05
+        assert float(likeness[1, 1]) > float(likeness[1, 0]) + 0.05
 
 
-def test_the_sources_of_extraction_are_the_first_talker_alone(targeted: Batch) -> None:
-    target, both = render(targeted, target_only=True), render(targeted, target_only=False)
-    assert torch.equal(target["sources"], both["sources"][:, :1])
-    assert torch.equal(target["mixture"], both["mixture"])
-    assert torch.equal(target["speaker_embedding"], targeted["speaker_embedding"])
+def test_extraction_hears_every_mixture_for_both_of_its_talkers(targeted: Batch) -> None:
+    rendered = render(targeted)
+    separated = render(cast("Batch", {key: value for key, value in targeted.items() if key != "speaker_embedding"}))
+    assert rendered["names"] == [name for name in targeted["names"] for _ in range(2)]
+    for item in range(3):
+        for talker in range(2):
+            assert torch.equal(rendered["mixture"][2 * item + talker], separated["mixture"][item])
+            assert torch.equal(rendered["sources"][2 * item + talker, 0], separated["sources"][item, talker])
+            embedding = rendered["speaker_embedding"][2 * item + talker]
+            assert torch.equal(embedding, targeted["speaker_embedding"][item, talker])
+
+
+def test_the_second_talker_is_the_least_like_the_first_of_the_candidates(bank: Path) -> None:
+    """Of all others as candidates it is the same one whenever the first is, and less like it than the average."""
+    examples = mixing(bank, "tse", candidates=5)
+    voices = torch.nn.functional.normalize(examples.speaker_embeddings(), dim=1)
+    likeness = voices @ voices.T
+    names = sorted({path.name.partition("-")[0] for path in SPEECH.glob("*.ogg")}, key=str)
+    for index in range(8):
+        first, second = (
+            names.index(name.partition("-")[0]) for name in examples.example((0, index))["names"].split(" + ")
+        )
+        others = [other for other in range(len(names)) if other != first]
+        assert second == min(others, key=lambda other: float(likeness[first, other]))
+    with pytest.raises(InputError, match="candidates: must be 1 for separation, and less than 6"):
+        mixing(bank, candidates=5)
+    with pytest.raises(InputError, match="candidates"):
+        mixing(bank, "tse", candidates=6)
 
 
 def test_speech_of_one_talker_or_without_a_bank_is_refused(bank: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from models.checkpoint import build
 from models.config import ModelConfig
-from models.pair import BoostedPair
+from models.framing import pad_to_frames
+from models.pair import BoostedPair, SmallModel
 from training.guidance import Guidance, ideal_embedding, source_spectra
 
 SIZE = {"channels": 4, "hidden": 4, "blocks": 3}
@@ -48,7 +49,7 @@ def test_spectra_are_the_fourier_transforms_of_windowed_frames() -> None:
 @pytest.mark.parametrize("task", ["ss", "tse"])
 def test_the_loss_of_heads_that_know_nothing_is_a_coin_s(task: str) -> None:
     pair = pair_of(task)
-    guidance = Guidance(pair)
+    guidance = Guidance(pair.small)
     for head in guidance.heads:
         torch.nn.init.zeros_(head.get_parameter("weight"))
         torch.nn.init.zeros_(head.get_parameter("bias"))
@@ -65,7 +66,7 @@ def test_the_loss_of_heads_that_know_nothing_is_a_coin_s(task: str) -> None:
 
 def test_the_large_network_may_choose_which_source_comes_first() -> None:
     pair = pair_of("ss")
-    guidance = Guidance(pair)
+    guidance = Guidance(pair.small)
     sources = voices(2, 2)
     whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
     spectra = source_spectra(pair.large.stft, sources)
@@ -75,10 +76,33 @@ def test_the_large_network_may_choose_which_source_comes_first() -> None:
     torch.testing.assert_close(guidance.loss(half, whole), guidance.loss(spectra, whole))
 
 
+@pytest.mark.parametrize("task", ["ss", "tse"])
+def test_guidance_of_a_network_alone_moves_its_blocks_and_what_names_the_speaker(task: str) -> None:
+    torch.manual_seed(0)
+    alone = SmallModel(ModelConfig.model_validate({"task": task, "small": SIZE}))
+    guidance = Guidance(alone)
+    sources = voices(2, 2)
+    samples = pad_to_frames(sources.sum(1), alone.config.framing)
+
+    def hear() -> None:
+        alone(samples, alone.initial_state(2, torch.randn(2, 256) if task == "tse" else None))
+
+    alone.eval()
+    hear()  # what is heard outside training does not count
+    alone.train()
+    hear()
+    whole = source_spectra(alone.stft, sources.sum(1)[:, None])[..., 0, :]
+    guidance.loss(source_spectra(alone.stft, sources[:, : alone.config.sources]), whole).backward()
+    moved = {name for name, weight in alone.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert {f"network.blocks.{index}.inter_linear.weight" for index in range(3)} <= moved
+    assert {f"network.speaker.{index}.weight" for index in range(2 if task == "tse" else 0)} <= moved
+    assert not any(name.startswith("network.output_conv") for name in moved)
+
+
 def test_guidance_moves_what_comes_before_it_and_the_hint_encoder() -> None:
     pair = pair_of("ss")
     pair.large.network.requires_grad_(False)
-    guidance = Guidance(pair)
+    guidance = Guidance(pair.small)
     sources = voices(2, 2)
     pair(sources.sum(1))
     whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]

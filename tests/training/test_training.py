@@ -208,6 +208,51 @@ def test_a_guided_run_goes_on_and_becomes_a_pair_without_its_guidance(dataset: P
             assert torch.equal(value, begun[name]), name  # frozen
 
 
+def test_a_run_on_whitened_speakers_becomes_a_model_that_takes_embeddings_as_they_are(
+    dataset: Path, tmp_path: Path
+) -> None:
+    model = {**PAIR, "task": "tse"}
+    changes = {"model": model, "speaker_components": 1, "guidance": 5.0, "learning_rate": 0.01}
+    config = write_config(tmp_path, dataset, epochs=2, **changes)
+    train("--config", config, "--run_dir", tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    module = TrainingModule(read_training_config(config))
+    module.load_state_dict(state)
+    assert module.whitening is not None
+    embeddings = torch.stack([torch.full((256,), 0.1), torch.full((256,), 0.2)])
+    whitened = module.whitening(embeddings)
+    # Two speakers are told apart by one component, one standard deviation to either side of the mean.
+    assert sorted(whitened.norm(dim=1).tolist()) == pytest.approx([1, 1], abs=1e-3)
+    torch.testing.assert_close(whitened[0], -whitened[1], rtol=0, atol=1e-3)
+
+    mixture = 0.1 * torch.randn(2, 2, 4000, generator=torch.Generator().manual_seed(0))
+    pair = read_checkpoint(tmp_path / "run" / "last.ckpt", read_training_config(config).model)
+    module.eval()
+    expected = module.estimates({"names": [], "mixture": mixture, "speaker_embedding": whitened})
+    found = pair(mixture, embeddings)
+    for name in ("small", "large"):
+        assert float((found.small[0] - found.small[1]).abs().max()) > 0
+        torch.testing.assert_close(getattr(found, name), expected[name], rtol=1e-3, atol=1e-4)
+
+    # What starts from it computes the same, and a run that goes on is one that was never interrupted.
+    again = write_config(
+        tmp_path / "again", dataset, **{**changes, "initial_checkpoint": str(tmp_path / "run" / "last.ckpt")}
+    )
+    started = TrainingModule(read_training_config(again))
+    started.whiten_speakers(embeddings)
+    started.eval()
+    torch.testing.assert_close(
+        started.estimates({"names": [], "mixture": mixture, "speaker_embedding": whitened})["small"],
+        expected["small"],
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    shorter = write_config(tmp_path / "shorter", dataset, **{**changes, "epochs": 1})
+    train("--config", shorter, "--run_dir", tmp_path / "half")
+    train("--config", config, "--run_dir", tmp_path / "on", "--ckpt", tmp_path / "half" / "last.ckpt")
+    assert largest_difference(tmp_path / "run" / "last.ckpt", tmp_path / "on" / "last.ckpt") < 1e-6
+
+
 def test_dropped_hints_are_no_hints(dataset: Path, tmp_path: Path) -> None:
     """With every hint dropped the loss is that of the small network with zeros; without dropout, that of the pair."""
     batch: Batch = {"names": ["a"], "sources": torch.randn(1, 2, 2, 4000, generator=torch.Generator().manual_seed(0))}
