@@ -91,7 +91,9 @@ class TrainingConfig(Strict):
     ] = 0.0
     speaker_components: Annotated[
         int,
-        Field(ge=0, lt=SPEAKER_EMBEDDING_SIZE, description="differences of speakers that TSE learns by; 0: as they come"),
+        Field(
+            ge=0, lt=SPEAKER_EMBEDDING_SIZE, description="differences of speakers that TSE learns by; 0: as they come"
+        ),
     ] = 0
     ideal_hints: Annotated[
         bool, Field(description="hints are made from the true sources, not by the large network")

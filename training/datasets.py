@@ -232,8 +232,8 @@ class DynamicMixing:
         return example
 
     def speaker_embeddings(self) -> Tensor:
-        """A d-vector of every talker, ``[talkers, 256]``, the same for the same seed; their mean where there is no speech."""
-        rng = np.random.default_rng(self._seed)
+        """A d-vector of every talker, ``[talkers, 256]``, always the same; the mean where one has no speech."""
+        rng = np.random.default_rng(0)
         found: dict[int, Tensor] = {}
         for index, talker in enumerate(self._talkers):
             with suppress(NoSpeech):

@@ -42,5 +42,5 @@ class SpeakerWhitening(nn.Module):
     def enter(self, network: TFGridNet) -> None:
         """Let a network's speaker layers, which took embeddings as they are, take whitened ones."""
         for layer in cast("list[nn.Linear]", list(network.speaker)):
-            layer.bias += layer.weight @ self.mean
+            layer.bias.add_(layer.weight @ self.mean)
             layer.weight.copy_(torch.linalg.solve(self.matrix.double(), layer.weight.double(), left=False))

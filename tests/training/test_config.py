@@ -15,7 +15,7 @@ from models.checkpoint import build
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from models.framing import pad_to_frames
 from models.pair import BoostedPair, SmallModel
-from training.config import FolderData, TrainingConfig, read_training_config
+from training.config import DynamicData, FolderData, TrainingConfig, read_training_config
 from training.losses import negative_si_sdr
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,10 @@ def test_the_stages_of_shipped_bundles_follow_from_each_other(folder: str) -> No
     """Every stage starts from one before it in the recipe's order, and trains the networks it starts from."""
     lines = [line.split() for line in (CONFIGS / folder / "stages.txt").read_text().splitlines()]
     stages = [name for name, *_ in lines]
-    assert [name for name, *role in lines if role == ["export"]] == ["ss-alone", "ss-48ms"]
+    assert [name for name, *role in lines if role == ["export"]] == [
+        *("ss-alone", "ss-48ms"),
+        *("tse-alone", "tse-48ms"),
+    ]
     assert {f"{name}.json" for name in stages} == {path.name for path in (CONFIGS / folder).glob("*.json")}
     for index, name in enumerate(stages):
         stage = ours(f"{folder}/{name}")
@@ -144,6 +147,19 @@ def test_the_stages_of_shipped_bundles_follow_from_each_other(folder: str) -> No
             assert before in stages[:index]
             if source == stage.initial_checkpoint:
                 assert ours(f"{folder}/{before}").model == stage.model
+
+
+@pytest.mark.parametrize("task", ["ss", "tse"])
+@pytest.mark.parametrize("folder", ["compact", "full_size"])
+def test_what_boosting_is_compared_with_had_at_least_as_many_updates(folder: str, task: Task) -> None:
+    def updates(name: str) -> int:
+        stage = ours(f"{folder}/{name}")
+        assert isinstance(stage.train, DynamicData)
+        seen = stage.train.items // stage.batch_size * stage.epochs
+        before = stage.initial_checkpoint or stage.warm_start
+        return seen + (updates(before.split("/")[2]) if before else 0)
+
+    assert updates(f"{task}-alone") >= updates(f"{task}-48ms")
 
 
 @pytest.mark.parametrize("name", NAMES)
