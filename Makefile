@@ -1,4 +1,4 @@
-# make demo      hear what hints do: the sample mixture, alone, boosted and large, into out/demo/
+# make demo      hear what hints do: the sample mixture, alone, boosted and large, into out/demo-ss/ and out/demo-tse/
 # make test      all tests
 # make lint      ruff and mypy
 # make results   the validation table of the shipped bundles, into out/results/
@@ -8,9 +8,13 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint results validation stubs clean
 
 demo: $(VENV)/.runtime
-	$(BIN)/kb-client replay samples/mixture.wav --output out/enhanced.wav --delay-ms 48 \
+	mkdir -p out/demo-ss out/demo-tse
+	$(BIN)/kb-client replay samples/mixture.wav --output out/separated.wav --delay-ms 48 \
 		--reference samples/source1.wav --reference samples/source2.wav --alone ss-alone --with-large \
-		--compare out/demo --report out/report.json --plot out/replay.png
+		--compare out/demo-ss --report out/demo-ss/report.json --plot out/demo-ss/hints.png
+	$(BIN)/kb-client replay samples/mixture.wav --bundle tse-48ms-compact --enrollment samples/enrollment.npy \
+		--output out/extracted.wav --delay-ms 48 --reference samples/source1.wav --alone tse-alone --with-large \
+		--compare out/demo-tse --report out/demo-tse/report.json --plot out/demo-tse/hints.png
 
 # The same mixtures on every machine: voices, rooms and seed are fixed.
 VALIDATION := $(BIN)/kb-make-dataset --speech samples/speech/valid --sofa samples/hrtf/mit_kemar_normal_pinna.sofa \
@@ -22,6 +26,8 @@ validation: $(VENV)/.development
 
 results: validation
 	$(BIN)/kb-evaluate ss-alone ss-48ms-compact --data data/valid-ss --split val --metrics si_sdri,snri --output out/results/ss
+	$(BIN)/kb-evaluate tse-alone tse-48ms-compact --data data/valid-tse --split val --metrics si_sdri,snri \
+		--output out/results/tse
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -40,7 +46,6 @@ clean:
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[client,server]"
-	mkdir -p out
 	touch $@
 
 $(VENV)/.development: $(VENV)/.runtime

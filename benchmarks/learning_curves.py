@@ -1,7 +1,7 @@
 """Learning curves of runs: ``python benchmarks/learning_curves.py runs/compact/ss-alone runs/compact/ss-48ms …``.
 
 Reads the TensorBoard logs of ``kb-train`` and writes validation SI-SDRi and smoothed training loss by step, as JSON and
-as a picture.
+as a picture. ``--with FILE`` takes the curves of runs that are gone from such a JSON file into the new one.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def read(run: Path) -> dict[str, list[list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--with", dest="before", type=Path, help="JSON written before")
     parser.add_argument("--json", type=Path, default=Path("out/learning_curves.json"))
     parser.add_argument("--plot", type=Path, default=Path("out/learning_curves.png"))
     arguments = parser.parse_args()
@@ -67,7 +68,8 @@ def main() -> None:
     for path in (arguments.json, arguments.plot):
         path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.plot, dpi=110)
-    arguments.json.write_text(json.dumps(found) + "\n")
+    before = json.loads(arguments.before.read_text()) if arguments.before is not None else {}
+    arguments.json.write_text(json.dumps(before | found) + "\n")
 
 
 if __name__ == "__main__":
