@@ -22,6 +22,10 @@ class LiveAudio(Protocol):
     underruns: int  # how often there was nothing to play in time
     overruns: int  # how often samples were lost that had been captured
 
+    def start(self) -> None:
+        """Begin to capture and play."""
+        ...
+
     def read(self, samples: Samples) -> bool:
         """Wait for the next ``n`` samples and put them into ``[M, n]``; False when no more come."""
         ...
@@ -42,15 +46,15 @@ class FileAudio:
         """Audio of the samples ``[M, N]``, padded with zeros to whole frames."""
         length = framing.frames(samples.shape[1]) * framing.chunk + framing.lookahead
         self._samples, self._framing, self._file = audio.fit_length(samples, length), framing, file
-        self._captured = self._played = 0
-        self._started_at = time.perf_counter_ns()
+        self._captured = self._played = self._started_at = 0
         self._stopped = False
         self.underruns = 0
         self.overruns = 0
 
+    def start(self) -> None:
+        self._started_at = time.perf_counter_ns()
+
     def read(self, samples: Samples) -> bool:
-        if self._captured == 0:
-            self._started_at = time.perf_counter_ns()
         end = self._captured + samples.shape[1]
         if self._stopped or end > self._samples.shape[1]:
             return False
@@ -89,5 +93,6 @@ def open_file_audio(source: Path, target: Path, framing: Framing, microphones: i
         try:
             with soundfile.SoundFile(temporary, "w", framing.sample_rate, microphones, "FLOAT", format="WAV") as file:
                 yield FileAudio(np.ascontiguousarray(samples), framing, file)
+            audio.erase_time(temporary)
         except soundfile.LibsndfileError as error:
             raise InputError(f"{target}: cannot write ({reason(error)})") from None
