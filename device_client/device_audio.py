@@ -21,6 +21,7 @@ from protos.codec import ENROLLMENT_RATE, Samples
 
 Way = Literal["input", "output"]
 _RING_SECONDS = 1.0
+_MOST_RESTARTS = 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Device:
     inputs: int  # channels
     outputs: int
     rate: int  # that it prefers, hertz
+    input_latency: float  # the least it claims to do with, seconds
+    output_latency: float
 
 
 def _portaudio() -> ModuleType:
@@ -67,6 +70,8 @@ def list_devices() -> list[Device]:
             inputs=row["max_input_channels"],
             outputs=row["max_output_channels"],
             rate=round(row["default_samplerate"]),
+            input_latency=row["default_low_input_latency"],
+            output_latency=row["default_low_output_latency"],
         )
         for row in portaudio.query_devices()
     ]
@@ -126,8 +131,9 @@ class Resampler:
         self._stream = soxr.ResampleStream(rate, target, channels, vr=True) if rate != target else None
         self.delay = 0.0  # seconds
         if self._stream is not None:
-            second = np.zeros((rate, channels), np.float32)
-            self.delay = 1 - len(self._stream.resample_chunk(second)) / target
+            # Filled with silence, it gives as much as it gets from the first block on.
+            silence = np.zeros((rate, channels), np.float32)
+            self.delay = 1 - len(self._stream.resample_chunk(silence)) / target
 
     def __call__(self, samples: Samples) -> Samples:
         """The samples ``[n, channels]`` at the target rate, as far as they are known."""
@@ -147,7 +153,8 @@ class DeviceAudio:
 
         Args:
             rate: of the devices, hertz; None: the bundle's if they take it, else what the input prefers.
-            buffer_ms: audio kept ready to be played, beyond what the frames need.
+            buffer_ms: audio kept ready to be played, beyond what the frames need; the output device is asked for
+                as much.
 
         Raises:
             InputError: a device is in use, or does not take the rate or the channels.
@@ -165,7 +172,8 @@ class DeviceAudio:
                 device=(source.index, target.index),
                 channels=channels,
                 dtype="float32",
-                latency="low",
+                # Captured sound must come block by block: bursts would leave hints no time.
+                latency=(source.input_latency, max(target.output_latency, buffer_ms / 1e3)),
                 callback=self._callback,
             )
         except (self._portaudio.PortAudioError, ValueError) as error:
@@ -178,19 +186,20 @@ class DeviceAudio:
         self._downward = Resampler(self.rate, framing.sample_rate, channels[0])
         self._upward = Resampler(framing.sample_rate, self.rate, channels[1])
         # Blocks that have gone by when the first frame is there to be played, and what is kept ready.
-        seconds = framing.n_fft / framing.sample_rate + self._downward.delay + self._upward.delay
-        self._silence = block * math.ceil(round(seconds * self.rate / block, 6)) + round(buffer_ms * self.rate / 1e3)
+        blocks = math.ceil(framing.n_fft / framing.chunk)
+        self._silence = block * blocks + round(buffer_ms * self.rate / 1e3)
         self._wake = Signal()
         self._stopped = False
+        self._restarts = 0
         self._owed = 0  # samples that were played as silence, because they were not there yet
         self.underruns = 0
         self.overruns = 0
 
     @property
     def latency_ms(self) -> float:
-        """From microphone to loudspeaker: the frames, resampling, our buffer, and what the devices say of theirs."""
+        """From microphone to loudspeaker: frames, our buffer, resampling, and what the devices say of their buffers."""
         devices: float = sum(self._stream.latency)
-        return 1e3 * (self._silence / self.rate + devices)
+        return 1e3 * (self._silence / self.rate + devices) + self.resampling_ms
 
     @property
     def resampling_ms(self) -> float:
@@ -198,11 +207,28 @@ class DeviceAudio:
         return 1e3 * (self._downward.delay + self._upward.delay)
 
     def start(self) -> None:
-        self._to_play.write(np.zeros((self._silence, self._stream.channels[1]), np.float32))
         try:
-            self._stream.start()
+            self._start()
         except self._portaudio.PortAudioError as error:
             raise InputError(self._why(error)) from None
+
+    def _start(self) -> None:
+        self._to_play.skip(len(self._to_play))
+        self._to_play.write(np.zeros((self._silence, self._stream.channels[1]), np.float32))
+        self._owed = 0
+        self._stream.start()
+
+    def _restart(self) -> None:
+        """Go on after PortAudio has given up, as it does after some underruns with ALSA."""
+        self.underruns += 1
+        self._restarts += 1
+        if self._restarts > _MOST_RESTARTS:
+            raise Failure("the sound device stops again and again; try --buffer-ms 50, another --rate or other devices")
+        try:
+            self._stream.abort()
+            self._start()
+        except self._portaudio.PortAudioError:
+            raise Failure("the sound device went away; plug it in and start again") from None
 
     def close(self) -> None:
         """Let the devices go."""
@@ -214,9 +240,9 @@ class DeviceAudio:
             if len(self._captured) < len(self._block):
                 if self._stopped:
                     return False
-                if not self._stream.active:
-                    raise Failure("the audio device went away; plug it in and start again")
                 self._wake.wait(0.2)
+                if not self._stream.active and not self._stopped:
+                    self._restart()
                 continue
             self._captured.read(self._block)
             self._resampled.write(self._downward(self._block))

@@ -112,6 +112,7 @@ def _run(
     gc.collect()
     gc.freeze()
     gc.disable()
+    stack.callback(gc.unfreeze)
     stack.callback(gc.enable)
     audio.start()
     thread.start()
