@@ -1,5 +1,6 @@
 """The live frame loop, in one process, with a real server: what it plays and which hints it fuses."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class MemoryAudio:
     def __init__(self, samples: Samples, pace: Callable[[int], None] = lambda _: None) -> None:
         self._samples, self._pace, self._position, self._reads = samples, pace, 0, 0
         self._played: list[Samples] = []
+
+    def start(self) -> None: ...
 
     def read(self, samples: Samples) -> bool:
         self._pace(self._reads)
@@ -193,3 +196,35 @@ def test_a_change_of_what_is_played_makes_no_click() -> None:
     assert (played[:, 2 * 128 - 1] == -1).all()
     assert (played[:, 10 * 128 - 1] == 1).all()
     assert (played[:, -1] == 0.5).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_ten_minutes_take_no_memory(golden_bundle: GetBundle) -> None:
+    """With a server that is looked for all the time and never there."""
+    manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(str(golden_bundle(SS)))
+    sound, memory = noise(100), []
+
+    class Endless(MemoryAudio):
+        def __init__(self) -> None:
+            super().__init__(sound)
+            self.frames = 0
+
+        def read(self, samples: Samples) -> bool:
+            place = 128 * (self.frames % 99)
+            samples[:] = sound[:, place : place + samples.shape[1]]
+            return self.frames < 75_000
+
+        def write(self, samples: Samples) -> None:
+            self.frames += 1
+            if self.frames % 7500 == 0:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                memory.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    hints = LiveHints(["127.0.0.1:1"], manifest, encodings=Encodings())
+    hints.start()
+    loop = LiveLoop(model.session(None), manifest.model, Endless(), hints, "1")
+    loop.run()
+    hints.close()
+    assert loop.frames == 75_000
+    assert memory[-1] - memory[0] < 2, memory

@@ -1,6 +1,7 @@
 """The real audio path: PortAudio, ALSA and a PulseAudio daemon whose devices exist in software only."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             daemon.communicate()
 
 
-FORMAT = ["--rate", str(RATE), "--channels", "2", "--format", "float32le", "--latency-msec", "8"]
+FORMAT = ["--raw", "--rate", str(RATE), "--channels", "2", "--format", "float32le"]
 
 
 @contextmanager
@@ -99,23 +100,23 @@ def playing(samples: Samples, sink: str, folder: Path) -> Iterator[None]:
     """Another program plays samples ``[N, 2]``, and silence before and after."""
     silence = np.zeros((60 * RATE, 2), np.float32)
     (folder / "room.raw").write_bytes(np.concatenate([silence[: 6 * RATE], samples, silence]).tobytes())
-    player = subprocess.Popen(["pacat", "--playback", "--device", sink, "--raw", *FORMAT, str(folder / "room.raw")])
-    try:
-        yield
-    finally:
-        player.kill()
-        player.wait()
+    call = ["pacat", "--playback", "--device", sink, *FORMAT, "--latency-msec", "500", str(folder / "room.raw")]
+    # A null sink works in pieces of two seconds unless somebody there wants to hear sooner.
+    with recording(f"{sink}.monitor", Path(os.devnull)), subprocess.Popen(call) as player:
+        try:
+            yield
+        finally:
+            player.kill()
 
 
 @contextmanager
 def recording(source: str, target: Path) -> Iterator[None]:
     """Another program records what a source gives."""
-    recorder = subprocess.Popen(["parec", "--device", source, "--raw", *FORMAT, str(target)])
-    try:
-        yield
-    finally:
-        recorder.send_signal(signal.SIGINT)
-        recorder.wait()
+    with subprocess.Popen(["parec", "--device", source, *FORMAT, "--latency-msec", "8", str(target)]) as recorder:
+        try:
+            yield
+        finally:
+            recorder.send_signal(signal.SIGINT)
 
 
 def read_raw(path: Path) -> Samples:
