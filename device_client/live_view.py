@@ -135,8 +135,10 @@ def view(now: Figures, frame: Frame, last_event: str) -> RenderableType:
         grid.add_row("server", now.server or Text("none: the small network works alone", style="yellow"))
     load = f"{now.compute_ms:.2f} ms a frame, slowest {now.slowest_ms:.1f} ms; real-time factor"
     grid.add_row("device", f"{load} {now.real_time_factor:.2f}")
-    xruns = f"{now.underruns} underruns, {now.overruns} overruns"
-    grid.add_row("sound", Text(xruns, style="yellow" if now.underruns + now.overruns else ""))
+    sound = Text(f"{now.underruns} underruns, {now.overruns} overruns")
+    if now.underruns + now.overruns:
+        sound = Text(f"{sound}; if it crackles, give --buffer-ms more", style="yellow")
+    grid.add_row("sound", sound)
     grid.add_row("latency", frame.latency)
     keys = ["space bypass"]
     if len(frame.choices) > 2:

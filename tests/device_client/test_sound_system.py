@@ -160,27 +160,30 @@ def test_what_the_microphone_hears_is_played_enhanced_and_whole(
     golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     bundle, sound = golden_bundle(SS), noise(30)
-    devices = ["--input", "pulse", "--output", "pulse", "--buffer-ms", 60]
+    devices = ["--input", "pulse", "--output", "pulse", "--buffer-ms", 200]
     for attempt in range(ATTEMPTS):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         with recording("ears.monitor", folder / "ears.raw"), playing(sound, "room", folder):
             last, _ = live_until(44, "--bundle", bundle, *devices, "--record", folder / "recording")
+        again = ["-o", folder / "again.wav", "--frame-log", folder / "recording" / "frames.csv", "--bundle", bundle]
+        result = run("kb-client", "replay", folder / "recording" / "input.wav", *again)
+        assert result.returncode == 0, result.stderr
         heard, _ = soundfile.read(folder / "recording" / "input.wav", dtype="float32")
         start = position(heard, sound)
-        whole = np.array_equal(heard[start : start + len(sound)], sound)
-        if whole and last["underruns"] == last["overruns"] == 0:
+        expected = soundfile.read(folder / "again.wav", dtype="float32")[0][start : start + len(sound)]
+        ears = read_raw(folder / "ears.raw")
+        played = ears[position(ears, expected) :][: len(expected)]
+        whole = np.array_equal(heard[start : start + len(sound)], sound), largest(played, expected) < 2**-15
+        if all(whole) and last["underruns"] == last["overruns"] == 0:
             break
-    assert whole
+    assert whole == (True, True)
     assert (last["underruns"], last["overruns"]) == (0, 0)
 
-    again = ["-o", folder / "again.wav", "--frame-log", folder / "recording" / "frames.csv", "--bundle", bundle]
-    result = run("kb-client", "replay", folder / "recording" / "input.wav", *again)
-    assert result.returncode == 0, result.stderr
-    expected = soundfile.read(folder / "again.wav", dtype="float32")[0][start : start + len(sound)]
-    ears = read_raw(folder / "ears.raw")
-    begin = position(ears, expected)
-    assert np.abs(ears[begin : begin + len(expected)] - expected).max() < 2**-15
+
+def largest(some: Samples, other: Samples) -> float:
+    """Largest difference; without limit if the lengths differ."""
+    return float(np.abs(some - other).max()) if some.shape == other.shape else np.inf
 
 
 @pytest.mark.slow
@@ -193,7 +196,7 @@ def test_other_programs_record_from_the_virtual_microphone(
     for attempt in range(ATTEMPTS):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        flags = ["--virtual-mic", "clean", "--input", "pulse", "--buffer-ms", 60, "--record", folder / "recording"]
+        flags = ["--virtual-mic", "clean", "--input", "pulse", "--buffer-ms", 200, "--record", folder / "recording"]
         process = subprocess.Popen(
             command("kb-client", "live", "--json-lines", "--bundle", bundle, *flags),
             env=environment(),
@@ -219,7 +222,7 @@ def test_other_programs_record_from_the_virtual_microphone(
         played = soundfile.read(folder / "recording" / "output.wav", dtype="float32")[0][start : start + len(sound)]
         clean = read_raw(folder / "clean.raw")
         begin = position(clean, played)
-        whole = np.abs(clean[begin : begin + len(played)] - played).max() < 2**-15
+        whole = largest(clean[begin : begin + len(played)], played) < 2**-15
         if whole:
             break
     assert whole, last
