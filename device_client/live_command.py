@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from device_client.engine import EngineName, load_model
 from device_client.hint_stream import Encodings
 from device_client.live import LiveLoop
 from device_client.live_audio import LiveAudio, open_file_audio
-from device_client.live_hints import LiveHints
+from device_client.live_hints import LiveHints, ServerEvent
 from device_client.mixer import Mixer, Play
 from device_client.recording import Recorder, check_folder
 from device_client.virtual_mic import OUTPUT_DEVICE, virtual_mic
@@ -31,6 +32,7 @@ from protos.codec import Samples
 # A thread that waits for the interpreter gets it after so long; the default of 5 ms is most of a frame.
 _SWITCH_INTERVAL = 0.0005  # seconds
 _COLLECT_EVERY = 10.0  # seconds
+_VOICE_KEYS: dict[str, Play] = {"1": "1", "2": "2", "b": "both"}
 _FILES = (".wav", ".flac", ".ogg")
 
 
@@ -86,133 +88,116 @@ def live(options: LiveOptions) -> None:
         if hints is not None:
             hints.start()
             stack.callback(hints.close)
-        _run(options, manifest, loop, audio, hints, stack)
-
-
-def _run(
-    options: LiveOptions,
-    manifest: Manifest,
-    loop: LiveLoop,
-    audio: LiveAudio,
-    hints: LiveHints | None,
-    stack: ExitStack,
-) -> None:
-    trouble: list[BaseException] = []
-
-    def run_loop() -> None:
+        session = _Session(manifest, loop, audio, hints)
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        # What is there now is there to stay; collections look at what has come since, and this thread says when.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        stack.callback(gc.unfreeze)
+        stack.callback(gc.enable)
+        session.start()
         try:
-            loop.run()
+            if sys.stdin.isatty() and sys.stdout.isatty() and not options.json_lines:
+                _show_view(session)
+            else:
+                _show_lines(session, options.json_lines)
+        finally:
+            session.end()
+        now = session.figures()
+        print(json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else live_view.log_line(now))
+        if (slow := live_view.too_slow(now)) is not None:
+            warn(slow)
+
+
+class _Session:
+    """A frame loop on its thread, and what there is to tell of it."""
+
+    def __init__(self, manifest: Manifest, loop: LiveLoop, audio: LiveAudio, hints: LiveHints | None) -> None:
+        self.manifest, self.loop, self.audio, self.hints = manifest, loop, audio, hints
+        self._thread = threading.Thread(target=self._run, name="kb-frames")
+        self._trouble: BaseException | None = None
+        self._collect_at = time.monotonic() + _COLLECT_EVERY
+
+    def start(self) -> None:
+        self.audio.start()
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop, and raise what went wrong in the loop."""
+        self.audio.stop()
+        self._thread.join()
+        if self._trouble is not None:
+            raise self._trouble
+
+    def running(self) -> bool:
+        """Whether the loop runs. Asked all the time, and so the occasion for collecting garbage."""
+        if time.monotonic() >= self._collect_at:
+            self._collect_at += _COLLECT_EVERY
+            gc.collect()
+        return self._thread.is_alive()
+
+    def figures(self) -> live_view.Figures:
+        return live_view.figures(self.loop, self.hints, self.audio, self.manifest.model.framing.chunk_seconds)
+
+    def news(self) -> Iterator[ServerEvent]:
+        """What happened with servers since it was last asked for."""
+        while self.hints is not None and self.hints.events:
+            yield self.hints.events.popleft()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run()
         except BaseException as error:
-            trouble.append(error)
-
-    thread = threading.Thread(target=run_loop, name="kb-frames")
-    stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-    sys.setswitchinterval(_SWITCH_INTERVAL)
-    # What is there now is there to stay; collections look at what has come since, and this thread says when.
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    stack.callback(gc.unfreeze)
-    stack.callback(gc.enable)
-    audio.start()
-    thread.start()
-    try:
-        _show(options, manifest, loop, audio, hints, thread)
-    finally:
-        audio.stop()
-        thread.join()
-    if trouble:
-        raise trouble[0]
+            self._trouble = error
 
 
-def _show(
-    options: LiveOptions,
-    manifest: Manifest,
-    loop: LiveLoop,
-    audio: LiveAudio,
-    hints: LiveHints | None,
-    thread: threading.Thread,
-) -> None:
-    """Tell how it goes until the loop has ended."""
-    chunk_seconds = manifest.model.framing.chunk_seconds
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not options.json_lines
-    if on_terminal:
-        _show_view(manifest, loop, audio, hints, thread)
-    else:
-        every = 1.0 if options.json_lines else 10.0
-        _show_lines(options.json_lines, every, chunk_seconds, loop, audio, hints, thread)
-    now = live_view.figures(loop, hints, audio, chunk_seconds)
-    if options.json_lines:
-        print(json.dumps({"event": "ended", **asdict(now)}), flush=True)
-    else:
-        print(live_view.log_line(now))
-    slow = live_view.too_slow(now)
-    if slow is not None:
-        warn(slow)
-
-
-def _show_lines(
-    as_json: bool,
-    every: float,
-    chunk_seconds: float,
-    loop: LiveLoop,
-    audio: LiveAudio,
-    hints: LiveHints | None,
-    thread: threading.Thread,
-) -> None:
-    next_line, next_collection = time.monotonic() + every, time.monotonic() + _COLLECT_EVERY
-    while thread.is_alive():
-        thread.join(timeout=0.1)
-        while hints is not None and hints.events:
-            event = hints.events.popleft()
+def _show_lines(session: _Session, as_json: bool) -> None:
+    """A line now and then, until the loop has ended."""
+    every = 1.0 if as_json else 10.0
+    next_line = time.monotonic() + every
+    while session.running():
+        time.sleep(0.1)
+        for event in session.news():
             if as_json:
                 print(json.dumps({"event": "server", **asdict(event)}), flush=True)
             elif event.connected:
                 print(event.text, flush=True)
             else:
                 warn(event.text)
-        if time.monotonic() >= next_line and thread.is_alive():
+        if time.monotonic() >= next_line:
             next_line += every
-            now = live_view.figures(loop, hints, audio, chunk_seconds)
+            now = session.figures()
             print(json.dumps({"event": "figures", **asdict(now)}) if as_json else live_view.log_line(now), flush=True)
-        if time.monotonic() >= next_collection:
-            next_collection += _COLLECT_EVERY
-            gc.collect()
 
 
-def _show_view(
-    manifest: Manifest, loop: LiveLoop, audio: LiveAudio, hints: LiveHints | None, thread: threading.Thread
-) -> None:
-    framing, model = manifest.model.framing, manifest.model
+def _show_view(session: _Session) -> None:
+    """A view of the terminal's size that answers keys, until the loop has ended."""
+    model, loop, audio = session.manifest.model, session.loop, session.audio
+    framing = model.framing
     latency = f"{1e3 * framing.n_fft / framing.sample_rate:g} ms of the frames"
     if isinstance(audio, DeviceAudio):
         resampling = f", {audio.resampling_ms:.1f} of it resampling from {audio.rate} Hz" if audio.resampling_ms else ""
         latency = f"{audio.latency_ms:.0f} ms from microphone to loudspeaker{resampling}"
-    budget_ms = 1e3 * model.delay * framing.chunk_seconds if hints is not None else None
-    frame = live_view.Frame(f"kb-client live   {manifest.label}", latency, budget_ms, loop.choices)
-    before: Play = loop.play if loop.play != "bypass" else "1"
-    last_event, next_collection = "", time.monotonic() + _COLLECT_EVERY
-    console = Console()
-    with live_view.keyboard() as key, Live(console=console, screen=True, auto_refresh=False) as screen:
-        while thread.is_alive():
+    budget_ms = 1e3 * model.delay * framing.chunk_seconds if session.hints is not None else None
+    frame = live_view.Frame(f"kb-client live   {session.manifest.label}", latency, budget_ms, loop.choices)
+    voice: Play = loop.play if loop.play != "bypass" else "1"
+    last_event = ""
+    with live_view.keyboard() as key, Live(console=Console(), screen=True, auto_refresh=False) as screen:
+        while session.running():
             pressed = key(0.1).lower()
             if pressed == "q":
                 audio.stop()
-            elif pressed == " ":
-                loop.play, before = (before, before) if loop.play == "bypass" else ("bypass", loop.play)
-            elif pressed in ("1", "2") and pressed in loop.choices:
-                loop.play = "1" if pressed == "1" else "2"
-            elif pressed == "b" and "both" in loop.choices:
-                loop.play = "both"
             elif pressed == "h":
                 loop.hints_on = not loop.hints_on
-            while hints is not None and hints.events:
-                last_event = hints.events.popleft().text
-            now = live_view.figures(loop, hints, audio, framing.chunk_seconds)
-            screen.update(live_view.view(now, frame, last_event), refresh=True)
-            if time.monotonic() >= next_collection:
-                next_collection += _COLLECT_EVERY
-                gc.collect()
+            elif pressed == " ":
+                loop.play = voice if loop.play == "bypass" else "bypass"
+            elif (chosen := _VOICE_KEYS.get(pressed)) in loop.choices and chosen is not None:
+                loop.play = voice = chosen
+            for event in session.news():
+                last_event = event.text
+            screen.update(live_view.view(session.figures(), frame, last_event), refresh=True)
 
 
 def _check_call(options: LiveOptions, manifest: Manifest) -> None:

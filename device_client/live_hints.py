@@ -25,7 +25,7 @@ _SILENCE = 1.5  # without a hint, while audio is unanswered: the server is gone
 _PATIENCE = 2.0  # for a connection
 _PAUSES = (0.5, 15.0)  # between attempts, the shortest and the longest
 # Pauses grow slowly: an outage of a few seconds is then over at most a second or two after the server is back.
-_GROWTH = 1.25
+_GROWTH = 1.15
 _STEADY = 2.0  # a session that lasted so long was worth having, and the next attempt is made at once
 
 

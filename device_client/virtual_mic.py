@@ -25,7 +25,9 @@ def virtual_mic(name: str, rate: int) -> Iterator[None]:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f"--virtual-mic {name}: must be of letters, digits, - and _")
     if shutil.which("pactl") is None:
-        raise InputError("--virtual-mic needs Linux with PulseAudio or PipeWire, and pactl: apt-get install pulseaudio-utils")
+        raise InputError(
+            "--virtual-mic needs Linux with PulseAudio or PipeWire, and pactl: apt-get install pulseaudio-utils"
+        )
     for line in _pactl("list", "short", "sources").splitlines():
         if line.split("\t")[1:2] == [name]:
             raise InputError(f"--virtual-mic {name}: there is a microphone of that name already; choose another")

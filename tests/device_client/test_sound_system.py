@@ -244,5 +244,13 @@ def test_devices_that_cannot_be_used(
     assert "no such input device" in refusal("kb-client", "live", "--bundle", bundle, "--input", "nowhere")
     assert "no such output device" in refusal("kb-client", "live", "--bundle", bundle, "--output", "99")
     assert "letters" in refusal("kb-client", "live", "--bundle", bundle, "--virtual-mic", "a b")
+    assert "only silence" in refusal_after_recording("kb-client", "enroll", "anna", "--seconds", 5, "--input", "pulse")
     monkeypatch.setenv("PULSE_SERVER", f"unix:{sound_server}/nobody")
     assert "pactl" in refusal("kb-client", "live", "--bundle", bundle, "--virtual-mic", "clean")
+
+
+def refusal_after_recording(*call: object) -> str:
+    name, *arguments = map(str, call)
+    result = run(name, *arguments)
+    assert result.returncode == 2
+    return result.stderr.splitlines()[-1]
