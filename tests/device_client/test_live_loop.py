@@ -1,6 +1,9 @@
 """The live frame loop, in one process, with a real server: what it plays and which hints it fuses."""
 
+import contextlib
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -154,6 +157,64 @@ def test_another_server_takes_over_with_a_warm_network(golden: GetGolden, golden
             expected = large(heard, large.initial_state(1, None))[0][0]
         distances[began] = max(worst(hint, expected[frame - began]) for frame, hint in used.items())
     assert min(distances.values()) < TOLERANCE, distances
+
+
+class SlowUplink:
+    """A way to a server that lets so many bytes a second through, once hints have come; answers are not held up."""
+
+    def __init__(self, server: str, rate: int) -> None:
+        self._server, self._rate, self.slow = server, rate, threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                device, _ = self._listener.accept()
+                host, port = self._server.split(":")
+                server = socket.create_connection((host, int(port)))
+                for source, target, up in ((device, server, True), (server, device, False)):
+                    threading.Thread(target=self._forward, args=(source, target, up), daemon=True).start()
+
+    def _forward(self, source: socket.socket, target: socket.socket, up: bool) -> None:
+        with contextlib.suppress(OSError), source, target:
+            while content := source.recv(1024):
+                while up and self.slow.is_set() and not self._rate:
+                    time.sleep(0.05)
+                if up and self.slow.is_set():
+                    time.sleep(len(content) / self._rate)
+                target.sendall(content)
+
+
+@pytest.mark.parametrize(("rate", "why"), [(30_000, "falls behind"), (0, "no answer any more")])
+def test_audio_that_does_not_get_through_is_dropped(
+    rate: int, why: str, golden_bundle: GetBundle, ss_server: Server
+) -> None:
+    """A quarter of what the audio needs, and a connection into which everything vanishes."""
+    manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(str(golden_bundle(SS)))
+    uplink = SlowUplink(ss_server.address, rate)
+    hints = LiveHints([uplink.address], manifest, encodings=Encodings())
+    hints.start()
+
+    def pace(frame: int) -> None:
+        real_time(frame)
+        if hints.server is not None:
+            uplink.slow.set()
+        if any(event.text.startswith("lost") for event in hints.events):
+            audio.stop()
+
+    audio = MemoryAudio(noise(5000), pace)
+    loop = LiveLoop(model.session(None), manifest.model, audio, hints, "1")
+    loop.run()
+    hints.close()
+    uplink.close()
+    assert loop.frames < 5000
+    assert audio.played.shape[1] == 128 * loop.frames
+    assert why in hints.events[-1].text
 
 
 def test_missing_hints_are_zeros_and_after_a_while_they_come_back_slowly() -> None:
