@@ -11,7 +11,7 @@ import soxr
 
 from common.errors import InputError, existing_file, reason
 from common.files import atomic_file
-from protos.codec import Samples
+from protos.codec import ENROLLMENT_RATE, ENROLLMENT_SECONDS, Samples
 
 SampleFormat = Literal["s16", "float"]
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
@@ -77,7 +77,7 @@ def _promised_frames(path: Path) -> int:
     return 0
 
 
-def _erase_time(path: Path) -> None:
+def erase_time(path: Path) -> None:
     """Take the time of writing out of a WAV file, where libsndfile puts it beside the peaks of float samples."""
     for name, position, _ in _wav_chunks(path):
         if name == b"PEAK":
@@ -108,6 +108,22 @@ def resample(samples: Samples, rate: int, target: int) -> Samples:
     flat = samples.reshape(-1, samples.shape[-1])
     converted = soxr.resample(flat.T, rate, target, quality="VHQ")
     return np.ascontiguousarray(converted.T, dtype=np.float32).reshape(*samples.shape[:-1], -1)
+
+
+def read_speech(path: Path, shortest: float = ENROLLMENT_SECONDS[0]) -> Samples:
+    """Enrollment speech ``[N]`` at 16 kHz, of ``shortest`` to 30 seconds.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    recording = read_audio(path)
+    speech = resample(recording.samples.mean(axis=0), recording.rate, ENROLLMENT_RATE)
+    longest = ENROLLMENT_SECONDS[1]
+    if not shortest <= len(speech) / ENROLLMENT_RATE <= longest:
+        raise InputError(
+            f"{path}: has {len(speech) / ENROLLMENT_RATE:.1f} s; give {shortest:g} to {longest:g} s of speech"
+        )
+    return speech
 
 
 def fit_length(samples: Samples, length: int) -> Samples:
@@ -156,7 +172,7 @@ def write_audio(path: Path, samples: Samples, rate: int, sample_format: SampleFo
                     file.comment = comment
                 file.write(samples.T)
             # Equal runs write equal files.
-            _erase_time(temporary)
+            erase_time(temporary)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise InputError(f"{path}: cannot write ({reason(error)})") from None
     return clipped

@@ -1,7 +1,9 @@
 """One session with a server: audio out, hints in."""
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -52,7 +54,7 @@ class Encodings:
 
 
 class HintStream:
-    """A session of hints for one stretch of audio, starting at frame 0.
+    """A session of hints for one stretch of audio.
 
     ``send`` never blocks. ``receive`` blocks until the next hint, and returns None once the stream has ended; ``ended``
     then says why.
@@ -66,6 +68,8 @@ class HintStream:
         encodings: Encodings,
         speaker_embedding: Samples | None = None,
         hold: Callable[[int, int], None] | None = None,
+        first_frame: Callable[[], int] = lambda: 0,
+        patience: float = _START_TIMEOUT,
     ) -> None:
         """Open a session.
 
@@ -74,6 +78,8 @@ class HintStream:
             manifest: of the device's bundle; the server must run the same.
             speaker_embedding: ``[256]``, for TSE.
             hold: called with (frame, payload bytes) on the sending thread before a message goes out; may wait.
+            first_frame: asked, once the server has answered, for the frame at which the audio begins.
+            patience: seconds that the server has to accept a connection, and as many for the session.
 
         Raises:
             InputError: the server cannot be reached or refuses the session.
@@ -84,6 +90,8 @@ class HintStream:
         self._hint_encoding = HINT_ENCODINGS[encodings.hints]
         self._hold = hold
         self._outbox: queue.SimpleQueue[tuple[int, Samples] | None] = queue.SimpleQueue()
+        self._channel = _connect(server, patience)
+        self.first_frame = self._next_frame = first_frame()
         self._config = pb.SessionConfig(
             protocol_version=PROTOCOL_VERSION,
             bundle_name=manifest.name,
@@ -92,14 +100,14 @@ class HintStream:
             speaker_embedding=speaker_embedding.tolist() if speaker_embedding is not None else [],
             pcm_encoding=self._pcm_encoding,
             hint_encoding=self._hint_encoding,
+            first_frame=self.first_frame,
         )
         self.bytes_up = 0
         self.bytes_down = 0
         self.ended: StreamEnd | None = None
-        self._channel = _connect(server)
         self._call = HintServiceStub(self._channel).StreamHints(self._requests())
-        patience = threading.Timer(_START_TIMEOUT, self._call.cancel)
-        patience.start()
+        timer = threading.Timer(patience, self._call.cancel)
+        timer.start()
         try:
             first = next(self._call)
         except (grpc.RpcError, StopIteration):
@@ -108,12 +116,11 @@ class HintStream:
                 f"{server}: refused the session ({self._call.code().name}: {self._call.details()})"
             ) from None
         finally:
-            patience.cancel()
+            timer.cancel()
         if first.WhichOneof("response") != "started":
             self.close()
             raise InputError(f"{server}: answered a session's configuration with no start; is kb-server running there?")
         self.session_id = first.started.session_id
-        self._next_frame = 0
 
     def send(self, frame: int, samples: Samples) -> None:
         """Send the samples ``[M, n]`` that complete a frame; the first ones with the lookahead before them."""
@@ -176,7 +183,7 @@ def enroll(server: str, speech: Samples) -> Samples:
     request = pb.EnrollRequest(
         sample_rate=ENROLLMENT_RATE, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding)
     )
-    with _connect(server) as channel:
+    with _connect(server, _START_TIMEOUT) as channel:
         try:
             response = HintServiceStub(channel).Enroll(request, timeout=60)
         except grpc.RpcError as error:
@@ -186,21 +193,41 @@ def enroll(server: str, speech: Samples) -> Samples:
     return np.array(response.speaker_embedding, dtype=np.float32)
 
 
-def _connect(server: str) -> grpc.Channel:
-    """A channel to a server that is there.
+def check_address(server: str) -> None:
+    """Whether ``HOST:PORT`` is what it should be.
 
     Raises:
-        InputError: the address is malformed or nobody answers.
+        InputError: it is not.
     """
     host, separator, port = server.rpartition(":")
     if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
         raise InputError(f"--server {server}: must be HOST:PORT")
-    channel = grpc.insecure_channel(
-        server, options=[("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000)]
-    )
-    try:
-        grpc.channel_ready_future(channel).result(timeout=_START_TIMEOUT)
-    except grpc.FutureTimeoutError:
-        channel.close()
-        raise InputError(f"--server {server}: no answer; is kb-server running there, and the port open?") from None
-    return channel
+
+
+def _connect(server: str, patience: float) -> grpc.Channel:
+    """A channel to a server that is there.
+
+    Raises:
+        InputError: the address is malformed, or nobody answers within ``patience`` seconds.
+    """
+    check_address(server)
+    # Channels share connections, and the pauses after failed ones, unless told not to.
+    options = [
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    channel = grpc.insecure_channel(server, options=options)
+    states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
+    channel.subscribe(states.put, try_to_connect=True)
+    deadline = time.monotonic() + patience
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(queue.Empty):
+            state = states.get(timeout=left)
+            if state is grpc.ChannelConnectivity.READY:
+                channel.unsubscribe(states.put)
+                return channel
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                break
+    channel.close()
+    raise InputError(f"--server {server}: no answer; is kb-server running there, and the port open?")

@@ -1,5 +1,6 @@
 """The ``kb-client`` command."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,15 @@ class HintEncoding(StrEnum):
     INT8 = "int8"
 
 
+class PlayChoice(StrEnum):
+    """What is heard."""
+
+    SPEAKER_1 = "1"
+    SPEAKER_2 = "2"
+    BOTH = "both"
+    BYPASS = "bypass"
+
+
 @app.callback()
 def commands() -> None:
     """Speech enhancement on this device, boosted by a server's hints."""
@@ -69,6 +79,10 @@ def replay(
     enrollment: Annotated[
         Path | None,
         typer.Option("--enrollment", help="TSE: speech of the wanted person, 1 to 30 s, or an embedding (.npy)."),
+    ] = None,
+    frame_log: Annotated[
+        Path | None,
+        typer.Option("--frame-log", metavar="DIR/frames.csv", help="Run a session of live --record again, exactly."),
     ] = None,
     reference: Annotated[
         list[Path] | None, typer.Option("--reference", help="True source, to measure against; SS: give it twice.")
@@ -130,6 +144,7 @@ def replay(
             engine=engine.value,
             server=server,
             enrollment=enrollment,
+            frame_log=frame_log,
             references=tuple(reference or ()),
             with_large=with_large,
             alone=alone,
@@ -151,6 +166,100 @@ def replay(
             plot=plot_file,
         )
     )
+
+
+@app.command()
+def live(
+    bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle.")] = DEFAULT_BUNDLE,
+    server: Annotated[
+        list[str] | None,
+        typer.Option("--server", metavar="HOST:PORT", help="A kb-server; give several to have others to turn to."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--input", help="Device by name or index, or a sound file; else the default device.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--output", help="Device by name or index, or a file to write (.wav).")
+    ] = None,
+    virtual_mic: Annotated[
+        str | None,
+        typer.Option("--virtual-mic", metavar="NAME", help="Linux: play into a new microphone for other programs."),
+    ] = None,
+    speaker: Annotated[
+        str | None, typer.Option("--speaker", metavar="NAME", help="TSE: whom to extract, enrolled before (or .npy).")
+    ] = None,
+    play: Annotated[
+        PlayChoice, typer.Option("--play", help="What to hear at first; both: 1 at the left, 2 at the right.")
+    ] = PlayChoice.SPEAKER_1,
+    record: Annotated[
+        Path | None, typer.Option("--record", metavar="DIR", help="Keep input, output and a log of all frames.")
+    ] = None,
+    rate: Annotated[
+        int | None, typer.Option("--rate", min=8000, max=384_000, help="Of the devices, Hz; else one that they take.")
+    ] = None,
+    buffer_ms: Annotated[
+        float, typer.Option("--buffer-ms", min=0, max=500, help="Sound kept ready; more helps against underruns.")
+    ] = 8,
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="Tell figures and events in JSON, a line each, for scripts.")
+    ] = False,
+    engine: Annotated[EngineChoice, typer.Option("--engine", help="What computes the network.")] = EngineChoice.ONNX,
+    pcm_encoding: Annotated[PcmEncoding, typer.Option("--pcm-encoding", help="Samples sent.")] = PcmEncoding.F32,
+    hint_encoding: Annotated[HintEncoding, typer.Option("--hint-encoding", help="Hints sent.")] = HintEncoding.F32,
+) -> None:
+    """Enhance live: microphone in, loudspeaker out, with a server's hints as long as they come in time."""
+    # Read when gRPC is loaded. A server that is not there is told by us, once.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from device_client.live_command import LiveOptions
+    from device_client.live_command import live as run_live
+
+    run_live(
+        LiveOptions(
+            bundle=bundle,
+            engine=engine.value,
+            servers=tuple(server or ()),
+            source=source,
+            target=target,
+            rate=rate,
+            buffer_ms=buffer_ms,
+            play=play.value,
+            speaker=speaker,
+            record=record,
+            virtual_mic=virtual_mic,
+            json_lines=json_lines,
+            pcm_encoding=pcm_encoding.value,
+            hint_encoding=hint_encoding.value,
+        )
+    )
+
+
+@app.command()
+def devices() -> None:
+    """List sound devices, and which ones live would pick."""
+    from device_client.devices_command import print_devices
+
+    print_devices()
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Argument(help="To call the voice by.")],
+    speech: Annotated[
+        Path | None, typer.Argument(metavar="[SPEECH.wav]", help="The voice alone, 5 to 30 s; else it is recorded.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="HOST:PORT", help="A running kb-server; else one is started here.")
+    ] = None,
+    bundle: Annotated[
+        str, typer.Option("--bundle", help="For the server that is started here; any will do.")
+    ] = DEFAULT_BUNDLE,
+    source: Annotated[str | None, typer.Option("--input", help="Device to record from, by name or index.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=5, max=30, help="To record.")] = 10,
+) -> None:
+    """Learn a voice for target speech extraction, and keep it under a name."""
+    from device_client.enroll_command import enroll_speaker
+
+    enroll_speaker(name, speech, server=server, bundle=bundle, source=source, seconds=seconds)
 
 
 @app.command()

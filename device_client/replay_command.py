@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from common.cli import warn
-from common.errors import Failure, InputError, existing_file, reason
+from common.errors import Failure, InputError
 from device_client import audio, simulated_network
 from device_client import report as reporting
 from device_client.engine import EngineName, Model, load_model, needs_torch
@@ -19,10 +19,12 @@ from device_client.hint_buffer import HintLog
 from device_client.hint_stream import Encodings, HintStream, enroll
 from device_client.local_server import local_server
 from device_client.quality import match_sources, si_sdr, snr
+from device_client.recording import replay_recording
 from device_client.replay import Hints, RealHints, Run, VirtualHints, run_frames
+from device_client.speakers import read_embedding
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from models.manifest import Manifest, find_bundle, read_manifest
-from protos.codec import ENROLLMENT_RATE, ENROLLMENT_SECONDS, Samples
+from protos.codec import Samples
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ReplayOptions:
     engine: EngineName
     server: str | None
     enrollment: Path | None
+    frame_log: Path | None
     references: tuple[Path, ...]
     with_large: bool
     alone: str | None
@@ -76,6 +79,10 @@ def replay_file(options: ReplayOptions) -> None:
     """
     began = time.perf_counter()
     directory = find_bundle(options.bundle)
+    if options.frame_log is not None:
+        _check_frame_log_call(options)
+        replay_recording(options.frame_log, options.input_file, options.output, load_model(directory, options.engine))
+        return
     manifest = read_manifest(directory)
     _check_call(options, manifest)
     conditions = simulated_network.conditions_of(
@@ -217,6 +224,17 @@ def _check_call(options: ReplayOptions, manifest: Manifest) -> None:
         raise InputError("--server-ms is for the virtual clock; on the real one the server takes what it takes")
 
 
+def _check_frame_log_call(options: ReplayOptions) -> None:
+    """A recorded session has its hints, its speaker and its network in it."""
+    given = (
+        *(options.server, options.enrollment, options.alone, options.compare, options.network, options.trace),
+        *(options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit, options.server_ms),
+        *(options.report, options.plot),
+    )
+    if any(value is not None for value in given) or options.references or options.with_large or options.real_clock:
+        raise InputError("--frame-log runs a recorded session again: give only --output, --bundle and --engine with it")
+
+
 def _output_paths(options: ReplayOptions, model: ModelConfig) -> list[Path]:
     """Where the estimates go, one file a source; all files to be written have been checked."""
     outputs = [options.output]
@@ -278,22 +296,8 @@ def _read_reference(path: Path, mixture: audio.Recording, microphones: int, mixt
 def _read_enrollment(path: Path) -> Samples:
     """Speech ``[N]`` at 16 kHz, or an embedding ``[256]``."""
     if path.suffix == ".npy":
-        existing_file(path, "a speaker embedding")
-        try:
-            embedding = np.load(path, allow_pickle=False).astype(np.float32)
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: not readable as an array ({reason(error)})") from None
-        if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all():
-            raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} finite numbers")
-        return np.ascontiguousarray(embedding)
-    recording = audio.read_audio(path)
-    speech = audio.resample(recording.samples.mean(axis=0), recording.rate, ENROLLMENT_RATE)
-    shortest, longest = ENROLLMENT_SECONDS
-    if not shortest <= len(speech) / ENROLLMENT_RATE <= longest:
-        raise InputError(
-            f"{path}: has {len(speech) / ENROLLMENT_RATE:.1f} s; give {shortest:g} to {longest:g} s of speech"
-        )
-    return speech
+        return read_embedding(path)
+    return audio.read_speech(path)
 
 
 def _speaker_embedding(enrollment: Samples | None, server: str | None) -> Samples | None:

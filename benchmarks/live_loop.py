@@ -1,0 +1,92 @@
+"""The live frame loop at full speed: ``python benchmarks/live_loop.py``. Ten minutes of noise, without a pause.
+
+Prints how long a frame takes, from its capture until it has been handed on to be played, and how much the process's
+memory has grown since the first minute of audio; writes it as JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+
+from device_client.hint_stream import Encodings
+from device_client.live import LiveLoop
+from device_client.live_hints import LiveHints
+from device_client.onnx_engine import OnnxModel
+from models.manifest import DEFAULT_BUNDLE, find_bundle
+from protos.codec import Samples
+
+MINUTE = 7500  # frames
+
+
+def memory_mib() -> float:
+    """What the process has in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class Noise:
+    """Live audio that never makes the loop wait, and takes down when each frame began and ended."""
+
+    underruns = overruns = 0
+
+    def __init__(self, frames: int) -> None:
+        self._noise = np.random.default_rng(0).normal(0, 0.1, (2, 16_000)).astype(np.float32)
+        self._began = 0
+        self._frames = frames
+        self.milliseconds = np.zeros(frames)
+        self.count = 0
+        self.after_a_minute = 0.0
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def read(self, samples: Samples) -> bool:
+        place = 128 * (self.count % 100)
+        samples[:] = self._noise[:, place : place + samples.shape[1]]
+        self._began = time.perf_counter_ns()
+        return self.count < self._frames
+
+    def write(self, samples: Samples) -> None:
+        self.milliseconds[self.count] = (time.perf_counter_ns() - self._began) / 1e6
+        self.count += 1
+        if self.count == MINUTE:
+            self.after_a_minute = memory_mib()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of the live loop.")
+    parser.add_argument("--bundle", default=DEFAULT_BUNDLE)
+    parser.add_argument("--server", help="HOST:PORT; hints that come in time are fused, though nobody waits for them")
+    parser.add_argument("--frames", type=int, default=10 * MINUTE)
+    parser.add_argument("--json", type=Path, default=Path("out/live_loop.json"))
+    options = parser.parse_args()
+    model = OnnxModel(str(find_bundle(options.bundle)))
+    hints = LiveHints([options.server], model.manifest, encodings=Encodings()) if options.server else None
+    if hints is not None:
+        hints.start()
+    audio = Noise(options.frames)
+    audio.milliseconds[:] = 1.0  # so that its pages are there
+    loop = LiveLoop(model.session(None), model.manifest.model, audio, hints, "1")
+    loop.run()
+    growth = memory_mib() - audio.after_a_minute
+    figures = {f"p{q}_ms": round(float(np.percentile(audio.milliseconds, q)), 3) for q in (50, 95, 99, 99.9)}
+    figures["max_ms"] = round(float(audio.milliseconds.max()), 3)
+    figures["memory_growth_mib"] = round(growth, 2)
+    if hints is not None:
+        hints.close()
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    report = {"machine": machine, "bundle": model.manifest.label, "frames": options.frames, **figures}
+    for name, value in report.items():
+        print(f"{name:20} {value}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

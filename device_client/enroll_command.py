@@ -1,0 +1,44 @@
+"""``kb-client enroll``: a few seconds of a voice to a speaker embedding under a name."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InputError
+from device_client import audio, device_audio, speakers
+from device_client.hint_stream import enroll
+from device_client.local_server import local_server
+from models.manifest import find_bundle
+from protos.codec import ENROLLMENT_SECONDS
+
+SHORTEST = 5.0  # seconds; less tells too little of a voice
+LONGEST = ENROLLMENT_SECONDS[1]
+
+
+def enroll_speaker(
+    name: str, speech_file: Path | None, *, server: str | None, bundle: str, source: str | None, seconds: float
+) -> None:
+    """Keep the voice of a file, or of an input device, under a name.
+
+    Args:
+        server: that makes the embedding; None: one that is started here, with ``bundle``.
+        source: input device, where there is no file.
+        seconds: to record.
+
+    Raises:
+        InputError: the name, the file, the device or the speech cannot be used.
+        Failure: the server does not start.
+    """
+    speakers.check_name(name)
+    directory = find_bundle(bundle)
+    if speech_file is not None:
+        speech = audio.read_speech(speech_file, SHORTEST)
+    else:
+        print(f"recording {seconds:g} s: speak now, alone", flush=True)
+        speech = device_audio.record_speech(source, seconds)
+        if not np.any(speech):
+            raise InputError("the microphone gave only silence; is it muted?")
+    with ExitStack() as stack:
+        embedding = enroll(server or stack.enter_context(local_server(directory)), speech)
+    print(f"{name}: kept in {speakers.save(name, embedding)}; use it with kb-client live --speaker {name}")

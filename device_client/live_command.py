@@ -1,0 +1,245 @@
+"""``kb-client live``: from microphone to loudspeaker, until somebody ends it."""
+
+import gc
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from common.cli import warn
+from common.errors import InputError
+from device_client import live_view, speakers
+from device_client.device_audio import DeviceAudio, open_device_audio
+from device_client.engine import EngineName, load_model
+from device_client.hint_stream import Encodings
+from device_client.live import LiveLoop
+from device_client.live_audio import LiveAudio, open_file_audio
+from device_client.live_hints import LiveHints, ServerEvent
+from device_client.mixer import Mixer, Play
+from device_client.recording import Recorder, check_folder
+from device_client.virtual_mic import OUTPUT_DEVICE, virtual_mic
+from models.manifest import UNTRAINED_NOTICE, Manifest, find_bundle, read_manifest
+from protos.codec import Samples
+
+# A thread that waits for the interpreter gets it after so long; the default of 5 ms is most of a frame.
+_SWITCH_INTERVAL = 0.0005  # seconds
+_COLLECT_EVERY = 10.0  # seconds
+_VOICE_KEYS: dict[str, Play] = {"1": "1", "2": "2", "b": "both"}
+_FILES = (".wav", ".flac", ".ogg")
+
+
+@dataclass(frozen=True)
+class LiveOptions:
+    """The flags of ``kb-client live``; its help says what each means."""
+
+    bundle: str
+    engine: EngineName
+    servers: tuple[str, ...]
+    source: str | None
+    target: str | None
+    rate: int | None
+    buffer_ms: float
+    play: Play
+    speaker: str | None
+    record: Path | None
+    virtual_mic: str | None
+    json_lines: bool
+    pcm_encoding: str
+    hint_encoding: str
+
+
+def live(options: LiveOptions) -> None:
+    """Run live until the audio ends, a key says so, or the process is told to.
+
+    Raises:
+        InputError: a flag, a device or a file is at fault. Nothing has been started.
+        Failure: the audio device went away, or a recording could not be kept up.
+    """
+    directory = find_bundle(options.bundle)
+    manifest = read_manifest(directory)
+    speaker = _speaker_embedding(options, manifest)
+    _check_call(options, manifest)
+    hints = None
+    if options.servers:
+        encodings = Encodings(options.pcm_encoding, options.hint_encoding)
+        hints = LiveHints(options.servers, manifest, encodings=encodings, speaker_embedding=speaker)
+    model = load_model(directory, options.engine)
+    with ExitStack() as stack:
+        audio = _open_audio(options, manifest, stack)
+        recorder = None
+        if options.record is not None:
+            recorder = Recorder(options.record, manifest, speaker, options.play)
+            stack.callback(recorder.close)
+        loop = LiveLoop(model.session(speaker), manifest.model, audio, hints, options.play, recorder)
+        if manifest.untrained:
+            warn(UNTRAINED_NOTICE)
+        if manifest.model.boosting is not None and hints is None:
+            warn("no --server was given: the small network works alone")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: audio.stop()))
+        if hints is not None:
+            hints.start()
+            stack.callback(hints.close)
+        session = _Session(manifest, loop, audio, hints)
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        # What is there now is there to stay; collections look at what has come since, and this thread says when.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        stack.callback(gc.unfreeze)
+        stack.callback(gc.enable)
+        session.start()
+        try:
+            if sys.stdin.isatty() and sys.stdout.isatty() and not options.json_lines:
+                _show_view(session)
+            else:
+                _show_lines(session, options.json_lines)
+        finally:
+            session.end()
+        now = session.figures()
+        print(json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else live_view.log_line(now))
+        if (slow := live_view.too_slow(now)) is not None:
+            warn(slow)
+
+
+class _Session:
+    """A frame loop on its thread, and what there is to tell of it."""
+
+    def __init__(self, manifest: Manifest, loop: LiveLoop, audio: LiveAudio, hints: LiveHints | None) -> None:
+        self.manifest, self.loop, self.audio, self.hints = manifest, loop, audio, hints
+        self._thread = threading.Thread(target=self._run, name="kb-frames")
+        self._trouble: BaseException | None = None
+        self._collect_at = time.monotonic() + _COLLECT_EVERY
+
+    def start(self) -> None:
+        self.audio.start()
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop, and raise what went wrong in the loop."""
+        self.audio.stop()
+        self._thread.join()
+        if self._trouble is not None:
+            raise self._trouble
+
+    def running(self) -> bool:
+        """Whether the loop runs. Asked all the time, and so the occasion for collecting garbage."""
+        if time.monotonic() >= self._collect_at:
+            self._collect_at += _COLLECT_EVERY
+            gc.collect()
+        return self._thread.is_alive()
+
+    def figures(self) -> live_view.Figures:
+        return live_view.figures(self.loop, self.hints, self.audio, self.manifest.model.framing.chunk_seconds)
+
+    def news(self) -> Iterator[ServerEvent]:
+        """What happened with servers since it was last asked for."""
+        while self.hints is not None and self.hints.events:
+            yield self.hints.events.popleft()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run()
+        except BaseException as error:
+            self._trouble = error
+
+
+def _show_lines(session: _Session, as_json: bool) -> None:
+    """A line now and then, until the loop has ended."""
+    every = 1.0 if as_json else 10.0
+    next_line = time.monotonic() + every
+    while session.running():
+        time.sleep(0.1)
+        for event in session.news():
+            if as_json:
+                print(json.dumps({"event": "server", **asdict(event)}), flush=True)
+            elif event.connected:
+                print(event.text, flush=True)
+            else:
+                warn(event.text)
+        if time.monotonic() >= next_line:
+            next_line += every
+            now = session.figures()
+            print(json.dumps({"event": "figures", **asdict(now)}) if as_json else live_view.log_line(now), flush=True)
+
+
+def _show_view(session: _Session) -> None:
+    """A view of the terminal's size that answers keys, until the loop has ended."""
+    model, loop, audio = session.manifest.model, session.loop, session.audio
+    framing = model.framing
+    latency = f"{1e3 * framing.n_fft / framing.sample_rate:g} ms of the frames"
+    if isinstance(audio, DeviceAudio):
+        resampling = f", {audio.resampling_ms:.1f} of it resampling from {audio.rate} Hz" if audio.resampling_ms else ""
+        latency = f"{audio.latency_ms:.0f} ms from microphone to loudspeaker{resampling}"
+    budget_ms = 1e3 * model.delay * framing.chunk_seconds if session.hints is not None else None
+    frame = live_view.Frame(f"kb-client live   {session.manifest.label}", latency, budget_ms, loop.choices)
+    voice: Play = loop.play if loop.play != "bypass" else "1"
+    last_event = ""
+    with live_view.keyboard() as key, Live(console=Console(), screen=True, auto_refresh=False) as screen:
+        while session.running():
+            pressed = key(0.1).lower()
+            if pressed == "q":
+                audio.stop()
+            elif pressed == "h":
+                loop.hints_on = not loop.hints_on
+            elif pressed == " ":
+                loop.play = voice if loop.play == "bypass" else "bypass"
+            elif (chosen := _VOICE_KEYS.get(pressed)) in loop.choices and chosen is not None:
+                loop.play = voice = chosen
+            for event in session.news():
+                last_event = event.text
+            screen.update(live_view.view(session.figures(), frame, last_event), refresh=True)
+
+
+def _check_call(options: LiveOptions, manifest: Manifest) -> None:
+    """Whether the flags fit each other and the bundle."""
+    model, name = manifest.model, options.bundle
+    if options.servers and model.boosting is None:
+        raise InputError(f"{name}: is one network alone; leave out --server")
+    choices = Mixer(model.sources, model.microphones, "bypass").choices
+    if options.play not in choices:
+        raise InputError(f"--play {options.play}: with {name} it can be {', '.join(choices)}")
+    if _is_file(options.source) != _is_file(options.target):
+        raise InputError("--input and --output must both be devices, or both be files")
+    if _is_file(options.source) and options.rate is not None:
+        raise InputError("--rate is for devices; a file says its rate itself")
+    if options.virtual_mic is not None and options.target is not None:
+        raise InputError("--virtual-mic plays to the microphone of that name; leave out --output")
+    if options.record is not None:
+        check_folder(options.record)
+
+
+def _is_file(name: str | None) -> bool:
+    return name is not None and Path(name).suffix.lower() in _FILES
+
+
+def _speaker_embedding(options: LiveOptions, manifest: Manifest) -> Samples | None:
+    if manifest.model.task == "ss":
+        if options.speaker is not None:
+            raise InputError(f"{options.bundle}: separates all speakers; leave out --speaker")
+        return None
+    if options.speaker is None:
+        raise InputError(f"{options.bundle}: extracts a target speaker; give --speaker a name from kb-client enroll")
+    return speakers.load(options.speaker)
+
+
+def _open_audio(options: LiveOptions, manifest: Manifest, stack: ExitStack) -> LiveAudio:
+    framing, microphones = manifest.model.framing, manifest.model.microphones
+    if options.source is not None and options.target is not None and _is_file(options.source):
+        files = open_file_audio(Path(options.source), Path(options.target), framing, microphones)
+        return stack.enter_context(files)
+    target = options.target
+    if options.virtual_mic is not None:
+        stack.enter_context(virtual_mic(options.virtual_mic, options.rate or framing.sample_rate))
+        target = OUTPUT_DEVICE
+    devices = open_device_audio(options.source, target, framing, microphones, options.rate, options.buffer_ms)
+    return stack.enter_context(devices)

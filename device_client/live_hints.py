@@ -1,0 +1,220 @@
+"""Hints for a live stream: a session with one of several servers whenever one can be had, for as long as it lasts."""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import InputError
+from device_client.hint_buffer import HintBuffer
+from device_client.hint_stream import Encodings, HintStream, check_address
+from device_client.ring import Signal
+from models.manifest import Manifest
+from protos.codec import MAX_CHUNKS_PER_MESSAGE, Samples
+
+# Seconds.
+_BACKFILL = 0.5  # audio before now that a new session begins with, so that the large network is warm
+_MOST_UNANSWERED = 0.75  # audio under way at most: what is in no buffer cannot become stale in one
+_MOST_WAITING = 1.0  # audio that waits to be sent; a new session's backfill is less than that
+_SILENCE = 1.5  # without a hint, while audio is unanswered: the server is gone
+_PATIENCE = 2.0  # for a connection
+_PAUSES = (0.5, 15.0)  # between attempts, the shortest and the longest
+# Pauses grow slowly: an outage of a few seconds is then over at most a second or two after the server is back.
+_GROWTH = 1.15
+_STEADY = 2.0  # a session that lasted so long was worth having, and the next attempt is made at once
+
+
+@dataclass(frozen=True)
+class ServerEvent:
+    """What a person or a script is told of the network."""
+
+    server: str
+    connected: bool
+    text: str
+
+
+class LiveHints:
+    """The network's side of a live stream. The frame loop calls :meth:`send` and :meth:`take`, which never wait.
+
+    The last two seconds of audio stay here. A session that is lost, or that falls behind, is followed by another one,
+    which begins with half a second of past audio; hints of that past are not used.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str],
+        manifest: Manifest,
+        *,
+        encodings: Encodings,
+        speaker_embedding: Samples | None = None,
+    ) -> None:
+        """Nothing is sent before :meth:`start`.
+
+        Args:
+            servers: ``HOST:PORT`` of each, in the order they are tried in.
+
+        Raises:
+            InputError: an address is malformed.
+        """
+        for server in servers:
+            check_address(server)
+        self._servers, self._manifest, self._encodings = tuple(servers), manifest, encodings
+        self._speaker_embedding = speaker_embedding
+        model = manifest.model
+        self._lookahead, self._delay = model.framing.lookahead, model.delay
+        per_second = 1 / model.framing.chunk_seconds
+        self._backfill = round(_BACKFILL * per_second)
+        self._most_unanswered = round(_MOST_UNANSWERED * per_second)
+        self._most_waiting = round(_MOST_WAITING * per_second)
+        self._history = 2 * self._most_waiting
+        # The newest chunk of every frame's window, by frame.
+        self._audio = np.zeros((self._history, model.microphones, model.framing.chunk), np.float32)
+        self._captured_at = np.zeros(self._history, np.int64)
+        self._ages: NDArray[np.float64] = np.zeros(self._history)
+        self._frames = 0  # that the loop has sent
+        self._taken = 0  # first frame whose hint has not been asked for
+        self._buffer = HintBuffer(model.delay)
+        self._wake = Signal()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._keep_connected, name="kb-network", daemon=True)
+        # Of the session: frames answered, when the last answer came (ns), and the first frame whose hint may be used.
+        self._answered = self._answered_at = self._warm = 0
+        self.server: str | None = None  # that hints come from
+        self.late = 0  # hints that came after their frame had started
+        self.events: deque[ServerEvent] = deque(maxlen=32)
+
+    def start(self) -> None:
+        """Begin to look for a server."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the session and stop looking."""
+        self._closed.set()
+        self._wake.set()
+        self._thread.join(timeout=2 * _PATIENCE + 1)
+
+    def send(self, frame: int, samples: Samples, now: int) -> None:
+        """Leave the samples ``[M, n]`` that complete a frame, captured at ``now`` (ns); all of frame 0's window."""
+        slot, chunk = frame % self._history, self._audio.shape[2]
+        self._audio[slot] = samples[:, -chunk:]
+        if frame == 0 and self._lookahead:
+            self._audio[-1, :, -self._lookahead :] = samples[:, : self._lookahead]
+        self._captured_at[slot] = now
+        self._frames = frame + 1
+        self._wake.set()
+
+    def take(self, frame: int, now: int) -> Samples | None:
+        """The hint ``[channels, F]`` of a frame if it is there."""
+        hint = self._buffer.take(frame, now)
+        self._taken = frame + 1
+        return hint
+
+    def age_ms(self, frame: int) -> float:
+        """Milliseconds from a frame's capture to the arrival of its hint, for a hint that was just taken."""
+        return float(self._ages[frame % self._history])
+
+    def _keep_connected(self) -> None:
+        failures, turn, known_lost = 0, 0, False
+        while not self._closed.is_set():
+            server = self._servers[turn % len(self._servers)]
+            turn += 1
+            began = time.monotonic()
+            lost, why = self._session(server)
+            if self._closed.is_set():
+                return
+            if lost:
+                self.events.append(
+                    ServerEvent(server, False, f"lost {server} ({why}); the small network goes on alone")
+                )
+                known_lost = True
+            elif not known_lost and turn == len(self._servers):
+                text = f"{why}; the small network goes on alone, and connecting in the background"
+                self.events.append(ServerEvent(server, False, text))
+                known_lost = True
+            steady = lost and time.monotonic() - began > _STEADY
+            failures = 0 if steady else failures + 1
+            rounds = failures - len(self._servers)
+            if rounds >= 0:
+                shortest, longest = _PAUSES
+                pause = min(longest, shortest * _GROWTH ** min(rounds, 100))
+                # Devices that lost the same server do not come back in the same instant.
+                self._closed.wait(max(shortest, pause * random.uniform(0.75, 1)))
+
+    def _session(self, server: str) -> tuple[bool, str]:
+        """One session with a server, to its end: whether there was one, and why it ended."""
+        try:
+            stream = HintStream(
+                server,
+                self._manifest,
+                encodings=self._encodings,
+                speaker_embedding=self._speaker_embedding,
+                first_frame=lambda: max(0, self._frames - self._backfill),
+                patience=_PATIENCE,
+            )
+        except InputError as error:
+            return False, str(error)
+        # A network that has heard everything from the start is warm already.
+        self._warm = stream.first_frame + self._backfill if stream.first_frame else 0
+        self._answered, self._answered_at = stream.first_frame, time.perf_counter_ns()
+        receiver = threading.Thread(target=self._receive, args=(stream, server), name="kb-hints", daemon=True)
+        receiver.start()
+        try:
+            why = self._feed(stream)
+        finally:
+            self.server = None
+            stream.close()
+            receiver.join()
+        return True, why
+
+    def _feed(self, stream: HintStream) -> str:
+        """Send what the loop leaves until the session is over, one way or another; why it is."""
+        sent = stream.first_frame
+        while not self._closed.is_set():
+            self._wake.wait(0.1)
+            if stream.ended is not None:
+                return f"{stream.ended.status}: {stream.ended.detail}"
+            waiting = self._frames - sent
+            unanswered = sent - self._answered
+            if unanswered and time.perf_counter_ns() - self._answered_at > 1e9 * _SILENCE:
+                return "no answer any more"
+            if sent > stream.first_frame and waiting > self._most_waiting:
+                return "falls behind"
+            count = min(waiting, self._most_unanswered - unanswered, MAX_CHUNKS_PER_MESSAGE)
+            if count <= 0:
+                continue
+            samples = self._samples(sent, count, first=sent == stream.first_frame)
+            if self._frames - sent >= self._history:  # overwritten while it was read
+                return "falls behind"
+            if not unanswered:
+                self._answered_at = time.perf_counter_ns()
+            stream.send(sent, samples)
+            sent += count
+        return "closed"
+
+    def _samples(self, frame: int, count: int, *, first: bool) -> Samples:
+        """The samples ``[M, n]`` that complete ``count`` frames; a session's first ones with the lookahead before."""
+        slots = np.arange(frame, frame + count) % self._history
+        samples = self._audio[slots].transpose(1, 0, 2).reshape(self._audio.shape[1], -1)
+        if first and self._lookahead:
+            before = self._audio[(frame - 1) % self._history, :, -self._lookahead :]
+            samples = np.concatenate([before, samples], axis=1)
+        return samples
+
+    def _receive(self, stream: HintStream, server: str) -> None:
+        while (received := stream.receive()) is not None:
+            now, frame = time.perf_counter_ns(), received.frame
+            self._answered, self._answered_at = frame + 1, now
+            if frame < self._warm:
+                continue
+            self._ages[frame % self._history] = (now - self._captured_at[frame % self._history]) / 1e6
+            self.late += frame < self._taken
+            self._buffer.put(frame, received.hint, now)
+            if self.server is None:
+                self.server = server
+                self.events.append(ServerEvent(server, True, f"hints come from {server}"))
+        self._wake.set()

@@ -1,0 +1,199 @@
+"""What a live session shows: a view in a terminal, lines for scripts and logs."""
+
+import math
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from rich.bar import Bar
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from device_client.live import RECENT, LiveLoop
+from device_client.live_audio import LiveAudio
+from device_client.live_hints import LiveHints
+from device_client.mixer import Play
+
+_SILENCE = -60.0  # dB of full scale, and less
+_METER_FRAMES = 25  # a meter shows the loudest of the last fifth of a second
+_SLOW = 0.8  # of the time there is
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A live session at one moment."""
+
+    seconds: float  # of audio so far
+    frames: int
+    input_db: float  # peak of the last moments, dB of full scale
+    output_db: float
+    hints_on_time: int
+    hints_late: int
+    hints_missing: int
+    hint_age_ms: float | None  # median of the last ten seconds
+    compute_ms: float  # of a frame, mean of the last ten seconds
+    slowest_ms: float  # of all frames
+    real_time_factor: float
+    underruns: int
+    overruns: int
+    server: str | None  # that hints come from
+    hints: bool  # whether they are to be used
+    play: Play
+
+
+def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_seconds: float) -> Figures:
+    """The session as it is now."""
+    frames = loop.frames
+    recent = loop.recent[:frames] if frames < RECENT else np.roll(loop.recent, -frames % RECENT)
+    ages = recent["age_ms"][~np.isnan(recent["age_ms"])]
+    compute_ms = float(recent["compute_ms"].mean()) if frames else 0.0
+    late = min(hints.late, loop.hints_due - loop.hints_used) if hints is not None else 0
+    return Figures(
+        seconds=round(frames * chunk_seconds, 3),
+        frames=frames,
+        input_db=_decibels(recent["input_peak"]),
+        output_db=_decibels(recent["output_peak"]),
+        hints_on_time=loop.hints_used,
+        hints_late=late,
+        hints_missing=loop.hints_due - loop.hints_used - late,
+        hint_age_ms=round(float(np.median(ages)), 2) if ages.size else None,
+        compute_ms=round(compute_ms, 3),
+        slowest_ms=round(loop.slowest_ms, 3),
+        real_time_factor=round(compute_ms / (1e3 * chunk_seconds), 4),
+        underruns=audio.underruns,
+        overruns=audio.overruns,
+        server=hints.server if hints is not None else None,
+        hints=loop.hints_on,
+        play=loop.play,
+    )
+
+
+def _decibels(peaks: "np.ndarray[tuple[int], np.dtype[np.float32]]") -> float:
+    peak = float(peaks[-_METER_FRAMES:].max(initial=0))
+    return round(max(_SILENCE, 20 * math.log10(peak)), 1) if peak > 0 else _SILENCE
+
+
+def too_slow(now: Figures) -> str | None:
+    """What to tell somebody whose device does not keep up."""
+    if now.real_time_factor > _SLOW:
+        return "this device is too slow: close other programs, plug in power, or choose a smaller bundle"
+    return None
+
+
+def log_line(now: Figures) -> str:
+    """One line for a log."""
+    age = f", {now.hint_age_ms:.1f} ms old" if now.hint_age_ms is not None else ""
+    parts = [
+        f"{_clock(now.seconds)} in {now.input_db:.0f} dB, out {now.output_db:.0f} dB",
+        f"hints {now.hints_on_time} on time, {now.hints_late} late, {now.hints_missing} missing{age}",
+        f"real-time factor {now.real_time_factor:.2f}",
+        f"{now.underruns} underruns, {now.overruns} overruns",
+        f"server {now.server or 'none'}",
+    ]
+    return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stays the same on the terminal."""
+
+    title: str
+    latency: str
+    budget_ms: float | None  # how late a hint may be; None: a network alone
+    choices: Sequence[Play]
+
+
+_PLAYING: dict[Play, str] = {
+    "bypass": "the input (bypass)",
+    "1": "speaker 1",
+    "2": "speaker 2",
+    "both": "speaker 1 left, speaker 2 right",
+}
+
+
+def view(now: Figures, frame: Frame, last_event: str) -> RenderableType:
+    """The session for a terminal."""
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(ratio=1)
+    grid.add_row("input", _meter(now.input_db))
+    grid.add_row("output", _meter(now.output_db))
+    grid.add_row("playing", _PLAYING[now.play])
+    if frame.budget_ms is not None:
+        due = now.hints_on_time + now.hints_late + now.hints_missing
+        share = f" ({100 * now.hints_on_time / due:.1f} %)" if due else ""
+        counts = f"{now.hints_on_time} on time{share}, {now.hints_late} late, {now.hints_missing} missing"
+        grid.add_row("hints", Text(counts) if now.hints else Text(f"OFF; {counts}", style="yellow"))
+        age = f"{now.hint_age_ms:.1f} ms" if now.hint_age_ms is not None else "none came"
+        grid.add_row("hint age", f"{age}; may be {frame.budget_ms:g} ms")
+        grid.add_row("server", now.server or Text("none: the small network works alone", style="yellow"))
+    load = f"{now.compute_ms:.2f} ms a frame, slowest {now.slowest_ms:.1f} ms; real-time factor"
+    grid.add_row("device", f"{load} {now.real_time_factor:.2f}")
+    sound = Text(f"{now.underruns} underruns, {now.overruns} overruns")
+    if now.underruns + now.overruns:
+        sound = Text(f"{sound}; if it crackles, give --buffer-ms more", style="yellow")
+    grid.add_row("sound", sound)
+    grid.add_row("latency", frame.latency)
+    keys = ["space bypass"]
+    if len(frame.choices) > 2:
+        keys.append("1 2 speaker")
+    if "both" in frame.choices:
+        keys.append("b both")
+    if frame.budget_ms is not None:
+        keys.append("h hints")
+    parts: list[RenderableType] = [Text(f" {frame.title}   {_clock(now.seconds)} ", style="reverse"), Text(), grid]
+    if (slow := too_slow(now)) is not None:
+        parts.append(Text(slow, style="bold red"))
+    return Group(*parts, Text(), Text(last_event, style="dim"), Text("   ".join([*keys, "q quit"]), style="bold"))
+
+
+def _meter(decibels: float) -> Table:
+    bar = Table.grid(expand=True, padding=(0, 1))
+    bar.add_column(ratio=1)
+    bar.add_column(width=7, justify="right")
+    colour = "red" if decibels > -1 else "green"
+    bar.add_row(Bar(-_SILENCE, 0, decibels - _SILENCE, color=colour), f"{decibels:.0f} dB")
+    return bar
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))
+
+
+@contextmanager
+def keyboard() -> Iterator[Callable[[float], str]]:
+    """A function that waits up to so many seconds for a key: the key, or nothing."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        def key_windows(seconds: float) -> str:
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                if msvcrt.kbhit():
+                    return msvcrt.getwch()
+                time.sleep(0.02)
+            return ""
+
+        yield key_windows
+    else:
+        import termios
+        import tty
+
+        before = termios.tcgetattr(sys.stdin)
+
+        def key(seconds: float) -> str:
+            if select.select([sys.stdin], [], [], seconds)[0]:
+                return os.read(sys.stdin.fileno(), 1).decode(errors="replace")
+            return ""
+
+        try:
+            tty.setcbreak(sys.stdin)
+            yield key
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

@@ -1,0 +1,187 @@
+"""What a live session leaves behind to be listened to, looked into, and run again, sample for sample.
+
+A folder: ``input.wav`` (what the network heard) and ``output.wav`` (what was played), float samples at the bundle's
+rate; ``frames.csv``, a line a frame; ``hints.f32``, the hints that were fused, one after another; ``session.json``.
+"""
+
+import csv
+import queue
+import threading
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import soundfile
+from pydantic import ValidationError
+
+from common.errors import Failure, InputError, existing_file, reason
+from device_client import audio
+from device_client.engine import Model
+from device_client.mixer import Mixer, Play
+from models.config import Strict
+from models.manifest import Manifest, read_json
+from protos.codec import Samples
+
+_MOST_WAITING = 1250  # frames that may wait for the disk
+_COLUMNS = ("frame", "hint", "age_ms", "compute_ms", "play")
+
+
+class Session(Strict):
+    """The content of ``session.json``."""
+
+    schema_version: Literal[1] = 1
+    bundle_name: str
+    bundle_id: str
+    play: Play
+    speaker_embedding: list[float] | None
+
+
+class Recorder:
+    """Writes a session's frames, on a thread of its own so that the frame loop never waits for a disk."""
+
+    def __init__(self, folder: Path, manifest: Manifest, speaker_embedding: Samples | None, play: Play) -> None:
+        """Make the folder and begin.
+
+        Raises:
+            InputError: the folder is there and not empty, or cannot be written.
+        """
+        check_folder(folder)
+        framing, microphones = manifest.model.framing, manifest.model.microphones
+        embedding = speaker_embedding.tolist() if speaker_embedding is not None else None
+        session = Session(bundle_name=manifest.name, bundle_id=manifest.id, play=play, speaker_embedding=embedding)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "session.json").write_text(session.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            form = {"samplerate": framing.sample_rate, "channels": microphones, "format": "WAV", "subtype": "FLOAT"}
+            self._input = soundfile.SoundFile(folder / "input.wav", "w", **form)
+            self._output = soundfile.SoundFile(folder / "output.wav", "w", **form)
+            self._hints = (folder / "hints.f32").open("wb")
+            self._table = (folder / "frames.csv").open("w", newline="", encoding="utf-8")
+        except (OSError, soundfile.LibsndfileError) as error:
+            raise InputError(f"{folder}: cannot write there ({reason(error)}); choose another folder") from None
+        self._rows = csv.writer(self._table)
+        self._rows.writerow(_COLUMNS)
+        self._folder = folder
+        self._frames: queue.SimpleQueue[tuple[Samples, Samples, Samples | None, np.void, Play] | None]
+        self._frames = queue.SimpleQueue()
+        self._trouble: str | None = None
+        self._thread = threading.Thread(target=self._write, name="kb-recorder", daemon=True)
+        self._thread.start()
+
+    def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: Play) -> None:
+        """Take down the next frame."""
+        if self._trouble is None and self._frames.qsize() >= _MOST_WAITING:
+            self._trouble = "the disk is too slow"
+        if self._trouble is None:
+            self._frames.put((fresh, played, hint, record, play))
+
+    def close(self) -> None:
+        """Write what is left.
+
+        Raises:
+            Failure: the recording ends before the session did.
+        """
+        self._frames.put(None)
+        self._thread.join()
+        for name in ("input.wav", "output.wav"):
+            audio.erase_time(self._folder / name)
+        if self._trouble is not None:
+            raise Failure(f"{self._folder}: the recording is cut short ({self._trouble})")
+
+    def _write(self) -> None:
+        number = 0
+        try:
+            with self._input, self._output, self._hints, self._table:
+                while (item := self._frames.get()) is not None:
+                    fresh, played, hint, record, play = item
+                    self._input.write(fresh.T)
+                    self._output.write(played.T)
+                    age = ""
+                    if hint is not None:
+                        self._hints.write(hint.astype("<f4").tobytes())
+                        age = f"{record['age_ms']:.3f}"
+                    self._rows.writerow([number, int(hint is not None), age, f"{record['compute_ms']:.3f}", play])
+                    number += 1
+        except (OSError, soundfile.LibsndfileError) as error:
+            self._trouble = reason(error)
+
+
+def check_folder(folder: Path) -> None:
+    """Whether a recording can go there.
+
+    Raises:
+        InputError: something is there already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already; choose another name or remove it first")
+
+
+class FrameLog:
+    """A recorded session's frames, to be run again."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Read ``frames.csv`` and what lies beside it.
+
+        Raises:
+            InputError: a file is missing or not what it should be, or the session was run with another bundle.
+        """
+        existing_file(path, "a frame log")
+        document = read_json(existing_file(path.parent / "session.json", "the session of a frame log"))
+        try:
+            self.session = Session.model_validate(document)
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [(int(row["hint"]), row["play"]) for row in csv.DictReader(file)]
+            play: dict[str, Play] = {name: name for name in get_args(Play)}
+            self.play = [play[name] for _, name in rows]
+        except (ValidationError, OSError, KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: is no frame log of kb-client live --record") from None
+        if self.session.bundle_id != manifest.id:
+            name = self.session.bundle_name
+            raise InputError(
+                f"{path}: was recorded with the bundle {name} ({self.session.bundle_id}); give --bundle it"
+            )
+        self.used = np.array([bool(hint) for hint, _ in rows])
+        model = manifest.model
+        size = 4 * model.hint_channels * model.framing.bins
+        hints = existing_file(path.parent / "hints.f32", "the hints of a frame log")
+        if hints.stat().st_size != size * int(self.used.sum()):
+            raise InputError(f"{hints}: does not hold the {int(self.used.sum())} hints of {path.name}; copy both again")
+        self._hints = hints
+        self._shape = model.hint_channels, model.framing.bins
+
+    def run(self, model: Model, samples: Samples) -> Samples:
+        """What was played ``[M, N]`` when the input was ``samples``."""
+        config, session = model.manifest.model, self.session
+        framing = config.framing
+        speaker = np.array(session.speaker_embedding, np.float32) if session.speaker_embedding is not None else None
+        engine, mixer = model.session(speaker), Mixer(config.sources, config.microphones, session.play)
+        played = []
+        with self._hints.open("rb") as file:
+            for frame, (used, play) in enumerate(zip(self.used, self.play, strict=True)):
+                window = np.ascontiguousarray(samples[:, framing.chunk * frame :][:, : framing.n_fft])
+                hint = None
+                if used:
+                    values = np.fromfile(file, "<f4", self._shape[0] * self._shape[1])
+                    hint = values.astype(np.float32).reshape(self._shape)
+                estimate = engine.step(window, hint)
+                played.append(mixer.mix(play, window[:, : framing.chunk], estimate))
+        return np.concatenate(played, axis=1)
+
+
+def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -> None:
+    """Run a recorded session again: the same hints at the same frames, so the same samples.
+
+    Raises:
+        InputError: a file cannot be used, or does not belong to the frame log.
+    """
+    manifest = model.manifest
+    framing, microphones = manifest.model.framing, manifest.model.microphones
+    audio.check_output(target, "float")
+    if target.resolve() == source.resolve():
+        raise InputError(f"{target}: would overwrite an input; choose another name")
+    log = FrameLog(log_file, manifest)
+    recording = audio.read_audio(source)
+    length = framing.chunk * len(log.play) + framing.lookahead
+    if recording.rate != framing.sample_rate or recording.samples.shape != (microphones, length):
+        raise InputError(f"{source}: is not the input.wav that was recorded with {log_file}")
+    audio.write_audio(target, log.run(model, recording.samples), framing.sample_rate, "float", None)

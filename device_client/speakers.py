@@ -1,0 +1,73 @@
+"""Voices that were enrolled, kept under names in the user's configuration folder."""
+
+from pathlib import Path
+
+import numpy as np
+from platformdirs import user_config_path
+
+from common.errors import InputError, existing_file, reason
+from common.files import atomic_file
+from models.config import SPEAKER_EMBEDDING_SIZE
+from protos.codec import Samples
+
+
+def save(name: str, embedding: Samples) -> Path:
+    """Keep a speaker embedding ``[256]``; where it went.
+
+    Raises:
+        InputError: the name cannot be a file's, or the folder cannot be written.
+    """
+    path = _path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot make that folder ({reason(error)})") from None
+    with atomic_file(path) as temporary:
+        np.save(temporary, embedding)
+    return path
+
+
+def load(name: str) -> Samples:
+    """The embedding ``[256]`` of a name, or of an ``.npy`` file.
+
+    Raises:
+        InputError: nobody was enrolled under that name.
+    """
+    if name.endswith(".npy"):
+        return read_embedding(Path(name))
+    path = _path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.npy"))) or "nobody is yet"
+        raise InputError(f"--speaker {name}: not enrolled ({known}); see 'kb-client enroll --help'")
+    return read_embedding(path)
+
+
+def read_embedding(path: Path) -> Samples:
+    """A speaker embedding ``[256]`` from a file.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    existing_file(path, "a speaker embedding")
+    try:
+        embedding = np.load(path, allow_pickle=False).astype(np.float32)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not readable as an array ({reason(error)})") from None
+    if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all():
+        raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} finite numbers")
+    return np.ascontiguousarray(embedding)
+
+
+def check_name(name: str) -> None:
+    """Whether somebody can be enrolled under that name.
+
+    Raises:
+        InputError: not.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise InputError(f"{name}: must be of letters, digits, - and _, to be the name of a speaker")
+
+
+def _path(name: str) -> Path:
+    check_name(name)
+    return user_config_path("knowledge-boosting", appauthor=False) / "speakers" / f"{name}.npy"

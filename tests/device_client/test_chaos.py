@@ -1,0 +1,176 @@
+"""A live session on the real clock, while its server is killed, started again and frozen."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.processes import Server, command, environment, run, running_server
+
+SS = "ss_delay6_compression2"
+PATIENCE = 60.0  # seconds; only a test that has failed waits so long
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Live:
+    """A running kb-client live --json-lines, from file to file."""
+
+    def __init__(self, folder: Path, bundle: Path, seconds: int, servers: list[str]) -> None:
+        self.folder, self.frames = folder, seconds * 125
+        sound = np.random.default_rng(0).normal(0, 0.1, (seconds * 16000, 2)).astype(np.float32)
+        soundfile.write(folder / "sound.wav", sound, 16000, subtype="FLOAT")
+        flags: list[object] = ["--bundle", bundle, "--json-lines", "--record", folder / "recording"]
+        for server in servers:
+            flags += ["--server", server]
+        call = command("kb-client", "live", *flags, "--input", folder / "sound.wav", "--output", folder / "played.wav")
+        self.process = subprocess.Popen(
+            call, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.lines: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(json.loads(line))
+
+    def wait_for(self, what: str, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, (what, self.lines[-3:])
+            assert self.process.poll() is None, (what, self.lines[-3:])
+            time.sleep(0.02)
+
+    def used(self) -> int:
+        return max((int(line["hints_on_time"]) for line in self.lines if line["event"] == "figures"), default=0)
+
+    def wait_for_hints(self) -> None:
+        """Until more hints have been fused than now."""
+        before = self.used()
+        self.wait_for("hints", lambda: self.used() > before + 20)
+
+    def wait_for_event(self, connected: bool, since: int) -> None:
+        self.wait_for(
+            f"connected: {connected}", lambda: any(line.get("connected") is connected for line in self.lines[since:])
+        )
+
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+
+    def memory_mib(self) -> float:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def end(self) -> dict[str, Any]:
+        """Its last line, after a stop as a user would."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(timeout=PATIENCE)
+        self._reader.join()
+        assert self.process.stderr is not None
+        errors = self.process.stderr.read()
+        assert self.process.returncode == 0, errors
+        assert not errors, errors
+        assert self.lines[-1]["event"] == "ended"
+        return self.lines[-1]
+
+    def check_output(self, bundle: Path) -> None:
+        """Every sample is there, and is what the same hints give again."""
+        last, recording = self.lines[-1], self.folder / "recording"
+        played = soundfile.read(recording / "output.wav", dtype="float32")[0]
+        assert len(played) == 128 * last["frames"]
+        np.testing.assert_array_equal(played, soundfile.read(self.folder / "played.wav", dtype="float32")[0])
+        again = ["-o", self.folder / "again.wav", "--frame-log", recording / "frames.csv", "--bundle", bundle]
+        result = run("kb-client", "replay", recording / "input.wav", *again)
+        assert result.returncode == 0, result.stderr
+        np.testing.assert_array_equal(played, soundfile.read(self.folder / "again.wav", dtype="float32")[0])
+
+
+@contextmanager
+def live(folder: Path, bundle: Path, seconds: int, servers: list[str]) -> Iterator[Live]:
+    session = Live(folder, bundle, seconds, servers)
+    try:
+        yield session
+    finally:
+        session.process.kill()
+        session.process.wait()
+
+
+def test_a_draining_server_is_left_for_the_next_one(
+    golden_bundle: Callable[[str], Path], ss_server: Server, tmp_path: Path
+) -> None:
+    bundle, silent = golden_bundle(SS), socket.create_server(("127.0.0.1", 0))
+    nobody = f"127.0.0.1:{silent.getsockname()[1]}"  # takes connections and never says a word
+    with silent, running_server(bundle) as first:
+        servers = [nobody, first.address, ss_server.address]
+        with live(tmp_path, bundle, 120, servers) as session:
+            leave_for_the_next(session, first, ss_server)
+        session.check_output(bundle)
+
+
+def leave_for_the_next(session: Live, first: Server, second: Server) -> None:
+    session.wait_for_event(True, 0)
+    session.wait_for_hints()
+    count = len(session.lines)
+    assert first.stop() == 0
+    session.wait_for_event(False, count)
+    session.wait_for_event(True, count)
+    session.wait_for_hints()
+    told = [line for line in session.lines if line["event"] == "server"]
+    assert [line["server"] for line in told] == [first.address, first.address, second.address]
+    assert "shutting down" in told[1]["text"]
+    assert session.end()["server"] == second.address
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not Path("/proc").exists(), reason="counts threads in /proc")
+def test_killed_started_again_and_frozen(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle, port = golden_bundle(SS), free_port()
+    address = f"127.0.0.1:{port}"
+    with live(tmp_path, bundle, 600, [address]) as session:
+        session.wait_for_event(False, 0)  # nobody is there at first
+        threads = memory = 0.0
+        for number in range(5):
+            count = len(session.lines)
+            with running_server(bundle, "--port", port) as server:
+                session.wait_for_event(True, count)
+                session.wait_for_hints()
+                if number == 0:
+                    threads, memory = session.threads(), session.memory_mib()
+                if number == 2:
+                    count = len(session.lines)
+                    server.process.send_signal(signal.SIGSTOP)
+                    session.wait_for_event(False, count)
+                    told = [line["text"] for line in session.lines[count:] if line["event"] == "server"]
+                    assert "no answer any more" in told[0]
+                    server.process.send_signal(signal.SIGCONT)
+                    session.wait_for_event(True, count)
+                    session.wait_for_hints()
+                count = len(session.lines)
+                server.process.kill()
+                session.wait_for_event(False, count)
+        with running_server(bundle, "--port", port):
+            session.wait_for_hints()
+            # gRPC keeps some threads of its own in reserve.
+            assert session.threads() <= threads + 4
+            assert session.memory_mib() < memory + 24
+            session.end()
+        session.check_output(bundle)

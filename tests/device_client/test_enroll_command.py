@@ -1,0 +1,74 @@
+"""``kb-client enroll``: a voice is learned once, and wanted by its name in a live session."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from protos import hints_pb2 as pb
+from protos.codec import PCM_ENCODINGS, encode_pcm
+from tests.golden_cases import TOLERANCE
+from tests.processes import Server, refusal_here, run
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+TSE = "tse_delay6"
+
+
+@pytest.fixture
+def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's configuration folder, for this test."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "configuration"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / "configuration"
+
+
+@pytest.mark.usefixtures("configuration")
+def test_a_voice_is_kept_under_a_name_and_used(
+    golden_bundle: Callable[[str], Path], tse_server: Server, tmp_path: Path
+) -> None:
+    pytest.importorskip("resemblyzer", reason="needs the optional package resemblyzer")
+    enrolled = run("kb-client", "enroll", "anna", SAMPLES / "enrollment.wav", "--server", tse_server.address)
+    assert enrolled.returncode == 0, enrolled.stderr
+    assert "--speaker anna" in enrolled.stdout
+    soundfile.write(tmp_path / "in.wav", np.zeros((1600, 2)), 16000)
+    files = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav", "--record", tmp_path / "recording"]
+    lived = run("kb-client", "live", "--bundle", golden_bundle(TSE), "--speaker", "anna", *files)
+    assert lived.returncode == 0, lived.stderr
+    used = json.loads((tmp_path / "recording" / "session.json").read_text())["speaker_embedding"]
+    np.testing.assert_allclose(used, embedding(tse_server), atol=TOLERANCE)
+    # It runs again as that voice.
+    again = ["-o", tmp_path / "again.wav", "--frame-log", tmp_path / "recording" / "frames.csv"]
+    result = run(*("kb-client", "replay", tmp_path / "recording" / "input.wav", "--bundle", golden_bundle(TSE)), *again)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again.wav").read_bytes() == (tmp_path / "recording" / "output.wav").read_bytes()
+
+
+def embedding(server: Server) -> list[float]:
+    """What the server's encoder makes of the same speech."""
+    import grpc
+
+    from protos.hints_pb2_grpc import HintServiceStub
+
+    speech = soundfile.read(SAMPLES / "enrollment.wav", dtype="float32", always_2d=True)[0].mean(axis=1)
+    encoding = PCM_ENCODINGS["f32"]
+    request = pb.EnrollRequest(sample_rate=16000, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding))
+    with grpc.insecure_channel(server.address) as channel:
+        return list(HintServiceStub(channel).Enroll(request, timeout=60).speaker_embedding)
+
+
+def test_what_cannot_be_enrolled(configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write(tmp_path / "short.wav", np.ones(16000), 16000)
+    cases: list[tuple[list[object], str]] = [
+        (["anna", tmp_path / "short.wav"], "has 1.0 s; give 5 to 30 s"),
+        (["anna", tmp_path / "none.wav"], "no such file"),
+        (["a/b", SAMPLES / "enrollment.wav"], "letters, digits"),
+        (["anna", SAMPLES / "enrollment.wav", "--server", "127.0.0.1:1"], "no answer"),
+        (["anna", "--seconds", 2], "--seconds"),
+    ]
+    for flags, expected in cases:
+        line = refusal_here("kb-client", capsys, "enroll", *flags)
+        assert expected in line, line
+    assert not configuration.exists()

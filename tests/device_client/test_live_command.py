@@ -1,0 +1,177 @@
+"""``kb-client live`` as a process: from file to file in real time, recorded, and run again."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.golden_cases import Golden
+from tests.processes import Server, environment, refusal_here, run
+
+SS, TSE = "ss_delay6_compression2", "tse_delay6"
+GetGolden = Callable[[str], Golden]
+GetBundle = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    golden: GetGolden, golden_bundle: GetBundle, ss_server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, object]]]:
+    """A folder with the recording of a session of three seconds, and the lines it told."""
+    folder = tmp_path_factory.mktemp("live")
+    samples = np.tile(golden(SS).mixture[0].numpy(), 3)
+    soundfile.write(folder / "mixture.wav", samples.T, 16000, subtype="FLOAT")
+    result = run(
+        *("kb-client", "live", "--bundle", golden_bundle(SS), "--server", ss_server.address, "--json-lines"),
+        *("--input", folder / "mixture.wav", "--output", folder / "played.wav", "--record", folder / "recording"),
+        *("--play", "both"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    return folder, [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def samples_of(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    samples: np.ndarray[tuple[int, int], np.dtype[np.float32]] = soundfile.read(path, dtype="float32", always_2d=True)[
+        0
+    ]
+    return samples
+
+
+def test_a_session_tells_what_it_did(recorded: tuple[Path, list[dict[str, object]]], ss_server: Server) -> None:
+    folder, told = recorded
+    frames = -(-len(samples_of(folder / "mixture.wav")) // 128)
+    assert len(samples_of(folder / "played.wav")) == 128 * frames
+    assert any(line["event"] == "server" and line["server"] == ss_server.address for line in told)
+    last = told[-1]
+    assert (last["event"], last["frames"], last["play"]) == ("ended", frames, "both")
+    counts = [last[name] for name in ("hints_on_time", "hints_late", "hints_missing")]
+    assert sum(count for count in counts if isinstance(count, int)) == frames - 6
+    with (folder / "recording" / "frames.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["frame"]) for row in rows] == list(range(frames))
+    assert sum(int(row["hint"]) for row in rows) == last["hints_on_time"] > 10  # type: ignore[operator]
+    assert all(bool(row["age_ms"]) == (row["hint"] == "1") for row in rows)
+
+
+def test_what_was_recorded_is_what_was_heard_and_played(recorded: tuple[Path, list[dict[str, object]]]) -> None:
+    folder, _ = recorded
+    mixture = samples_of(folder / "mixture.wav")
+    heard = samples_of(folder / "recording" / "input.wav")
+    np.testing.assert_array_equal(heard[: len(mixture)], mixture)
+    assert not heard[len(mixture) :].any()
+    played = samples_of(folder / "recording" / "output.wav")
+    np.testing.assert_array_equal(played, samples_of(folder / "played.wav"))
+
+
+def test_a_recorded_session_runs_again_bit_for_bit(
+    recorded: tuple[Path, list[dict[str, object]]], golden_bundle: GetBundle, tmp_path: Path
+) -> None:
+    recording = recorded[0] / "recording"
+    flags = ["--bundle", golden_bundle(SS), "--frame-log", recording / "frames.csv"]
+    result = run("kb-client", "replay", recording / "input.wav", "-o", tmp_path / "again.wav", *flags)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again.wav").read_bytes() == (recording / "output.wav").read_bytes()
+    # Not because nothing depends on the hints.
+    changed = tmp_path / "changed"
+    shutil.copytree(recording, changed)
+    hints = np.fromfile(changed / "hints.f32", "<f4")
+    (-hints).tofile(changed / "hints.f32")
+    flags[-1] = changed / "frames.csv"
+    result = run("kb-client", "replay", recording / "input.wav", "-o", tmp_path / "other.wav", *flags)
+    assert result.returncode == 0, result.stderr
+    assert np.abs(samples_of(tmp_path / "other.wav") - samples_of(tmp_path / "again.wav")).max() > 1e-3
+
+
+def test_recordings_that_cannot_be_run_again(
+    recorded: tuple[Path, list[dict[str, object]]],
+    golden_bundle: GetBundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recording, bundle = recorded[0] / "recording", golden_bundle(SS)
+    source, log = recording / "input.wav", recording / "frames.csv"
+    short = tmp_path / "short"
+    shutil.copytree(recording, short)
+    (short / "hints.f32").write_bytes((recording / "hints.f32").read_bytes()[:-4])
+    (tmp_path / "text.csv").write_text("frame,hint\n0,yes\n")
+    shutil.copy(recording / "session.json", tmp_path)
+    cases: list[tuple[list[object], str]] = [
+        ([source, "--bundle", bundle, "--frame-log", short / "frames.csv"], "does not hold"),
+        ([source, "--bundle", bundle, "--frame-log", tmp_path / "text.csv"], "is no frame log"),
+        ([source, "--bundle", bundle, "--frame-log", tmp_path / "none.csv"], "no such file"),
+        ([source, "--bundle", golden_bundle("ss_delay0"), "--frame-log", log], "give --bundle it"),
+        ([recorded[0] / "mixture.wav", "--bundle", bundle, "--frame-log", log], "is not the input.wav"),
+        ([source, "--bundle", bundle, "--frame-log", log, "--delay-ms", 3], "give only"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for flags, expected in cases:
+        line = refusal_here("kb-client", capsys, "replay", *flags, "-o", tmp_path / "o.wav")
+        assert expected in line, line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_call_that_cannot_be_run(
+    golden_bundle: GetBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "in.wav", np.zeros((1600, 2)), 16000)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(golden_bundle(SS) / "bundle.json", tmp_path / "bare")
+    files: list[object] = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav"]
+    ss, tse = golden_bundle(SS), golden_bundle(TSE)
+    cases: list[tuple[list[object], str]] = [
+        ([*files, "--bundle", tmp_path / "bare"], "small.onnx: no such file"),
+        ([*files, "--bundle", "ss-alone", "--server", "a:1"], "leave out --server"),
+        ([*files, "--bundle", ss, "--server", "nowhere"], "must be HOST:PORT"),
+        ([*files, "--bundle", ss, "--speaker", "anna"], "leave out --speaker"),
+        ([*files, "--bundle", tse], "give --speaker"),
+        ([*files, "--bundle", tse, "--speaker", "nobody"], "not enrolled"),
+        ([*files, "--bundle", tse, "--speaker", "../x"], "must be of letters"),
+        ([*files, "--bundle", ss, "--record", tmp_path / "bare"], "exists already"),
+        ([*files, "--bundle", ss, "--rate", 48000], "--rate is for devices"),
+        ([*files[:2], "--bundle", ss], "must both be"),
+        ([*files[:2], "--bundle", ss, "--output", tmp_path / "o.ogg"], "must end in .wav"),
+        (["--bundle", ss, "--virtual-mic", "m", "--output", "x"], "leave out --output"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for flags, expected in cases:
+        line = refusal_here("kb-client", capsys, "live", *flags)
+        assert expected in line, line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def call_without(module: str, tmp_path: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """kb-client where sounddevice cannot be imported, or finds no PortAudio."""
+    broken = {"sounddevice": "raise ImportError('no')", "portaudio": "raise OSError('PortAudio library not found')"}
+    (tmp_path / "sounddevice.py").write_text(broken[module] + "\n")
+    call = [sys.executable, "-m", "device_client.main", *map(str, arguments)]
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
+    return subprocess.run(
+        call, env={**environment(), "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("portaudio", "apt-get install libportaudio2"), ("sounddevice", "pip install")]
+)
+def test_without_a_sound_system_it_says_what_to_install(
+    missing: str, words: str, golden_bundle: GetBundle, tmp_path: Path
+) -> None:
+    for call in (["devices"], ["live", "--bundle", golden_bundle(SS)]):
+        result = call_without(missing, tmp_path, *call)
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    # Files need none.
+    soundfile.write(tmp_path / "in.wav", np.zeros((1600, 2)), 16000)
+    files = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav"]
+    result = call_without(missing, tmp_path, "live", "--bundle", golden_bundle(SS), *files)
+    assert result.returncode == 0, result.stderr
+    assert len(samples_of(tmp_path / "out.wav")) == 1664

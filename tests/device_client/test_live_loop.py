@@ -1,0 +1,291 @@
+"""The live frame loop, in one process, with a real server: what it plays and which hints it fuses."""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from device_client.hint_stream import Encodings
+from device_client.live import HintRamp, LiveLoop
+from device_client.live_hints import LiveHints
+from device_client.mixer import Mixer, Play
+from device_client.onnx_engine import OnnxModel
+from models.manifest import read_manifest
+from protos.codec import Samples
+from tests.golden_cases import TOLERANCE, Golden, worst
+from tests.processes import Server, running_server
+
+SS = "ss_delay6_compression2"
+GetGolden = Callable[[str], Golden]
+GetBundle = Callable[[str], Path]
+
+
+class MemoryAudio:
+    """Samples ``[M, N]`` paced by a function that is called before every read; what is played is kept."""
+
+    underruns = overruns = 0
+
+    def __init__(self, samples: Samples, pace: Callable[[int], None] = lambda _: None) -> None:
+        self._samples, self._pace, self._position, self._reads = samples, pace, 0, 0
+        self._played: list[Samples] = []
+
+    def start(self) -> None: ...
+
+    def read(self, samples: Samples) -> bool:
+        self._pace(self._reads)
+        self._reads += 1
+        end = self._position + samples.shape[1]
+        if end > self._samples.shape[1]:
+            return False
+        samples[:] = self._samples[:, self._position : end]
+        self._position = end
+        return True
+
+    def write(self, samples: Samples) -> None:
+        self._played.append(samples)
+
+    def stop(self) -> None:
+        self._position = self._samples.shape[1]
+
+    @property
+    def played(self) -> Samples:
+        return np.concatenate(self._played, axis=1)
+
+
+@dataclass
+class Frames:
+    """A recorder that keeps everything."""
+
+    hints: list[Samples | None] = field(default_factory=list)
+    records: list[np.void] = field(default_factory=list)
+
+    def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: Play) -> None:
+        self.hints.append(hint)
+        self.records.append(record)
+
+
+def real_time(_: int) -> None:
+    time.sleep(0.008)
+
+
+def noise(frames: int) -> Samples:
+    return np.random.default_rng(0).normal(0, 0.1, (2, 128 * frames + 64)).astype(np.float32)
+
+
+@pytest.mark.parametrize("play", ["1", "2"])
+def test_alone_it_plays_the_published_output(play: Play, golden: GetGolden, golden_bundle: GetBundle) -> None:
+    case, model = golden(SS), OnnxModel(str(golden_bundle(SS)))
+    mixture, config = case.mixture[0].numpy(), model.manifest.model
+    frames = config.framing.frames(mixture.shape[1])
+    padded = np.pad(mixture, ((0, 0), (0, 128 * frames + 64 - mixture.shape[1])))
+    audio = MemoryAudio(padded)
+    loop = LiveLoop(model.session(None), config, audio, None, play)
+    loop.run()
+    assert loop.frames == frames
+    expected = case.small_output_without_hints[0][int(play) - 1]
+    assert worst(audio.played[:, : mixture.shape[1]], expected) < TOLERANCE
+
+
+def test_it_fuses_the_hints_of_the_published_computation(
+    golden: GetGolden, golden_bundle: GetBundle, ss_server: Server
+) -> None:
+    case, bundle = golden(SS), golden_bundle(SS)
+    model, manifest = OnnxModel(str(bundle)), read_manifest(bundle)
+    mixture, config = case.mixture[0].numpy(), manifest.model
+    hints = LiveHints([ss_server.address], manifest, encodings=Encodings())
+    hints.start()
+    time.sleep(0.5)  # so that the session has begun, most likely; else there are fewer hints to compare
+    frames, audio = Frames(), MemoryAudio(mixture, real_time)
+    loop = LiveLoop(model.session(None), config, audio, hints, "1", frames)
+    loop.run()
+    hints.close()
+    used = [frame for frame, hint in enumerate(frames.hints) if hint is not None]
+    assert len(used) == loop.hints_used > 10
+    assert min(used) >= config.delay
+    assert loop.hints_due == loop.frames - config.delay
+    for frame in used:
+        hint = frames.hints[frame]
+        assert hint is not None
+        assert worst(hint, case.hint[0, frame - config.delay]) < TOLERANCE
+        assert frames.records[frame]["age_ms"] > 0
+    assert all(np.isnan(frames.records[frame]["age_ms"]) for frame in set(range(loop.frames)) - set(used))
+
+
+def test_another_server_takes_over_with_a_warm_network(golden: GetGolden, golden_bundle: GetBundle) -> None:
+    bundle = golden_bundle(SS)
+    manifest, model = read_manifest(bundle), OnnxModel(str(bundle))
+    with running_server(bundle) as first, running_server(bundle) as second:
+        hints = LiveHints([first.address, second.address], manifest, encodings=Encodings())
+        hints.start()
+        seen: dict[str, int] = {}
+
+        def pace(frame: int) -> None:
+            real_time(frame)
+            if hints.server is not None and hints.server not in seen:
+                seen[hints.server] = frame
+            if first.address in seen and frame == seen[first.address] + 100:
+                first.process.kill()
+            if second.address in seen and frame == seen[second.address] + 100:
+                audio.stop()
+
+        samples = noise(5000)
+        frames, audio = Frames(), MemoryAudio(samples, pace)
+        loop = LiveLoop(model.session(None), manifest.model, audio, hints, "1", frames)
+        loop.run()
+        hints.close()
+    assert list(seen) == [first.address, second.address]
+    assert len(frames.hints) == loop.frames
+    assert audio.played.shape[1] == 128 * loop.frames
+    assert [event.connected for event in hints.events][:3] == [True, False, True]
+    resumed = range(seen[second.address] + 2 * 8, loop.frames)  # after the ramp
+    used = {frame - 6: hint for frame in resumed if (hint := frames.hints[frame]) is not None}
+    assert len(used) > 10
+    # They are those of a network that began half a second before, or a little more.
+    large, last = golden(SS).pair.large, max(used)
+    distances = {}
+    for began in range(min(used) - 120, min(used) - 62):
+        heard = torch.from_numpy(samples[None, :, 128 * began : 128 * (last + 1) + 64])
+        with torch.inference_mode():
+            expected = large(heard, large.initial_state(1, None))[0][0]
+        distances[began] = max(worst(hint, expected[frame - began]) for frame, hint in used.items())
+    assert min(distances.values()) < TOLERANCE, distances
+
+
+class SlowUplink:
+    """A way to a server that lets so many bytes a second through, once hints have come; answers are not held up."""
+
+    def __init__(self, server: str, rate: int) -> None:
+        self._server, self._rate, self.slow = server, rate, threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                device, _ = self._listener.accept()
+                host, port = self._server.split(":")
+                server = socket.create_connection((host, int(port)))
+                for source, target, up in ((device, server, True), (server, device, False)):
+                    threading.Thread(target=self._forward, args=(source, target, up), daemon=True).start()
+
+    def _forward(self, source: socket.socket, target: socket.socket, up: bool) -> None:
+        with contextlib.suppress(OSError), source, target:
+            while content := source.recv(1024):
+                while up and self.slow.is_set() and not self._rate:
+                    time.sleep(0.05)
+                if up and self.slow.is_set():
+                    time.sleep(len(content) / self._rate)
+                target.sendall(content)
+
+
+@pytest.mark.parametrize(("rate", "why"), [(30_000, "falls behind"), (0, "no answer any more")])
+def test_audio_that_does_not_get_through_is_dropped(
+    rate: int, why: str, golden_bundle: GetBundle, ss_server: Server
+) -> None:
+    """A quarter of what the audio needs, and a connection into which everything vanishes."""
+    manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(str(golden_bundle(SS)))
+    uplink = SlowUplink(ss_server.address, rate)
+    hints = LiveHints([uplink.address], manifest, encodings=Encodings())
+    hints.start()
+
+    def pace(frame: int) -> None:
+        real_time(frame)
+        if hints.server is not None:
+            uplink.slow.set()
+        if any(event.text.startswith("lost") for event in hints.events):
+            audio.stop()
+
+    audio = MemoryAudio(noise(5000), pace)
+    loop = LiveLoop(model.session(None), manifest.model, audio, hints, "1")
+    loop.run()
+    hints.close()
+    uplink.close()
+    assert loop.frames < 5000
+    assert audio.played.shape[1] == 128 * loop.frames
+    assert why in hints.events[-1].text
+
+
+def test_missing_hints_are_zeros_and_after_a_while_they_come_back_slowly() -> None:
+    ramp, hint = HintRamp(), np.ones((4, 97), np.float32)
+    for _ in range(20):
+        assert ramp.scale(hint) is hint
+    for _ in range(10):
+        assert ramp.scale(None) is None
+    assert ramp.scale(hint) is hint
+    for _ in range(60):
+        assert ramp.scale(None) is None
+    gains = [float(scaled[0, 0]) for _ in range(12) if (scaled := ramp.scale(hint)) is not None]
+    assert gains[0] > 0
+    assert gains[-1] == 1
+    assert max(np.diff([0, *gains])) <= 0.125
+
+
+def test_a_sample_that_is_no_number_does_not_stay(golden_bundle: GetBundle) -> None:
+    model, samples = OnnxModel(str(golden_bundle(SS))), noise(80)
+    samples[1, 2000] = np.nan
+    audio = MemoryAudio(samples)
+    LiveLoop(model.session(None), model.manifest.model, audio, None, "both").run()
+    assert np.isfinite(audio.played).all()
+
+
+def test_both_voices_are_one_at_each_ear() -> None:
+    rng = np.random.default_rng(0)
+    chunk, estimate = rng.normal(size=(2, 128)), rng.normal(size=(2, 2, 128))
+    played = Mixer(2, 2, "both").mix("both", chunk.astype(np.float32), estimate.astype(np.float32))
+    np.testing.assert_array_equal(played, np.stack([estimate[0, 0], estimate[1, 1]]).astype(np.float32))
+    assert Mixer(1, 2, "1").choices == ["bypass", "1"]
+
+
+def test_a_change_of_what_is_played_makes_no_click() -> None:
+    mixer, ones = Mixer(2, 2, "1"), np.ones((2, 128), np.float32)
+    estimate = np.stack([-ones, 0.5 * ones])
+    orders: list[tuple[Play, int]] = [("1", 2), ("bypass", 8), ("2", 8)]
+    played = np.concatenate([mixer.mix(play, ones, estimate) for play, times in orders for _ in range(times)], axis=1)
+    assert np.abs(np.diff(played)).max() < 0.005  # a step of 2 is spread over hundreds of samples
+    assert (played[:, 2 * 128 - 1] == -1).all()
+    assert (played[:, 10 * 128 - 1] == 1).all()
+    assert (played[:, -1] == 0.5).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_ten_minutes_take_no_memory(golden_bundle: GetBundle) -> None:
+    """With a server that is looked for all the time and never there."""
+    manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(str(golden_bundle(SS)))
+    sound, memory = noise(100), []
+
+    class Endless(MemoryAudio):
+        def __init__(self) -> None:
+            super().__init__(sound)
+            self.frames = 0
+
+        def read(self, samples: Samples) -> bool:
+            place = 128 * (self.frames % 99)
+            samples[:] = sound[:, place : place + samples.shape[1]]
+            return self.frames < 75_000
+
+        def write(self, samples: Samples) -> None:
+            self.frames += 1
+            if self.frames % 7500 == 0:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                memory.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+    hints = LiveHints(["127.0.0.1:1"], manifest, encodings=Encodings())
+    hints.start()
+    loop = LiveLoop(model.session(None), manifest.model, Endless(), hints, "1")
+    loop.run()
+    hints.close()
+    assert loop.frames == 75_000
+    assert memory[-1] - memory[0] < 2, memory

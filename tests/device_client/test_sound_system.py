@@ -1,0 +1,256 @@
+"""The real audio path: PortAudio, ALSA and a PulseAudio daemon whose devices exist in software only."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from common.errors import InputError
+from device_client.device_audio import Resampler
+from tests.processes import command, environment, refusal, run
+
+SS = "ss_delay6_compression2"
+RATE = 16000
+ATTEMPTS = 3  # another program can take the processor for longer than a buffer lasts
+Samples = NDArray[np.float32]
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000, 96000])
+def test_resampling_keeps_the_sound_and_takes_as_long_as_it_says(rate: int) -> None:
+    block = round(rate / 125)
+    sine = np.sin(2 * np.pi * 440 * np.arange(rate) / rate, dtype=np.float32)
+    impulse = np.zeros(rate, np.float32)
+    impulse[rate // 4] = 1
+    back = []
+    for signal_in in (sine, impulse):
+        down, up = Resampler(rate, 16000, 1), Resampler(16000, rate, 1)
+        pieces = [up(down(signal_in[start : start + block, None])) for start in range(0, rate, block)]
+        assert all(abs(len(piece) - block) < 12 for piece in pieces[:-1])  # no bursts
+        back.append(np.concatenate(pieces)[:, 0])
+    late = np.abs(back[1]).argmax() - rate // 4
+    assert late / rate == pytest.approx(down.delay + up.delay, abs=3e-4)
+    steady = np.arange(rate // 2, rate * 3 // 4)
+    waves = np.stack([np.sin(2 * np.pi * 440 * steady / rate), np.cos(2 * np.pi * 440 * steady / rate)], axis=1)
+    part = np.linalg.lstsq(waves, back[0][steady], rcond=None)[0]
+    assert np.hypot(*part) == pytest.approx(1, abs=1e-3)
+    assert np.abs(waves @ part - back[0][steady]).max() < 2e-4
+
+
+def test_an_equal_rate_passes_through() -> None:
+    samples = np.random.default_rng(0).normal(size=(128, 2)).astype(np.float32)
+    resampler = Resampler(16000, 16000, 2)
+    assert resampler.delay == 0
+    np.testing.assert_array_equal(resampler(samples), samples)
+
+
+@pytest.fixture(scope="module")
+def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A daemon with two null sinks: the monitor of ``room`` is the microphone, ``ears`` the loudspeaker."""
+    for program in ("pulseaudio", "pactl", "pacat", "parec"):
+        if shutil.which(program) is None:
+            pytest.skip(
+                f"needs {program}: apt-get install pulseaudio pulseaudio-utils libasound2-plugins libportaudio2"
+            )
+    try:
+        from device_client.device_audio import list_devices
+
+        list_devices()
+    except InputError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("pulse")
+    sink = f"module-null-sink rate={RATE} channels=2 format=float32le sink_name="
+    modules = [f"module-native-protocol-unix auth-anonymous=1 socket={folder}/socket", f"{sink}room", f"{sink}ears"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HOME", "XDG_RUNTIME_DIR", "PULSE_RUNTIME_PATH"):
+            patch.setenv(name, str(folder))
+        patch.setenv("PULSE_SERVER", f"unix:{folder}/socket")
+        patch.setenv("PULSE_SOURCE", "room.monitor")
+        patch.setenv("PULSE_SINK", "ears")
+        call = ["pulseaudio", "-n", "--daemonize=no", "--exit-idle-time=-1", "--use-pid-file=no", "--disable-shm=yes"]
+        for module in modules:
+            call += ["-L", module]
+        daemon = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            deadline = time.monotonic() + 20
+            while subprocess.run(["pactl", "info"], capture_output=True, check=False).returncode:
+                if daemon.poll() is not None or time.monotonic() > deadline:
+                    pytest.skip("no PulseAudio daemon can run here")
+                time.sleep(0.1)
+            yield folder
+        finally:
+            daemon.kill()
+            daemon.communicate()
+
+
+FORMAT = ["--raw", "--rate", str(RATE), "--channels", "2", "--format", "float32le"]
+
+
+@contextmanager
+def playing(samples: Samples, sink: str, folder: Path) -> Iterator[None]:
+    """Another program plays samples ``[N, 2]``, and silence before and after."""
+    silence = np.zeros((60 * RATE, 2), np.float32)
+    (folder / "room.raw").write_bytes(np.concatenate([silence[: 6 * RATE], samples, silence]).tobytes())
+    call = ["pacat", "--playback", "--device", sink, *FORMAT, "--latency-msec", "500", str(folder / "room.raw")]
+    # A null sink works in pieces of two seconds unless somebody there wants to hear sooner.
+    with recording(f"{sink}.monitor", Path(os.devnull)), subprocess.Popen(call) as player:
+        try:
+            yield
+        finally:
+            player.kill()
+
+
+@contextmanager
+def recording(source: str, target: Path) -> Iterator[None]:
+    """Another program records what a source gives."""
+    with subprocess.Popen(["parec", "--device", source, *FORMAT, "--latency-msec", "8", str(target)]) as recorder:
+        try:
+            yield
+        finally:
+            recorder.send_signal(signal.SIGINT)
+
+
+def read_raw(path: Path) -> Samples:
+    content = path.read_bytes()
+    return np.frombuffer(content[: len(content) // 8 * 8], "<f4").reshape(-1, 2)
+
+
+def position(whole: Samples, part: Samples) -> int:
+    """Where a part begins in the whole."""
+    size = 1 << (len(whole) + len(part)).bit_length()
+    spectrum = np.fft.rfft(whole[:, 0], size) * np.conj(np.fft.rfft(part[:, 0], size))
+    return int(np.fft.irfft(spectrum, size)[: len(whole)].argmax())
+
+
+def noise(seconds: int) -> Samples:
+    """Sound ``[N, 2]`` whose place in a recording is plain."""
+    return np.random.default_rng(0).normal(0, 0.1, (seconds * RATE, 2)).astype(np.float32)
+
+
+def live_until(seconds: float, *flags: object) -> tuple[dict[str, object], str]:
+    """Live for so long, ended as a user would; its last line, and what it wrote on stderr."""
+    process = subprocess.Popen(
+        command("kb-client", "live", "--json-lines", *flags),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    last: dict[str, object] = json.loads(output.splitlines()[-1])
+    return last, errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("sound_server")
+def test_what_the_microphone_hears_is_played_enhanced_and_whole(
+    golden_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle, sound = golden_bundle(SS), noise(30)
+    devices = ["--input", "pulse", "--output", "pulse", "--buffer-ms", 200]
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        with recording("ears.monitor", folder / "ears.raw"), playing(sound, "room", folder):
+            last, _ = live_until(44, "--bundle", bundle, *devices, "--record", folder / "recording")
+        again = ["-o", folder / "again.wav", "--frame-log", folder / "recording" / "frames.csv", "--bundle", bundle]
+        result = run("kb-client", "replay", folder / "recording" / "input.wav", *again)
+        assert result.returncode == 0, result.stderr
+        heard, _ = soundfile.read(folder / "recording" / "input.wav", dtype="float32")
+        start = position(heard, sound)
+        expected = soundfile.read(folder / "again.wav", dtype="float32")[0][start : start + len(sound)]
+        ears = read_raw(folder / "ears.raw")
+        played = ears[position(ears, expected) :][: len(expected)]
+        whole = np.array_equal(heard[start : start + len(sound)], sound), largest(played, expected) < 2**-15
+        if all(whole) and last["underruns"] == last["overruns"] == 0:
+            break
+    assert whole == (True, True)
+    assert (last["underruns"], last["overruns"]) == (0, 0)
+
+
+def largest(some: Samples, other: Samples) -> float:
+    """Largest difference; without limit if the lengths differ."""
+    return float(np.abs(some - other).max()) if some.shape == other.shape else np.inf
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("sound_server")
+def test_other_programs_record_from_the_virtual_microphone(
+    golden_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle, sound = golden_bundle(SS), noise(5)
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        flags = ["--virtual-mic", "clean", "--input", "pulse", "--buffer-ms", 200, "--record", folder / "recording"]
+        process = subprocess.Popen(
+            command("kb-client", "live", "--json-lines", "--bundle", bundle, *flags),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while "\tclean\t" not in sources():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        refused = refusal("kb-client", "live", "--bundle", bundle, "--virtual-mic", "clean")
+        assert "there is a microphone of that name already" in refused
+        with recording("clean", folder / "clean.raw"), playing(sound, "room", folder):
+            time.sleep(16)
+            process.send_signal(signal.SIGTERM)
+            output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "clean" not in sources()
+        last = json.loads(output.splitlines()[-1])
+        heard, _ = soundfile.read(folder / "recording" / "input.wav", dtype="float32")
+        start = position(heard, sound)
+        played = soundfile.read(folder / "recording" / "output.wav", dtype="float32")[0][start : start + len(sound)]
+        clean = read_raw(folder / "clean.raw")
+        begin = position(clean, played)
+        whole = largest(clean[begin : begin + len(played)], played) < 2**-15
+        if whole:
+            break
+    assert whole, last
+
+
+def sources() -> str:
+    return subprocess.run(["pactl", "list", "short", "sources"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_devices_that_cannot_be_used(
+    sound_server: Path, golden_bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = golden_bundle(SS)
+    listed = run("kb-client", "devices")
+    assert listed.returncode == 0
+    assert "pulse" in listed.stdout
+    assert "input, output" in listed.stdout
+    assert "no such input device" in refusal("kb-client", "live", "--bundle", bundle, "--input", "nowhere")
+    assert "no such output device" in refusal("kb-client", "live", "--bundle", bundle, "--output", "99")
+    assert "letters" in refusal("kb-client", "live", "--bundle", bundle, "--virtual-mic", "a b")
+    assert "only silence" in refusal_after_recording("kb-client", "enroll", "anna", "--seconds", 5, "--input", "pulse")
+    monkeypatch.setenv("PULSE_SERVER", f"unix:{sound_server}/nobody")
+    assert "pactl" in refusal("kb-client", "live", "--bundle", bundle, "--virtual-mic", "clean")
+
+
+def refusal_after_recording(*call: object) -> str:
+    name, *arguments = map(str, call)
+    result = run(name, *arguments)
+    assert result.returncode == 2
+    return result.stderr.splitlines()[-1]
