@@ -12,7 +12,7 @@ from torch import nn
 
 from common.errors import InputError, reason
 from common.files import atomic_directory, atomic_file
-from models.checkpoint import load_exactly
+from models.checkpoint import build, load_exactly
 from models.config import ModelConfig
 from models.manifest import (
     GRAPH_FILE,
@@ -66,6 +66,32 @@ def load_pair(name_or_path: str) -> tuple[BoostedPair, Manifest]:
     pair = BoostedPair(manifest.model)
     pair.small, pair.large = load_small(name_or_path)[0], large
     return pair.eval().requires_grad_(False), manifest
+
+
+def read_bundle(name_or_path: str, config: ModelConfig) -> nn.Module:
+    """The model of a configuration with the weights of a bundle, to train on.
+
+    Returns:
+        What :func:`models.checkpoint.build` makes: of the bundle's own configuration, or of its large network alone.
+
+    Raises:
+        InputError: no such bundle, it cannot be used, or it is of other networks.
+    """
+    directory = find_bundle(name_or_path)
+    bundled, model = read_manifest(directory).model, build(config)
+    small = model.get_submodule("small")
+    if bundled == config and isinstance(model, BoostedPair):
+        load_exactly(model, load_pair(name_or_path)[0].state_dict(), directory)
+    elif bundled == config:
+        load_exactly(small, load_small(name_or_path)[0].state_dict(), directory)
+    elif bundled.large is not None and config == bundled.model_copy(
+        update={"small": bundled.large, "large": None, "boosting": None}
+    ):
+        large = load_large(name_or_path)[0].network.state_dict()
+        load_exactly(small.get_submodule("network"), large, directory)
+    else:
+        raise InputError(f"{directory}: is of other networks than the configuration's model")
+    return model
 
 
 def _load(model: Model, directory: Path, manifest: Manifest, part: Part) -> Model:

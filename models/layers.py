@@ -235,7 +235,8 @@ class HintFusion(nn.Module):
 
 def _prelu(x: Tensor, slope: Tensor) -> Tensor:
     """``x`` where it is positive, else ``x * slope``, of vectorised operations: the library's own is not, on a CPU."""
-    return torch.addcmul(x * slope, x.relu(), 1 - slope)
+    y: Tensor = torch.addcmul(x * slope, x.relu(), 1 - slope)
+    return y
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

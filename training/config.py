@@ -78,7 +78,9 @@ class TrainingConfig(Strict):
     workers: Annotated[int, Field(ge=0, description="processes that read data, for each device")] = 4
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     seed: Annotated[int, Field(ge=0)] = 42
-    initial_checkpoint: Annotated[str | None, Field(description="weights of the whole model to start from")] = None
+    initial_checkpoint: Annotated[
+        str | None, Field(description="weights of the whole model to start from, a file or a bundle")
+    ] = None
     large_checkpoint: Annotated[str | None, Field(description="weights of the large network to start from")] = None
     freeze_large: bool = False
     warm_start: Annotated[

@@ -7,10 +7,10 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import Failure
-from models.bundle import load_large
+from models.bundle import load_large, read_bundle
 from models.checkpoint import (
     OUTPUT_GAIN,
     TRAINING_SPEAKERS,
@@ -21,6 +21,7 @@ from models.checkpoint import (
     read_training_speakers,
     warm_start,
 )
+from models.config import ModelConfig
 from models.framing import pad_to_frames
 from models.manifest import find_bundle, read_manifest
 from models.pair import BoostedPair, LargeModel, SmallModel
@@ -49,7 +50,7 @@ class TrainingModule(lightning.LightningModule):
         super().__init__()
         self.config = config
         if config.initial_checkpoint is not None:
-            self.model = read_checkpoint(Path(config.initial_checkpoint), config.model).train()
+            self.model = _initial_model(config.initial_checkpoint, config.model).train()
         else:
             self.model = build(config.model)
         if config.warm_start is not None:
@@ -209,6 +210,12 @@ class TrainingModule(lightning.LightningModule):
         rate = self.config.model.framing.sample_rate
         for name, signal in signals.items():
             add_audio(f"validation/{name}", signal.float().clamp(-1, 1).cpu(), self.global_step, rate)
+
+
+def _initial_model(source: str, config: ModelConfig) -> nn.Module:
+    """A model with the weights of a checkpoint file, or of a bundle by name or path."""
+    path = Path(source)
+    return read_checkpoint(path, config) if path.is_file() or path.suffix else read_bundle(source, config)
 
 
 def _start_large(pair: BoostedPair, source: str) -> None:

@@ -60,7 +60,8 @@ def test_the_demo_improves_the_mixture_without_clipping_or_clicks(task: str, tmp
     else:
         flags += ["--bundle", "tse-48ms-compact", "--enrollment", samples / "enrollment.npy"]
     result = run(
-        *("kb-client", "replay", samples / "mixture.wav", "-o", tmp_path / "out.wav", "--delay-ms", 48, *flags),
+        "kb-client",
+        *("replay", samples / "mixture.wav", "-o", tmp_path / "out.wav", "--delay-ms", 48, *flags),
         *("--alone", f"{task}-alone", "--with-large"),
         *("--compare", tmp_path / "demo", "--report", tmp_path / "report.json"),
     )

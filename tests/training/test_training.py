@@ -16,7 +16,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from models.bundle import load_pair
+from common.errors import InputError
+from models.bundle import load_pair, write_bundle
 from models.checkpoint import build, read_checkpoint
 from models.config import ModelConfig
 from models.framing import pad_to_frames
@@ -189,6 +190,28 @@ def test_speakers_of_training_are_kept_and_never_measured_on(
 
 def write_speakers(split: Path, *speakers: str) -> None:
     (split / "metadata.csv").write_text(f"item,speaker00,speaker01\n000000,{speakers[0]},{speakers[1]}\n")
+
+
+def test_a_run_can_start_from_a_bundle(dataset: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    pair = build(ModelConfig.model_validate(PAIR))
+    assert isinstance(pair, BoostedPair)
+    bundle = tmp_path / "pair"
+    write_bundle(bundle, pair, pair.config, untrained=True, source="test", configuration="config.json")
+
+    def started(name: str, model: dict[str, Any]) -> dict[str, Tensor]:
+        config = write_config(tmp_path / name, dataset, model=model, initial_checkpoint=str(bundle))
+        return TrainingModule(read_training_config(config)).model.state_dict()
+
+    whole, expected = started("whole", PAIR), pair.state_dict()
+    assert whole.keys() == expected.keys()
+    assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    alone = started("alone", {"task": "ss", "small": PAIR["large"]})
+    for name, value in pair.large.network.state_dict().items():
+        assert torch.equal(alone[f"small.network.{name}"], value)
+    for other in ({"task": "ss", "small": PAIR["small"]}, {"task": "tse", "small": PAIR["large"]}):
+        with pytest.raises(InputError, match="other networks"):
+            started(f"other-{other['task']}", other)
 
 
 def test_a_guided_run_goes_on_and_becomes_a_pair_without_its_guidance(dataset: Path, tmp_path: Path) -> None:
