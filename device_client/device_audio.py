@@ -179,7 +179,8 @@ class DeviceAudio:
         except (self._portaudio.PortAudioError, ValueError) as error:
             raise InputError(self._why(error)) from None
         self._captured = SampleRing(round(_RING_SECONDS * self.rate), channels[0])
-        self._to_play = SampleRing(round(_RING_SECONDS * self.rate), channels[1])
+        # Room for what a loop that was held up makes of a full ring of captured samples, beside what is kept ready.
+        self._to_play = SampleRing(round(2 * _RING_SECONDS * self.rate), channels[1])
         self._block = np.zeros((block, channels[0]), np.float32)
         self._resampled = SampleRing(round(_RING_SECONDS * framing.sample_rate), channels[0])
         self._chunk = np.zeros((framing.n_fft, channels[0]), np.float32)
