@@ -53,7 +53,7 @@ def main() -> None:
     found = {run.name: read(run) for run in arguments.runs}
     figure, (loss, validation) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for number, (name, curves) in enumerate(found.items()):
-        colour = f"C{number}"
+        colour = plt.colormaps["tab20"](number % 20)
         if curves[LOSS]:
             steps, values = np.array(curves[LOSS]).T
             loss.plot(steps, -values, color=colour, label=name)
@@ -64,7 +64,7 @@ def main() -> None:
         axis.set_xlabel("updates")
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
-    validation.legend(frameon=False, fontsize=8)
+    figure.legend(*validation.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     for path in (arguments.json, arguments.plot):
         path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.plot, dpi=110)
