@@ -167,7 +167,8 @@ class LiveHints:
             why = self._feed(stream)
         finally:
             self.server = None
-            stream.close()
+            # A connection takes seconds to close when its peer has vanished; the next session does not wait for that.
+            threading.Thread(target=stream.close, name="kb-close").start()
             receiver.join()
         return True, why
 

@@ -241,7 +241,8 @@ def _prelu(x: Tensor, slope: Tensor) -> Tensor:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """``[B, T, F, heads * size]`` to ``[B, heads, T, F * size]``."""
-    return x.unflatten(-1, (heads, -1)).permute(0, 3, 1, 2, 4).flatten(-2)
+    batch, steps, bins, _ = x.shape
+    return x.reshape(batch, steps, bins, heads, -1).permute(0, 3, 1, 2, 4).flatten(-2)
 
 
 def _channels(x: Tensor, bins: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,6 +138,71 @@ def leave_for_the_next(session: Live, first: Server, second: Server) -> None:
     assert [line["server"] for line in told] == [first.address, first.address, second.address]
     assert "shutting down" in told[1]["text"]
     assert session.end()["server"] == second.address
+
+
+class Host:
+    """A host of our own, a network namespace at the other end of a cable that can be pulled."""
+
+    address = "10.77.0.2"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._ip("netns", "add", name)
+        self._ip("link", "add", f"{name}0", "type", "veth", "peer", "name", f"{name}1")
+        self._ip("link", "set", f"{name}1", "netns", name)
+        self._ip("addr", "add", "10.77.0.1/24", "dev", f"{name}0")
+        self._ip("link", "set", f"{name}0", "up")
+        self._ip("-n", name, "addr", "add", f"{self.address}/24", "dev", f"{name}1")
+        self.cable("up")
+
+    def cable(self, state: str) -> None:
+        self._ip("-n", self.name, "link", "set", f"{self.name}1", state)
+
+    def close(self) -> None:
+        self._ip("netns", "del", self.name)
+
+    def _ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("a network namespace needs root and iproute2")
+    made = Host(f"kb{os.getpid()}"[:12])
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+def test_a_host_that_vanishes_is_missed_at_once_and_found_again(
+    golden_bundle: Callable[[str], Path], host: Host, tmp_path: Path
+) -> None:
+    bundle = golden_bundle(SS)
+    serve = command("kb-server", "--host", host.address, "--port", 50051, "--bundle", bundle, "--until-stdin-ends")
+    server = subprocess.Popen(
+        ["ip", "netns", "exec", host.name, *serve], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert server.stdout is not None
+        assert b"listening" in server.stdout.readline()
+        with live(tmp_path, bundle, 120, [f"{host.address}:50051"]) as session:
+            for _ in range(2):
+                session.wait_for_hints()
+                count, pulled = len(session.lines), time.monotonic()
+                host.cable("down")
+                session.wait_for_event(False, count)
+                # Closing the old connection takes twice as long as missing it; nothing may wait for that.
+                assert time.monotonic() - pulled < 4
+                count = len(session.lines)
+                host.cable("up")
+                session.wait_for_event(True, count)
+            session.wait_for_hints()
+            session.end()
+        session.check_output(bundle)
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.mark.slow
