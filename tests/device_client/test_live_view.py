@@ -108,6 +108,7 @@ def test_keys_change_what_is_played(golden_bundle: Callable[[str], Path], tmp_pa
                 assert time.monotonic() < deadline, screen
                 assert process.poll() is None, screen
                 time.sleep(0.02)
+            time.sleep(0.5)  # the view tells what is wanted; some frames must be played so
         os.write(ours, b"q")
         _, errors = process.communicate(timeout=60)
     finally:
