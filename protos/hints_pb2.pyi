@@ -36,15 +36,17 @@ class StreamHintsRequest(_message.Message):
     def __init__(self, config: _Optional[_Union[SessionConfig, _Mapping]] = ..., audio: _Optional[_Union[AudioChunk, _Mapping]] = ...) -> None: ...
 
 class StreamHintsResponse(_message.Message):
-    __slots__ = ("started", "hint")
+    __slots__ = ("started", "hint", "draining")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     HINT_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     started: SessionStarted
     hint: Hint
-    def __init__(self, started: _Optional[_Union[SessionStarted, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ...) -> None: ...
+    draining: Draining
+    def __init__(self, started: _Optional[_Union[SessionStarted, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
 
 class SessionConfig(_message.Message):
-    __slots__ = ("protocol_version", "bundle_name", "bundle_id", "sample_rate", "speaker_embedding", "pcm_encoding", "hint_encoding", "first_frame")
+    __slots__ = ("protocol_version", "bundle_name", "bundle_id", "sample_rate", "speaker_embedding", "pcm_encoding", "hint_encoding", "first_frame", "hint_deadline_ms")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_NAME_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +55,7 @@ class SessionConfig(_message.Message):
     PCM_ENCODING_FIELD_NUMBER: _ClassVar[int]
     HINT_ENCODING_FIELD_NUMBER: _ClassVar[int]
     FIRST_FRAME_FIELD_NUMBER: _ClassVar[int]
+    HINT_DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     bundle_name: str
     bundle_id: str
@@ -61,13 +64,20 @@ class SessionConfig(_message.Message):
     pcm_encoding: PcmEncoding
     hint_encoding: HintEncoding
     first_frame: int
-    def __init__(self, protocol_version: _Optional[int] = ..., bundle_name: _Optional[str] = ..., bundle_id: _Optional[str] = ..., sample_rate: _Optional[int] = ..., speaker_embedding: _Optional[_Iterable[float]] = ..., pcm_encoding: _Optional[_Union[PcmEncoding, str]] = ..., hint_encoding: _Optional[_Union[HintEncoding, str]] = ..., first_frame: _Optional[int] = ...) -> None: ...
+    hint_deadline_ms: int
+    def __init__(self, protocol_version: _Optional[int] = ..., bundle_name: _Optional[str] = ..., bundle_id: _Optional[str] = ..., sample_rate: _Optional[int] = ..., speaker_embedding: _Optional[_Iterable[float]] = ..., pcm_encoding: _Optional[_Union[PcmEncoding, str]] = ..., hint_encoding: _Optional[_Union[HintEncoding, str]] = ..., first_frame: _Optional[int] = ..., hint_deadline_ms: _Optional[int] = ...) -> None: ...
 
 class SessionStarted(_message.Message):
     __slots__ = ("session_id",)
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class Draining(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
 
 class AudioChunk(_message.Message):
     __slots__ = ("first_frame", "pcm")
@@ -108,11 +118,13 @@ class EnrollResponse(_message.Message):
     def __init__(self, speaker_embedding: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class DescribeModelRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("bundle",)
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    bundle: str
+    def __init__(self, bundle: _Optional[str] = ...) -> None: ...
 
 class DescribeModelResponse(_message.Message):
-    __slots__ = ("protocol_version", "bundle_name", "bundle_id", "untrained", "task", "sample_rate", "microphones", "chunk", "lookahead", "delay", "hint_channels", "hint_bins", "max_chunks_per_message", "enrolls")
+    __slots__ = ("protocol_version", "bundle_name", "bundle_id", "untrained", "task", "sample_rate", "microphones", "chunk", "lookahead", "delay", "hint_channels", "hint_bins", "max_chunks_per_message", "enrolls", "sessions", "max_sessions")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_NAME_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +139,8 @@ class DescribeModelResponse(_message.Message):
     HINT_BINS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNKS_PER_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     ENROLLS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     bundle_name: str
     bundle_id: str
@@ -141,4 +155,6 @@ class DescribeModelResponse(_message.Message):
     hint_bins: int
     max_chunks_per_message: int
     enrolls: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., bundle_name: _Optional[str] = ..., bundle_id: _Optional[str] = ..., untrained: _Optional[bool] = ..., task: _Optional[str] = ..., sample_rate: _Optional[int] = ..., microphones: _Optional[int] = ..., chunk: _Optional[int] = ..., lookahead: _Optional[int] = ..., delay: _Optional[int] = ..., hint_channels: _Optional[int] = ..., hint_bins: _Optional[int] = ..., max_chunks_per_message: _Optional[int] = ..., enrolls: _Optional[bool] = ...) -> None: ...
+    sessions: int
+    max_sessions: int
+    def __init__(self, protocol_version: _Optional[int] = ..., bundle_name: _Optional[str] = ..., bundle_id: _Optional[str] = ..., untrained: _Optional[bool] = ..., task: _Optional[str] = ..., sample_rate: _Optional[int] = ..., microphones: _Optional[int] = ..., chunk: _Optional[int] = ..., lookahead: _Optional[int] = ..., delay: _Optional[int] = ..., hint_channels: _Optional[int] = ..., hint_bins: _Optional[int] = ..., max_chunks_per_message: _Optional[int] = ..., enrolls: _Optional[bool] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ...) -> None: ...
