@@ -32,6 +32,8 @@ def local_server(bundle: Path) -> Iterator[str]:
             "a server on this machine needs torch: give --server HOST:PORT, or pip install 'knowledge-boosting[server]'"
         )
     command = [sys.executable, "-m", "remote_server.main", "--bundle", str(bundle), "--port", "0", "--device", "cpu"]
+    # Its only client may be as fast as it can.
+    command += ["--max-sessions", "2", "--limit", "speed=0"]
     with tempfile.TemporaryFile() as log:
         # A session of its own keeps Ctrl-C for us; with our end of its standard input gone it stops by itself.
         process = subprocess.Popen(

@@ -37,6 +37,8 @@ class AttentionCache:
 
     keys: Tensor  # [B, L, W, key size]
     values: Tensor  # [B, L, W, value size]
+    # Which rings belong to the streams of a step, where there are more rings than streams: they stay in their place.
+    streams: Tensor | None = None  # [B]
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,13 @@ def window_attention(
         # The oldest row is replaced first; then the ring is the window, in an order that attention does not see.
         # Written out, because the library's attention scales a copy of all keys.
         cache = _write(cache, key, value, window)
-        scores = (query * query.shape[-1] ** -0.5) @ cache.keys.transpose(-1, -2)
+        scores = _with_rings(query * query.shape[-1] ** -0.5, cache.keys.transpose(-1, -2), cache.streams)
         if mask_unseen:
             scores = scores.masked_fill(window.unseen, -torch.inf)
-        return scores.softmax(-1) @ cache.values, cache
+        return _with_rings(scores.softmax(-1), cache.values, cache.streams), cache
     blocks = -(-steps // size)
     tail = (0, 0, 0, blocks * size - steps)
-    stream, past = window.stream, window.past
+    stream, past = _streams(cache, window), window.past
 
     def banded(ring: Tensor, new: Tensor) -> Tensor:
         before = ring[stream, :, past].transpose(1, 2)
@@ -122,9 +124,24 @@ def _write(cache: AttentionCache, key: Tensor, value: Tensor, window: Window) ->
     keys, values = cache.keys, cache.values
     if torch.is_grad_enabled():
         keys, values = keys.clone(), values.clone()
-    keys[window.stream, :, window.rows] = key.transpose(1, 2)
-    values[window.stream, :, window.rows] = value.transpose(1, 2)
-    return AttentionCache(keys, values)
+    stream = _streams(cache, window)
+    keys[stream, :, window.rows] = key.transpose(1, 2)
+    values[stream, :, window.rows] = value.transpose(1, 2)
+    return AttentionCache(keys, values, cache.streams)
+
+
+def _streams(cache: AttentionCache, window: Window) -> Tensor:
+    return window.stream if cache.streams is None else cache.streams[:, None]
+
+
+def _with_rings(x: Tensor, rings: Tensor, streams: Tensor | None) -> Tensor:
+    """``x @ rings``, each stream with its own ring."""
+    if streams is None:
+        return x @ rings
+    if rings.device.type == "cpu":
+        # Gathering the rings would move more memory than everything else in a step.
+        return torch.stack([one @ rings[stream] for one, stream in zip(x, streams.tolist(), strict=True)])
+    return x @ rings[streams]
 
 
 def normalise_frame(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -1,88 +1,251 @@
-"""Runs the large network for many sessions without ever blocking the event loop."""
+"""The large network for many sessions: their states lie in slots, and one step serves all that have a frame ready."""
 
 import asyncio
-import os
+import contextlib
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from models.pair import LargeModel, LargeState
+from models.config import SPEAKER_EMBEDDING_SIZE
+from models.pair import LargeModel
+from models.slots import StateSlots
 from protos.codec import Samples
+
+_MOST_FRAMES = 8  # of one session in a step: a backlog is worked off in such pieces, so that nobody waits long for it
+_MOST_BACKLOG = {"cpu": 8, "cuda": 256}  # frames of all sessions together in a step over longer backlogs
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What one step computed, and how long it took."""
+    """What one step computed for one session."""
 
     values: Samples  # [T, hint channels, F]
-    queue_us: int
-    compute_us: int
+    arrived: Sequence[int]  # when the audio of each frame came, ns of the monotonic clock
+    started: int  # when the step began, ns
+    ended: int  # when it ended, ns
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's figures, for whoever observes the engine."""
+
+    sessions: int
+    frames: int
+    started: int  # ns
+    ended: int  # ns
+
+
+@dataclass(eq=False)
+class EngineSession:
+    """One device's stream through the large network. :meth:`send` never waits."""
+
+    engine: "HintEngine"
+    receive: Callable[[Hints | Exception], None]  # called on the event loop, in frame order
+    slot: int = -1  # none before the engine has begun with the session
+    closed: bool = False
+    audio: Samples = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # [M, n] not computed yet
+    arrived: deque[int] = field(default_factory=deque)  # of the frames in it
+
+    @property
+    def waiting(self) -> int:
+        """Frames sent whose step has not begun."""
+        return len(self.arrived)
+
+    def send(self, samples: Samples, frames: int) -> None:
+        """Leave samples ``[M, chunk T]`` that complete T frames; the first ones with ``lookahead`` before them."""
+        self.engine._add(self, samples, frames)
+
+    def close(self) -> None:
+        """Give the slot back. Hints of what was sent do not come any more."""
+        self.engine._leave(self)
 
 
 class HintEngine:
-    """The large network on one device. Steps of different sessions may run side by side on the CPU's cores."""
+    """The large network on one device, and the thread that runs its steps.
 
-    def __init__(self, model: LargeModel, device: torch.device) -> None:
-        self.model = model.to(device)
-        self.device = device
-        # One thread a step: a single frame's matrices are too small to share. Many steps share the cores instead.
-        torch.set_num_threads(1)
-        workers = (os.cpu_count() or 1) if device.type == "cpu" else 1
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="hint-engine")
+    A step takes what is there of every session: one frame, or of a session that is behind a power of two, up to eight.
+    Sessions with equally many go through the network together, those with one frame first. Frames of a session stay in
+    order, and no session waits for more than one such round.
+    """
 
-    async def open(self, speaker_embedding: Samples | None) -> "EngineSession":
-        """A new session; ``speaker_embedding`` is ``[256]`` for TSE."""
-        loop = asyncio.get_running_loop()
-        return EngineSession(self, await loop.run_in_executor(self._executor, self._initial_state, speaker_embedding))
-
-    async def run(self, samples: Tensor, state: LargeState) -> tuple[Hints, LargeState]:
-        """Run the frames of ``samples`` ``[M, chunk T + lookahead]`` from a state, which is used up."""
-        queued = time.perf_counter_ns()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._step, samples, state, queued)
-
-    def close(self) -> None:
-        """Wait for the steps under way and end the threads."""
-        self._executor.shutdown()
-
-    @torch.inference_mode()
-    def _initial_state(self, speaker_embedding: Samples | None) -> LargeState:
-        embedding = None
-        if speaker_embedding is not None:
-            embedding = torch.from_numpy(speaker_embedding)[None].to(self.device)
-        return self.model.initial_state(1, embedding)
-
-    @torch.inference_mode()
-    def _step(self, samples: Tensor, state: LargeState, queued: int) -> tuple[Hints, LargeState]:
-        started = time.perf_counter_ns()
-        hints, _, state = self.model(samples[None].to(self.device), state)
-        values = hints[0].cpu().numpy()
-        ended = time.perf_counter_ns()
-        return Hints(values, (started - queued) // 1000, (ended - started) // 1000), state
-
-
-class EngineSession:
-    """One device's stream through the large network: its state, and the samples that two frames share."""
-
-    def __init__(self, engine: HintEngine, state: LargeState) -> None:
-        self._engine = engine
-        self._state = state
-        self._lead: Tensor | None = None
-
-    async def step(self, samples: Samples) -> Hints:
-        """Hints of the next frames.
+    def __init__(
+        self,
+        model: LargeModel,
+        device: torch.device,
+        *,
+        slots: int,
+        max_wait: float = 0.001,
+        observe: Callable[[Step], None] | None = None,
+    ) -> None:
+        """Start the thread.
 
         Args:
-            samples: ``[M, chunk T]`` that complete T frames; the first call has ``lookahead`` samples more, before
-                them.
+            slots: most sessions at once.
+            max_wait: seconds that a step may wait for the frames of further sessions.
+            observe: called on the engine's thread after every step.
         """
-        tail = torch.from_numpy(np.ascontiguousarray(samples))
-        if self._lead is not None:
-            tail = torch.cat([self._lead, tail], dim=1)
-        self._lead = tail[:, -self._engine.model.config.framing.lookahead :].clone()
-        hints, self._state = await self._engine.run(tail, self._state)
-        return hints
+        self.slots = slots
+        self._model = model.to(device)
+        self._device = device
+        self._framing = model.config.framing
+        self._max_wait = max_wait
+        self._observe = observe
+        # Above one thread a frame's matrices are too small to share; more processes use more cores.
+        torch.set_num_threads(1)
+        self._changed = threading.Condition()
+        self._free = list(range(slots - 1, -1, -1))
+        self._sessions: set[EngineSession] = set()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        with torch.inference_mode():
+            self._states = StateSlots(self._model, slots, self._embedding(None))
+        self._thread = threading.Thread(target=self._run, name="hint-engine", daemon=True)
+        self._thread.start()
+
+    async def open(
+        self, receive: Callable[[Hints | Exception], None], speaker_embedding: Samples | None = None
+    ) -> EngineSession:
+        """A new session, whose hints go to ``receive``; ``speaker_embedding`` is ``[256]`` for TSE.
+
+        No more than ``slots`` may be open; one that was closed counts no more.
+        """
+        session = EngineSession(self, receive)
+        self._loop = asyncio.get_running_loop()
+        ready = self._loop.create_future()
+        self._command(lambda: self._begin(session, speaker_embedding, ready))
+        try:
+            await ready
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def close(self) -> None:
+        """End the thread after the step under way."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _add(self, session: EngineSession, samples: Samples, frames: int) -> None:
+        now = time.perf_counter_ns()
+        with self._changed:
+            session.audio = np.concatenate([session.audio, samples], axis=1) if session.audio.size else samples
+            session.arrived.extend([now] * frames)
+            self._changed.notify()
+
+    def _leave(self, session: EngineSession) -> None:
+        if session.closed:
+            return
+        session.closed = True
+        self._command(lambda: self._end(session))
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+
+    def _begin(self, session: EngineSession, speaker_embedding: Samples | None, ready: "asyncio.Future[None]") -> None:
+        if not session.closed:
+            session.slot = self._free.pop()
+            self._states.put(session.slot, self._model.initial_state(1, self._embedding(speaker_embedding)))
+            self._sessions.add(session)
+        _on_loop(ready.get_loop(), lambda: _resolve(ready))
+
+    def _end(self, session: EngineSession) -> None:
+        # A command as well, so that no step can still write to the slot when the next session gets it.
+        if session in self._sessions:
+            self._sessions.remove(session)
+            self._free.append(session.slot)
+
+    def _embedding(self, values: Samples | None) -> torch.Tensor | None:
+        if self._model.config.task != "tse":
+            return None
+        array = values if values is not None else np.zeros(SPEAKER_EMBEDDING_SIZE, np.float32)
+        return torch.from_numpy(array)[None].to(self._device)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while (groups := self._next_round()) is not None:
+            for frames, sessions in groups:
+                self._step(frames, sessions)
+
+    def _next_round(self) -> list[tuple[int, list[EngineSession]]] | None:
+        """What the next round computes: frames a session, and the sessions. None when the engine closes."""
+        with self._changed:
+            while True:
+                while self._commands:
+                    self._commands.popleft()()
+                if self._closing:
+                    return None
+                ready = [session for session in self._sessions if session.arrived]
+                if ready:
+                    first = min(session.arrived[0] for session in ready)
+                    left = self._max_wait - (time.perf_counter_ns() - first) / 1e9
+                    if len(ready) == len(self._sessions) or left <= 0:
+                        return _groups(ready, _MOST_BACKLOG[self._device.type])
+                    self._changed.wait(left)
+                else:
+                    self._changed.wait()
+
+    def _step(self, frames: int, sessions: list[EngineSession]) -> None:
+        chunk, lookahead = self._framing.chunk, self._framing.lookahead
+        with self._changed:
+            sessions = [session for session in sessions if not session.closed]
+            if not sessions:
+                return
+            slots = torch.tensor([session.slot for session in sessions])
+            windows = np.stack([session.audio[:, : chunk * frames + lookahead] for session in sessions])
+            arrived = [[session.arrived.popleft() for _ in range(frames)] for session in sessions]
+            for session in sessions:
+                session.audio = session.audio[:, chunk * frames :]
+        started = time.perf_counter_ns()
+        try:
+            indexes = slots.to(self._device)
+            hints, _, state = self._model(torch.from_numpy(windows).to(self._device), self._states.take(indexes))
+            self._states.store(indexes, state)
+            values = hints.cpu().numpy()
+        except Exception as error:  # of memory, or of the device: those sessions end, the engine goes on
+            results: list[Hints | Exception] = [error] * len(sessions)
+            ended = time.perf_counter_ns()
+        else:
+            ended = time.perf_counter_ns()
+            results = [Hints(own, when, started, ended) for own, when in zip(values, arrived, strict=True)]
+        deliveries = list(zip(sessions, results, strict=True))
+        if self._observe is not None:
+            self._observe(Step(len(sessions), frames * len(sessions), started, ended))
+        assert self._loop is not None
+        _on_loop(self._loop, lambda: _deliver(deliveries))
+
+
+def _groups(ready: list[EngineSession], most_backlog: int) -> list[tuple[int, list[EngineSession]]]:
+    """Sessions by the frames that a step takes of each: a power of two, of those that have waited longest first."""
+    groups: dict[int, list[EngineSession]] = {}
+    for session in sorted(ready, key=lambda session: session.arrived[0]):
+        frames = min(1 << (session.waiting.bit_length() - 1), _MOST_FRAMES)
+        group = groups.setdefault(frames, [])
+        if frames <= 2 or not group or (len(group) + 1) * frames <= most_backlog:
+            group.append(session)
+    return sorted(groups.items())
+
+
+def _deliver(results: list[tuple[EngineSession, Hints | Exception]]) -> None:
+    for session, result in results:
+        if not session.closed:
+            session.receive(result)
+
+
+def _resolve(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed already, and nobody waits
+        loop.call_soon_threadsafe(call)

@@ -1,14 +1,8 @@
 """The ``kb-server`` command."""
 
 import asyncio
-import contextlib
-import logging
 import os
-import signal
-import sys
-import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,110 +11,88 @@ from common.cli import warn
 from common.errors import InputError
 from models.manifest import DEFAULT_BUNDLE
 
-if TYPE_CHECKING:
-    from remote_server.service import HintService
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def serve(
-    bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle to serve.")] = DEFAULT_BUNDLE,
+    context: typer.Context,
+    bundle: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--bundle", help=f"Name or path of a bundle, or a folder of them; may be repeated. [{DEFAULT_BUNDLE}]"
+        ),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one and prints it.")] = 50051,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-    max_sessions: Annotated[int, typer.Option("--max-sessions", min=1, help="Devices served at once.")] = 16,
+    max_sessions: Annotated[
+        str, typer.Option("--max-sessions", help="Devices served at once, of each bundle; auto measures it.")
+    ] = "auto",
+    max_wait_ms: Annotated[
+        float, typer.Option("--max-wait-ms", min=0, max=100, help="Time a step waits for further sessions' audio.")
+    ] = 1.0,
+    limit: Annotated[
+        list[str] | None, typer.Option("--limit", help="NAME=VALUE, see docs/operations.md; may be repeated.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", min=0, max=65535, help="Answer Prometheus on this port.")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option("--metrics-host", help="Address to answer it on.")] = "127.0.0.1",
+    drain_seconds: Annotated[
+        float, typer.Option("--drain-seconds", min=0, help="Time that devices have to go elsewhere after SIGTERM.")
+    ] = 10.0,
     until_stdin_ends: Annotated[
         bool, typer.Option("--until-stdin-ends", help="Stop when standard input is closed (for a parent process).")
     ] = False,
 ) -> None:
-    """Serve a bundle's large network to devices."""
+    """Serve large networks of bundles to devices."""
+    if context.invoked_subcommand is not None:
+        return
     # Read when gRPC is loaded. What goes wrong in it is told by us, once.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-    from models.bundle import load_large
     from models.device import pick_device
     from models.manifest import UNTRAINED_NOTICE
-    from remote_server.engine import HintEngine
+    from remote_server.bundles import Bundles
+    from remote_server.limits import read_limits
+    from remote_server.metrics import Metrics
+    from remote_server.server import Listening, start_log
+    from remote_server.server import serve as run_server
     from remote_server.service import HintService
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    limits, most = read_limits(limit or []), _session_count(max_sessions)
     target = pick_device(device)
-    model, manifest = load_large(bundle)
-    if manifest.untrained:
+    start_log()
+    metrics = Metrics()
+    names = bundle or [DEFAULT_BUNDLE]
+    bundles = Bundles(names, target, max_sessions=most, max_wait=max_wait_ms / 1e3, metrics=metrics)
+    if any(served.manifest.untrained for served in bundles.served):
         warn(UNTRAINED_NOTICE)
     if host not in ("127.0.0.1", "localhost", "::1"):
         warn(f"listening on {host} without encryption or authentication; use it only on a network you trust")
-    service = HintService(HintEngine(model, target), manifest, max_sessions)
+    if metrics_port is not None:
+        bound_metrics = metrics.serve(metrics_host, metrics_port)
+        print(f"kb-server: metrics on http://{_address(metrics_host, bound_metrics)}/metrics", flush=True)
 
     def ready(bound: int) -> None:
-        print(f"kb-server: listening on {_address(host, bound)}, bundle {manifest.label}, device {target}", flush=True)
+        running = ", ".join(served.manifest.label for served in bundles.served)
+        print(f"kb-server: listening on {_address(host, bound)}, bundle {running}, device {target}", flush=True)
 
-    asyncio.run(_serve(service, host, port, ready, until_stdin_ends=until_stdin_ends))
+    where = Listening(host, port, drain_seconds, until_stdin_ends)
+    asyncio.run(run_server(HintService(bundles, limits, metrics), limits, where, ready))
 
 
-async def _serve(
-    service: "HintService", host: str, port: int, ready: Callable[[int], None], *, until_stdin_ends: bool
-) -> None:
-    import grpc
-    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-    from grpc_reflection.v1alpha import reflection
-
-    from protos.codec import SERVICE_NAME
-    from protos.hints_pb2_grpc import add_HintServiceServicer_to_server
-    from remote_server.service import log_event
-
-    server = grpc.aio.server(
-        options=[
-            # Two servers on one port would share its connections without a word.
-            ("grpc.so_reuseport", 0),
-            # A device that fell silent without closing its connection is noticed.
-            ("grpc.keepalive_time_ms", 10_000),
-            ("grpc.keepalive_timeout_ms", 5_000),
-        ]
-    )
-    add_HintServiceServicer_to_server(service, server)
-    checks = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    try:
-        bound = server.add_insecure_port(_address(host, port))
-    except RuntimeError:
-        taken = f"cannot listen on {_address(host, port)}; is the port taken? --port 0 finds a free one"
-        raise InputError(taken) from None
-    # Before anybody hears that the server is there, and so may end it.
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await server.start()
-    for name in ("", SERVICE_NAME):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    ready(bound)
-    log_event("server_started", host=host, port=bound)
-    if until_stdin_ends:
-        # A daemon thread: nothing may wait for it when the server stops for another reason.
-        threading.Thread(target=_when_stdin_ends, args=(loop, stop.set), daemon=True).start()
-    await stop.wait()
-    await checks.enter_graceful_shutdown()
-    await service.drain()
-    await server.stop(grace=1)
-    service.close()
-    log_event("server_stopped")
+def _session_count(value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdecimal() or not int(value):
+        raise InputError(f"--max-sessions {value}: must be auto or a number from 1 up")
+    return int(value)
 
 
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _when_stdin_ends(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    if sys.stdin is not None:
-        with contextlib.suppress(OSError):
-            while os.read(sys.stdin.fileno(), 1024):
-                pass
-    with contextlib.suppress(RuntimeError):  # the loop is closed already
-        loop.call_soon_threadsafe(call)
 
 
 def main() -> None:

@@ -1,142 +1,142 @@
-"""The gRPC service: one coroutine a session."""
+"""The gRPC service: whom it serves, and what it tells them."""
 
 import asyncio
-import json
 import logging
 import time
-import uuid
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-import numpy as np
 from google.protobuf.message import DecodeError
 
-from models.manifest import Manifest
 from protos import hints_pb2 as pb
-from protos.codec import MAX_CHUNKS_PER_MESSAGE, PROTOCOL_VERSION, hint_encoder
+from protos.codec import PROTOCOL_VERSION
 from protos.hints_pb2_grpc import HintServiceServicer
-from remote_server.engine import HintEngine
+from remote_server.bundles import Bundles, ServedBundle
 from remote_server.enrollment import SpeakerEncoder
-from remote_server.sessions import AudioReader, Mismatch, Refused, check_config, check_enrollment
+from remote_server.limits import Limits
+from remote_server.messages import Refused, check_config, check_enrollment, read_config, unknown_bundle
+from remote_server.metrics import Metrics
+from remote_server.session import Session
 
 _log = logging.getLogger("kb-server")
 
-_CONFIG_TIMEOUT = 10  # seconds that a call may hold a session's place without saying what it wants
+_RETRY_MS = 2000  # after which a device that found no place may try again
 
 # grpc's own context types differ between its synchronous and asyncio halves.
 Context = Any
 
 
 class HintService(HintServiceServicer):
-    """Serves the hints of one bundle."""
+    """Serves the hints of one or more bundles."""
 
-    def __init__(self, engine: HintEngine, manifest: Manifest, max_sessions: int) -> None:
-        self._engine = engine
-        self._manifest = manifest
-        self._max_sessions = max_sessions
-        self._sessions: set[asyncio.Task[Any]] = set()
+    def __init__(self, bundles: Bundles, limits: Limits, metrics: Metrics) -> None:
+        self.bundles = bundles
+        self._limits, self._metrics = limits, metrics
+        self._sessions: dict[Session, asyncio.Task[Any]] = {}
+        self._peers: Counter[str] = Counter()
+        self._enrollments: dict[str, deque[float]] = {}
         self._draining = False
         self._speakers = SpeakerEncoder() if SpeakerEncoder.installed() else None
 
-    async def drain(self) -> None:
-        """End every open session with UNAVAILABLE and accept no more."""
+    async def watch(self) -> None:
+        """End sessions whose time is up, as long as the server runs."""
+        while True:
+            await asyncio.sleep(0.5)
+            now = time.monotonic()
+            for session, task in list(self._sessions.items()):
+                why = session.overdue(now)
+                if why is not None:
+                    session.end(why)
+                    if why.status is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                        task.cancel()  # it waits for a device that does not read
+
+    async def drain(self, seconds: float) -> None:
+        """Accept no more sessions, tell the devices to go elsewhere, and end those still here after ``seconds``."""
         self._draining = True
-        for task in self._sessions:
-            task.cancel()
-        if self._sessions:
-            await asyncio.wait(self._sessions, timeout=2)
+        for session in self._sessions:
+            session.announce_draining(seconds)
+        await self._wait_until_empty(seconds)
+        for session in self._sessions:
+            session.end(_shutting_down())
+        await self._wait_until_empty(2)
 
     def close(self) -> None:
         """End the threads."""
         if self._speakers is not None:
             self._speakers.close()
-        self._engine.close()
+        self.bundles.close()
 
-    async def StreamHints(  # type: ignore[override] # the stubs know only generators
+    async def StreamHints(
         self, request_iterator: AsyncIterator[pb.StreamHintsRequest], context: Context
-    ) -> None:
+    ) -> AsyncIterator[pb.StreamHintsResponse]:
         """One session, from its configuration to the end of its audio."""
-        session = _Session(context.peer())
-        task = asyncio.current_task()
-        assert task is not None
-        if self._draining:
-            await session.end(context, grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try another")
-        if len(self._sessions) >= self._max_sessions:
-            text = f"all {self._max_sessions} sessions of this server are taken; try again later or another server"
-            await session.end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        self._sessions.add(task)
+        peer = context.peer()
+        host = peer.rpartition(":")[0]
+        record = _Record(peer)
+        bundle: ServedBundle | None = None
+        self._peers[host] += 1
         try:
-            await self._run(request_iterator, context, session)
-            await _let_cancellation_through()
-            session.log_end("OK", "the device ended it")
-        except Mismatch as error:
-            await session.end(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        except Refused as error:
-            await session.end(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except DecodeError:
-            await session.end(context, grpc.StatusCode.INVALID_ARGUMENT, "request: is no StreamHintsRequest")
-        except asyncio.CancelledError:
             if self._draining:
-                await session.end(context, grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try another")
-            session.log_end("CANCELLED", "the device went away")
+                raise _shutting_down()
+            if self._limits.sessions_per_peer and self._peers[host] > self._limits.sessions_per_peer:
+                text = f"{self._limits.sessions_per_peer} sessions of this host are open already; end one of them"
+                raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            config = await self._configuration(request_iterator)
+            bundle = self._admit(config)
+            session = record.session = Session(config, bundle, self._limits, self._metrics)
+            task = asyncio.current_task()
+            assert task is not None
+            self._sessions[session] = task
+            self._metrics.sessions.labels(bundle.manifest.name).set(bundle.sessions)
+            record.log_start(bundle)
+            async for response in session.responses(request_iterator):
+                yield response
+            record.end("OK", "the device ended it")
+        except Refused as error:
+            record.end(error.status.name, str(error))
+            if error.status is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(_RETRY_MS)),))
+            await context.abort(error.status, str(error))
+        except (asyncio.CancelledError, GeneratorExit):
+            why = record.session.ended if record.session is not None else None
+            if why is not None:
+                record.end(why.status.name, str(why))
+            else:
+                record.end("CANCELLED", "the device went away")
             raise
-        except grpc.RpcError as error:
-            session.log_end("CANCELLED", f"the connection broke ({type(error).__name__})")
-            raise
-        except Exception as error:
-            if isinstance(error, grpc.aio.AbortError):
-                raise
-            _log.exception("session %s failed", session.id)
-            await session.end(context, grpc.StatusCode.INTERNAL, "the server failed on this session; see its log")
+        except Exception:
+            _log.exception("session failed")
+            record.end("INTERNAL", "the server failed on it")
+            await context.abort(grpc.StatusCode.INTERNAL, "the server failed on this session; see its log")
         finally:
-            self._sessions.discard(task)
-
-    async def _run(self, requests: AsyncIterator[pb.StreamHintsRequest], context: Context, session: "_Session") -> None:
-        try:
-            async with asyncio.timeout(_CONFIG_TIMEOUT):
-                request = await anext(requests, None)
-        except TimeoutError:
-            raise Refused(f"request: no config came within {_CONFIG_TIMEOUT} s") from None
-        if request is None:
-            await _let_cancellation_through()
-            raise Refused("request: the stream ended before its configuration")
-        config = check_config(request, self._manifest)
-        reader = AudioReader(config, self._manifest.model)
-        encode = hint_encoder(config.hint_encoding)
-        speaker = np.array(config.speaker_embedding, dtype=np.float32) if config.speaker_embedding else None
-        stream = await self._engine.open(speaker)
-        session.log_start()
-        await context.write(pb.StreamHintsResponse(started=pb.SessionStarted(session_id=session.id)))
-        async for request in requests:
-            first, samples = reader.read(request)
-            hints = await stream.step(samples)
-            if not np.isfinite(hints.values).all():
-                raise Refused(f"audio.pcm: the network overflows on frame {first}; scale the samples to +-1")
-            for offset, values in enumerate(hints.values):
-                payload, scale = encode(values)
-                hint = pb.Hint(
-                    frame=first + offset,
-                    payload=payload,
-                    scale=scale,
-                    queue_us=hints.queue_us,
-                    compute_us=hints.compute_us,
-                )
-                await context.write(pb.StreamHintsResponse(hint=hint))
-                session.frames += 1
+            self._peers[host] -= 1
+            self._peers += Counter()  # forgets those that have none
+            if bundle is None:
+                self._metrics.refused.labels(record.status).inc()
+            else:
+                self._sessions.pop(record.session, None)  # type: ignore[arg-type]
+                bundle.sessions -= 1
+                self._metrics.sessions.labels(bundle.manifest.name).set(bundle.sessions)
+                self._metrics.ended.labels(bundle.manifest.name, record.status).inc()
+                self.bundles.let_go(bundle)
 
     async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollResponse:
         """Enrollment speech to a speaker embedding."""
         try:
-            speech = check_enrollment(request)
-        except Refused as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        if self._speakers is None:
-            text = "this server has no speaker encoder; install it there with pip install 'knowledge-boosting[enroll]'"
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, text)
-            raise AssertionError  # abort has raised
-        try:
+            speech = check_enrollment(request, self._limits.enrollment_seconds)
+            if self._speakers is None:
+                raise Refused(
+                    "this server has no speaker encoder; install it there with "
+                    "pip install 'knowledge-boosting[enroll]'",
+                    grpc.StatusCode.UNIMPLEMENTED,
+                )
+            self._count_enrollment(context.peer().rpartition(":")[0])
             embedding = await self._speakers.embed(speech)
+        except Refused as error:
+            self._metrics.refused.labels(error.status.name).inc()
+            await context.abort(error.status, str(error))
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"pcm: no voice to learn from ({error})")
         except Exception:
@@ -146,12 +146,18 @@ class HintService(HintServiceServicer):
 
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
         """What this server runs."""
-        model = self._manifest.model
+        bundle = self.bundles.find(request.bundle)
+        if bundle is None:
+            names = ", ".join(served.manifest.name for served in self.bundles.served)
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"bundle: {request.bundle[:80]!r} is none of {names}")
+            raise AssertionError  # abort has raised
+        manifest = bundle.manifest
+        model = manifest.model
         return pb.DescribeModelResponse(
             protocol_version=PROTOCOL_VERSION,
-            bundle_name=self._manifest.name,
-            bundle_id=self._manifest.id,
-            untrained=self._manifest.untrained,
+            bundle_name=manifest.name,
+            bundle_id=manifest.id,
+            untrained=manifest.untrained,
             task=model.task,
             sample_rate=model.framing.sample_rate,
             microphones=model.microphones,
@@ -160,45 +166,93 @@ class HintService(HintServiceServicer):
             delay=model.delay,
             hint_channels=model.hint_channels,
             hint_bins=model.framing.bins,
-            max_chunks_per_message=MAX_CHUNKS_PER_MESSAGE,
+            max_chunks_per_message=self._limits.chunks,
             enrolls=self._speakers is not None,
+            sessions=bundle.sessions,
+            max_sessions=bundle.engine.slots,
         )
 
+    async def _configuration(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> pb.SessionConfig:
+        seconds = self._limits.config_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                request = await anext(requests, None)
+        except TimeoutError:
+            raise Refused(f"request: no config came within {seconds:g} s") from None
+        except DecodeError:
+            raise Refused("request: is no StreamHintsRequest") from None
+        if request is None:
+            await asyncio.sleep(0.01)  # a call that was cancelled ends its requests too, before its task is told
+            raise Refused("request: the stream ended before its configuration")
+        return read_config(request)
 
-class _Session:
-    """What the log tells of a session."""
+    def _admit(self, config: pb.SessionConfig) -> ServedBundle:
+        """The bundle of a session, with a place in it taken.
+
+        Raises:
+            Refused: the configuration does not fit, or all places are taken.
+        """
+        bundle = self.bundles.find(config.bundle_id) if config.bundle_id else None
+        if bundle is None or bundle.manifest.id != config.bundle_id:
+            raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
+        check_config(config, bundle.manifest.model)
+        if bundle.sessions >= bundle.engine.slots:
+            text = f"all {bundle.engine.slots} sessions of this server are taken; try again later or another server"
+            raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        bundle.sessions += 1
+        return bundle
+
+    def _count_enrollment(self, host: str) -> None:
+        most, now = self._limits.enrollments_per_minute, time.monotonic()
+        if not most:
+            return
+        for known, times in list(self._enrollments.items()):
+            while times and now - times[0] > 60:
+                times.popleft()
+            if not times:
+                del self._enrollments[known]
+        times = self._enrollments.setdefault(host, deque())
+        if len(times) >= most:
+            text = f"{most} enrollments of this host within a minute; wait"
+            raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        times.append(now)
+
+    async def _wait_until_empty(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._sessions and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+
+class _Record:
+    """What the log tells of a call."""
 
     def __init__(self, peer: str) -> None:
-        self.id = uuid.uuid4().hex[:12]
-        self.frames = 0
+        self.session: Session | None = None
+        self.status = ""
         self._peer = peer
         self._opened = time.monotonic()
 
-    async def end(self, context: Context, status: grpc.StatusCode, why: str) -> None:
-        """Log the end and abort the call; does not return."""
-        self.log_end(status.name, why)
-        await context.abort(status, why)
+    def log_start(self, bundle: ServedBundle) -> None:
+        assert self.session is not None
+        log_event("session_opened", session=self.session.id, peer=self._peer, bundle=bundle.manifest.name)
 
-    def log_start(self) -> None:
-        log_event("session_opened", session=self.id, peer=self._peer)
-
-    def log_end(self, status: str, why: str) -> None:
+    def end(self, status: str, why: str) -> None:
+        self.status = status
         log_event(
             "session_closed",
-            session=self.id,
+            session=self.session.id if self.session is not None else None,
             peer=self._peer,
             status=status,
             why=why,
-            frames=self.frames,
+            frames=self.session.frames if self.session is not None else 0,
             seconds=round(time.monotonic() - self._opened, 3),
         )
 
 
-async def _let_cancellation_through() -> None:
-    """At the end of a session's requests: a call that was cancelled ends them too, a moment before its task is told."""
-    await asyncio.sleep(0.01)
+def _shutting_down() -> Refused:
+    return Refused("the server is shutting down; try another", grpc.StatusCode.UNAVAILABLE)
 
 
 def log_event(event: str, **fields: object) -> None:
     """One structured log line."""
-    _log.info(json.dumps({"event": event, **fields}))
+    _log.info({"event": event, **fields})

@@ -90,7 +90,8 @@ class Server:
 def running_server(bundle: Path, *arguments: object) -> Iterator[Server]:
     """A server on a free port of loopback, stopped at the end."""
     process = subprocess.Popen(
-        command("kb-server", "--bundle", bundle, "--port", 0, "--device", "cpu", *arguments),
+        # How many sessions a busy machine carries is not what most tests ask.
+        command("kb-server", "--bundle", bundle, "--port", 0, "--device", "cpu", "--max-sessions", 16, *arguments),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -39,7 +39,7 @@ def described(address: str) -> pb.DescribeModelResponse:
 def server_of_ours(*arguments: object) -> "Iterator[subprocess.Popen[str]]":
     """A server that stops when its standard input ends."""
     process = subprocess.Popen(
-        command("kb-server", "--port", 0, "--device", "cpu", "--until-stdin-ends", *arguments),
+        command("kb-server", "--port", 0, "--device", "cpu", "--until-stdin-ends", "--drain-seconds", 0, *arguments),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -179,4 +179,4 @@ def test_a_device_of_another_name_is_refused(device: str) -> None:
 
 @pytest.mark.parametrize(("option", "value"), [("--port", 65536), ("--max-sessions", 0), ("--max-sessions", "many")])
 def test_an_impossible_number_is_refused(option: str, value: object, bundle: Path) -> None:
-    assert f"'{option}'" in refusal("kb-server", "--bundle", bundle, option, value)
+    assert option in refusal("kb-server", "--bundle", bundle, option, value)

@@ -159,7 +159,8 @@ def test_half_precision_hints_are_within_a_thousandth(ss_server: Server, ss: Mat
     assert {len(hint.payload) for hint in hints} == {2 * exact[0].size}
     smallest_normal = 2.0**-14
     difference = np.abs(ss.values(hints, encoding) - exact)
-    assert (difference <= 1e-3 * np.maximum(np.abs(exact), smallest_normal)).all()
+    # How many frames a step takes at once shows in the last bits of 32.
+    assert (difference <= 1e-3 * np.maximum(np.abs(exact), smallest_normal) + 1e-6).all()
     assert difference.max() > 0
 
 
@@ -181,14 +182,14 @@ def test_sixteen_bit_audio_gives_the_hints_of_its_quantised_samples(ss_server: S
     as_s16 = [ss.audio(frame, pcm="s16") for frame in range(frames)]
     from_s16 = whole_session(ss_server, ss.opening(pcm_encoding=s16), *as_s16, count=frames)
     from_f32 = whole_session(ss_server, ss.opening(), *frame_by_frame(ss, quantised, frames), count=frames)
-    assert worst(ss.values(from_s16), ss.values(from_f32)) < 1e-6
+    assert worst(ss.values(from_s16), ss.values(from_f32)) < 1e-5
 
 
 def test_hints_say_how_long_they_took(ss_server: Server, ss: Material) -> None:
     hints = whole_session(ss_server, ss.opening(), ss.audio(0), ss.audio(1, 3), ss.audio(4), count=5)
     assert all(hint.compute_us > 0 for hint in hints)
-    # Chunks of one message are computed together.
-    assert len({(hint.queue_us, hint.compute_us) for hint in hints[1:4]}) == 1
+    # Chunks of one message are computed together, by twos, fours and eights.
+    assert hints[1].compute_us == hints[2].compute_us
 
 
 def test_silence_is_audio_too(ss_server: Server, ss: Material) -> None:
@@ -226,6 +227,7 @@ def described(server: Server) -> pb.DescribeModelResponse:
 def test_the_separation_server_tells_what_it_runs(ss_server: Server, ss: Material) -> None:
     answer = described(ss_server)
     answer.ClearField("enrolls")  # whether it does is a matter of what is installed
+    answer.ClearField("sessions")  # and that one of what other tests have open
     assert answer == pb.DescribeModelResponse(
         protocol_version=PROTOCOL_VERSION,
         bundle_name="ss_delay6_compression2",
@@ -240,6 +242,7 @@ def test_the_separation_server_tells_what_it_runs(ss_server: Server, ss: Materia
         hint_channels=4,
         hint_bins=97,
         max_chunks_per_message=MAX_CHUNKS_PER_MESSAGE,
+        max_sessions=16,
     )
 
 

@@ -1,5 +1,8 @@
 """What a session's messages must be: the checks between the wire and the network."""
 
+from collections.abc import Sequence
+
+import grpc
 import numpy as np
 
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
@@ -8,7 +11,6 @@ from protos import hints_pb2 as pb
 from protos.codec import (
     ENROLLMENT_RATE,
     ENROLLMENT_SECONDS,
-    MAX_CHUNKS_PER_MESSAGE,
     PROTOCOL_VERSION,
     Samples,
     decode_pcm,
@@ -20,35 +22,48 @@ MAX_FIRST_FRAME = 2**62  # leaves every later index within an int64
 
 
 class Refused(Exception):
-    """A message that cannot be accepted: INVALID_ARGUMENT."""
+    """Why a call ends: a text for people, and the status."""
+
+    def __init__(self, text: str, status: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
+        super().__init__(text)
+        self.status = status
 
 
-class Mismatch(Refused):
-    """A device that does not fit this server: FAILED_PRECONDITION."""
-
-
-def check_config(request: pb.StreamHintsRequest, manifest: Manifest) -> pb.SessionConfig:
+def read_config(request: pb.StreamHintsRequest) -> pb.SessionConfig:
     """The session configuration that a stream must begin with.
 
     Raises:
-        Mismatch: another protocol version or bundle.
-        Refused: anything else about it that cannot be accepted; the message names the field.
+        Refused: the message is another one, or of another version of the protocol.
     """
     kind = request.WhichOneof("request")
     if kind != "config":
         raise Refused(f"request: the first message must be config, not {kind or 'an empty one'}")
     config = request.config
     if config.protocol_version != PROTOCOL_VERSION:
-        raise Mismatch(
+        raise Refused(
             f"config.protocol_version: is {config.protocol_version}, this server speaks {PROTOCOL_VERSION}; "
-            "install the same release on both machines"
+            "install the same release on both machines",
+            grpc.StatusCode.FAILED_PRECONDITION,
         )
-    if config.bundle_id != manifest.id:
-        raise Mismatch(
-            f"config.bundle_id: the device has {config.bundle_name[:80]!r} ({config.bundle_id[:64]!r}), "
-            f"this server runs {manifest.label} ({manifest.id}); use the same bundle on both"
-        )
-    model = manifest.model
+    return config
+
+
+def unknown_bundle(config: pb.SessionConfig, served: Sequence[Manifest]) -> Refused:
+    """What to tell a device whose bundle is none of those served."""
+    there = " and ".join(f"{manifest.label} ({manifest.id})" for manifest in served)
+    return Refused(
+        f"config.bundle_id: the device has {config.bundle_name[:80]!r} ({config.bundle_id[:64]!r}), "
+        f"this server runs {there}; use the same bundle on both",
+        grpc.StatusCode.FAILED_PRECONDITION,
+    )
+
+
+def check_config(config: pb.SessionConfig, model: ModelConfig) -> None:
+    """Whether a session configuration fits a bundle's model.
+
+    Raises:
+        Refused: it does not; the text names the field.
+    """
     if config.sample_rate != model.framing.sample_rate:
         raise Refused(f"config.sample_rate: is {config.sample_rate}, must be {model.framing.sample_rate}")
     size = SPEAKER_EMBEDDING_SIZE if model.task == "tse" else 0
@@ -63,14 +78,14 @@ def check_config(request: pb.StreamHintsRequest, manifest: Manifest) -> pb.Sessi
         hint_encoder(config.hint_encoding)
     except ValueError as error:
         raise Refused(f"config.{error}") from None
-    return config
 
 
 class AudioReader:
     """Checks a session's audio messages and unpacks their samples."""
 
-    def __init__(self, config: pb.SessionConfig, model: ModelConfig) -> None:
+    def __init__(self, config: pb.SessionConfig, model: ModelConfig, most_chunks: int) -> None:
         self.next_frame = config.first_frame
+        self._most_chunks = most_chunks
         self._encoding = config.pcm_encoding
         self._channels = model.microphones
         self._chunk = model.framing.chunk
@@ -100,16 +115,16 @@ class AudioReader:
             raise Refused(
                 f"audio.pcm: has {samples.shape[1]} samples a channel, must have a multiple of {self._chunk}{also}"
             )
-        if length > MAX_CHUNKS_PER_MESSAGE * self._chunk:
-            raise Refused(f"audio.pcm: has {length // self._chunk} chunks, a message may hold {MAX_CHUNKS_PER_MESSAGE}")
+        if length > self._most_chunks * self._chunk:
+            raise Refused(f"audio.pcm: has {length // self._chunk} chunks, a message may hold {self._most_chunks}")
         first = self.next_frame
         self.next_frame += length // self._chunk
         self._lead = 0
         return first, samples
 
 
-def check_enrollment(request: pb.EnrollRequest) -> Samples:
-    """The enrollment speech ``[N]`` of a request.
+def check_enrollment(request: pb.EnrollRequest, longest: float) -> Samples:
+    """The enrollment speech ``[N]`` of a request, of at most ``longest`` seconds.
 
     Raises:
         Refused: the rate, the length or a sample cannot be accepted; the message names the field.
@@ -120,7 +135,7 @@ def check_enrollment(request: pb.EnrollRequest) -> Samples:
         speech: Samples = decode_pcm(request.pcm, request.pcm_encoding, 1)[0]
     except ValueError as error:
         raise Refused(str(error)) from None
-    shortest, longest = ENROLLMENT_SECONDS
+    shortest = ENROLLMENT_SECONDS[0]
     seconds = len(speech) / ENROLLMENT_RATE
     if not shortest <= seconds <= longest:
         raise Refused(f"pcm: has {seconds:.2f} s of speech, must have {shortest:g} to {longest:g} s")

@@ -1,0 +1,51 @@
+"""How many sessions a machine carries: measured at start, for ``--max-sessions auto``."""
+
+import time
+
+import torch
+
+from models.config import SPEAKER_EMBEDDING_SIZE
+from models.pair import LargeModel
+from models.slots import StateSlots
+
+_SHARE = 0.75  # of the time between two frames that steps may take; the rest is for backlogs and for whatever comes
+_TRANSPORT = 0.0001  # seconds of a frame's way in and out, which the event loop spends beside the steps
+_MOST = {"cpu": 64, "cuda": 1024}  # sessions tried; on a CPU the event loop carries no more
+_STEPS = 15
+
+
+@torch.inference_mode()
+def measure_capacity(model: LargeModel, device: torch.device) -> int:
+    """The most sessions, at least one, that one step can serve in its share of the time between two frames."""
+    model = model.to(device)
+    budget = _SHARE * model.config.framing.chunk_seconds
+    most, fits, before = _MOST[device.type], 1, 0.0
+    sessions = 1
+    while sessions <= most:
+        took = _step_seconds(model, device, sessions) + sessions * _TRANSPORT
+        if took > budget:
+            # Between two powers of two a step's duration is close to a line.
+            share = (budget - before) / (took - before) if before else 0.0
+            return max(1, fits + int(share * (sessions - fits)))
+        fits, before = sessions, took
+        sessions *= 2
+    return most
+
+
+def _step_seconds(model: LargeModel, device: torch.device, sessions: int) -> float:
+    framing = model.config.framing
+    speaker = torch.zeros(1, SPEAKER_EMBEDDING_SIZE, device=device) if model.config.task == "tse" else None
+    states = StateSlots(model, sessions, speaker)
+    slots = torch.arange(sessions, device=device)
+    for slot in range(sessions):
+        states.put(slot, model.initial_state(1, speaker))
+    windows = torch.randn(sessions, model.config.microphones, framing.n_fft)
+    times = []
+    for _ in range(_STEPS):
+        started = time.perf_counter()
+        hints, _, state = model(windows.to(device), states.take(slots))
+        states.store(slots, state)
+        hints.cpu()
+        times.append(time.perf_counter() - started)
+    # The shortest: what else the machine did in this moment says nothing of the hours to come.
+    return min(times)

@@ -1,0 +1,52 @@
+"""What Prometheus reads of a server: ``kb-server --metrics-port``."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from common.errors import InputError, reason
+from remote_server.engine import Step
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.024, 0.032, 0.048, 0.064, 0.125, 0.25, 0.5, 1.0)
+_SESSIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Metrics:
+    """The server's counters, all by bundle."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        by_bundle = ("bundle",)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, by_bundle, registry=self._registry, buckets=buckets)
+
+        self.sessions = Gauge("kb_sessions", "Sessions open.", by_bundle, registry=self._registry)
+        self.slots = Gauge("kb_slots", "Sessions that can be open at once.", by_bundle, registry=self._registry)
+        self.ended = Counter(
+            "kb_sessions_ended", "Sessions that have ended.", ("bundle", "status"), registry=self._registry
+        )
+        self.refused = Counter("kb_refused", "Calls refused, by status.", ("status",), registry=self._registry)
+        self.frames = Counter("kb_frames", "Frames computed.", by_bundle, registry=self._registry)
+        self.late = Counter(
+            "kb_hints_late", "Hints computed after their deadline, and not sent.", by_bundle, registry=self._registry
+        )
+        self.queue = histogram("kb_queue_seconds", "From a frame's arrival to the start of its step.", _SECONDS)
+        self.step = histogram("kb_step_seconds", "Duration of a step.", _SECONDS)
+        self.batch = histogram("kb_batch_sessions", "Sessions in a step.", _SESSIONS)
+
+    def observe_step(self, bundle: str, step: Step) -> None:
+        """Count one step of a bundle's network."""
+        self.frames.labels(bundle).inc(step.frames)
+        self.step.labels(bundle).observe((step.ended - step.started) / 1e9)
+        self.batch.labels(bundle).observe(step.sessions)
+
+    def serve(self, host: str, port: int) -> int:
+        """Answer Prometheus on a port of its own, from a thread of its own; the port, which 0 leaves to the system.
+
+        Raises:
+            InputError: the port is taken, or the address not this machine's.
+        """
+        try:
+            server, _ = start_http_server(port, host, self._registry)
+        except OSError as error:
+            raise InputError(f"--metrics-port {port}: cannot listen on {host} ({reason(error)})") from None
+        return int(server.server_port)

@@ -1,0 +1,153 @@
+"""A server process: the gRPC server around the service, its health, signals and log."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from common.errors import InputError
+from protos.codec import SERVICE_NAME
+from protos.hints_pb2_grpc import add_HintServiceServicer_to_server
+from remote_server.limits import Limits
+from remote_server.service import HintService, log_event
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where and how a server process listens."""
+
+    host: str
+    port: int
+    drain_seconds: float
+    until_stdin_ends: bool = False
+    shared_port: bool = False  # with other processes of the same server
+
+
+async def serve(service: HintService, limits: Limits, where: Listening, ready: Callable[[int], None]) -> None:
+    """Serve until SIGTERM or SIGINT. SIGHUP looks at the bundles again.
+
+    Args:
+        ready: called with the port once calls are answered.
+
+    Raises:
+        InputError: the port cannot be had.
+    """
+    # The event loop needs the interpreter several times a message, and would wait 5 ms for it each time.
+    sys.setswitchinterval(0.0005)
+    server = grpc.aio.server(
+        options=[
+            # Two servers on one port would share its connections without a word.
+            ("grpc.so_reuseport", int(where.shared_port)),
+            ("grpc.max_receive_message_length", limits.message_bytes),
+            # A device that fell silent without closing its connection is noticed.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+            # A device may ping so often, but no more.
+            ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+    )
+    add_HintServiceServicer_to_server(service, server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    address = f"[{where.host}]:{where.port}" if ":" in where.host else f"{where.host}:{where.port}"
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError:
+        raise InputError(f"cannot listen on {address}; is the port taken? --port 0 finds a free one") from None
+    # Before anybody hears that the server is there, and so may end it.
+    stop, at_once = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def asked_to_stop() -> None:
+        (at_once if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked_to_stop)
+    reloads: set[asyncio.Task[None]] = set()
+
+    def asked_to_reload() -> None:
+        if not reloads:
+            task = loop.create_task(_reload(service))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, asked_to_reload)
+    await server.start()
+    for name in ("", SERVICE_NAME):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    ready(bound)
+    slots = {served.manifest.name: served.engine.slots for served in service.bundles.served}
+    log_event("server_started", host=where.host, port=bound, sessions=slots)
+    if where.until_stdin_ends:
+        # A daemon thread: nothing may wait for it when the server stops for another reason.
+        threading.Thread(target=_when_stdin_ends, args=(loop, stop.set), daemon=True).start()
+    watching = loop.create_task(service.watch())
+    await stop.wait()
+    log_event("server_draining", seconds=where.drain_seconds)
+    await checks.enter_graceful_shutdown()
+    draining = loop.create_task(service.drain(where.drain_seconds))
+    # A second signal ends it at once.
+    hurry = loop.create_task(at_once.wait())
+    await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        draining.cancel()
+        await service.drain(0)
+    watching.cancel()
+    hurry.cancel()
+    await server.stop(grace=1)
+    service.close()
+    log_event("server_stopped")
+
+
+async def _reload(service: HintService) -> None:
+    try:
+        found = await asyncio.to_thread(service.bundles.load_new)
+    except InputError as error:
+        log_event("reload_failed", why=str(error))
+        return
+    added, retired = service.bundles.take_in(found)
+    log_event("reloaded", added=added, retired=retired)
+
+
+def start_log() -> None:
+    """Log to standard error, one JSON object a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class _JsonLines(logging.Formatter):
+    """An event as it is, anything else as the event ``log``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), "level": record.levelname}
+        if isinstance(record.msg, dict):
+            fields |= record.msg
+        else:
+            fields |= {"event": "log", "logger": record.name, "text": record.getMessage()}
+        if record.exc_info:
+            fields["trace"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
+
+
+def _when_stdin_ends(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    if sys.stdin is not None:
+        with contextlib.suppress(OSError):
+            while os.read(sys.stdin.fileno(), 1024):
+                pass
+    with contextlib.suppress(RuntimeError):  # the loop is closed already
+        loop.call_soon_threadsafe(call)

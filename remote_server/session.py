@@ -1,0 +1,166 @@
+"""One session: audio in from a device, hints out to it, and why it ends."""
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from protos import hints_pb2 as pb
+from protos.codec import hint_encoder
+from remote_server.bundles import ServedBundle
+from remote_server.engine import EngineSession, Hints
+from remote_server.limits import Limits
+from remote_server.messages import AudioReader, Refused
+from remote_server.metrics import Metrics
+
+_MOST_WAITING = 250  # frames in the engine, and hints in the outbox, above which no more audio is taken
+_BURST = 125  # frames that may come at once, such as the audio of an outage
+
+Response = pb.StreamHintsResponse
+
+
+class Session:
+    """A session whose configuration has been accepted.
+
+    The audio is read by a task of its own. :meth:`responses` gives what the device gets, until the session ends; every
+    end but the good one is raised there as :class:`Refused`.
+    """
+
+    def __init__(self, config: pb.SessionConfig, bundle: ServedBundle, limits: Limits, metrics: Metrics) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.frames = 0  # answered
+        self._bundle, self._limits = bundle, limits
+        self._reader = AudioReader(config, bundle.manifest.model, limits.chunks)
+        self._encode = hint_encoder(config.hint_encoding)
+        self._deadline = config.hint_deadline_ms * 1_000_000 or None  # ns
+        self._embedding = np.array(config.speaker_embedding, np.float32) if config.speaker_embedding else None
+        self._first_frame = self._next_hint = config.first_frame
+        self._stream: EngineSession | None = None
+        self._outbox: deque[Response] = deque()
+        self._wake, self._room = asyncio.Event(), asyncio.Event()
+        self.ended: Refused | None = None  # why, other than by the device's own wish
+        self._read_all = False
+        self._refused: Refused | None = None  # what was read last, after the hints of what came before
+        self._opened = self._heard = self._moved = time.monotonic()
+        name = bundle.manifest.name
+        self._late, self._queue = metrics.late.labels(name), metrics.queue.labels(name)
+
+    async def responses(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> AsyncIterator[Response]:
+        """Everything that goes to the device.
+
+        Raises:
+            Refused: the session has ended otherwise than by the device's own wish.
+        """
+        self._stream = await self._bundle.engine.open(self._receive, self._embedding)
+        reading = asyncio.create_task(self._read(requests, self._stream))
+        try:
+            yield Response(started=pb.SessionStarted(session_id=self.id))
+            while True:
+                while self._outbox:
+                    response = self._outbox.popleft()
+                    self._room.set()
+                    yield response
+                    self._moved = time.monotonic()
+                if self.ended is not None:
+                    raise self.ended
+                if self._read_all and self._next_hint == self._reader.next_frame:
+                    if self._refused is not None:
+                        raise self._refused
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+        finally:
+            reading.cancel()
+            self._stream.close()
+
+    def end(self, why: Refused) -> None:
+        """End the session once the hints there are have gone out."""
+        if self.ended is None:
+            self.ended = why
+            self._wake.set()
+
+    def announce_draining(self, seconds: float) -> None:
+        """Tell the device that it should go elsewhere."""
+        self._put(Response(draining=pb.Draining(seconds=seconds)))
+
+    def overdue(self, now: float) -> Refused | None:
+        """Which of the limits on time has passed, if one has; ``now`` in seconds of the monotonic clock."""
+        limits = self._limits
+        if self._outbox and now - self._moved > limits.unread_seconds:
+            text = f"hints wait unread for {limits.unread_seconds:g} s; read them as they come"
+            return Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        if limits.idle_seconds and now - self._heard > limits.idle_seconds:
+            text = f"no audio for {limits.idle_seconds:g} s; open a session when there is some"
+            return Refused(text, grpc.StatusCode.DEADLINE_EXCEEDED)
+        if limits.session_seconds and now - self._opened > limits.session_seconds:
+            text = f"a session here may last {limits.session_seconds:g} s; open a new one"
+            return Refused(text, grpc.StatusCode.DEADLINE_EXCEEDED)
+        return None
+
+    async def _read(self, requests: AsyncIterator[pb.StreamHintsRequest], stream: EngineSession) -> None:
+        try:
+            async for request in requests:
+                first, samples = self._reader.read(request)
+                self._heard = time.monotonic()
+                stream.send(samples, self._reader.next_frame - first)
+                # Not reading is what holds a device back.
+                await self._pace()
+                while stream.waiting > _MOST_WAITING or len(self._outbox) > _MOST_WAITING:
+                    self._room.clear()
+                    await self._room.wait()
+            # A call that was cancelled ends its requests too, a moment before its task is told.
+            await asyncio.sleep(0.01)
+        except Refused as error:
+            self._refused = error
+        except DecodeError:
+            self._refused = Refused("request: is no StreamHintsRequest")
+        except grpc.RpcError as error:
+            self._refused = Refused(f"the connection broke ({type(error).__name__})", grpc.StatusCode.CANCELLED)
+        self._read_all = True
+        self._wake.set()
+
+    async def _pace(self) -> None:
+        if not self._limits.speed:
+            return
+        chunk_seconds = self._bundle.manifest.model.framing.chunk_seconds
+        sent = (self._reader.next_frame - self._first_frame - _BURST) * chunk_seconds
+        ahead = sent / self._limits.speed - (time.monotonic() - self._opened)
+        if ahead > 0:
+            await asyncio.sleep(ahead)
+
+    def _receive(self, result: Hints | Exception) -> None:
+        if self.ended is not None:
+            return
+        if isinstance(result, Exception):
+            text = f"the server failed on this session; see its log ({type(result).__name__})"
+            self.end(Refused(text, grpc.StatusCode.INTERNAL))
+            return
+        compute = (result.ended - result.started) // 1000
+        for values, arrived in zip(result.values, result.arrived, strict=True):
+            frame = self._next_hint
+            if not np.isfinite(values).all():
+                self.end(Refused(f"audio.pcm: the network overflows on frame {frame}; scale the samples to +-1"))
+                return
+            self._next_hint = frame + 1
+            queued = result.started - arrived
+            self._queue.observe(queued / 1e9)
+            if self._deadline is not None and result.ended - arrived > self._deadline:
+                self._late.inc()
+                continue
+            payload, scale = self._encode(values)
+            hint = pb.Hint(frame=frame, payload=payload, scale=scale, queue_us=queued // 1000, compute_us=compute)
+            self._put(Response(hint=hint))
+            self.frames += 1
+        self._room.set()
+        self._wake.set()
+
+    def _put(self, response: Response) -> None:
+        if not self._outbox:
+            self._moved = time.monotonic()
+        self._outbox.append(response)
+        self._wake.set()
