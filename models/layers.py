@@ -48,8 +48,8 @@ class Window:
     stream: Tensor  # [B, 1]
     rows: Tensor  # [B, min(T, W)] rows that the newest frames are written to
     past: Tensor | None  # [B, W] rows of the frames before, oldest first; None for one frame
-    band: Tensor | None  # [W, 2 W] which of a block's keys lie in a query's window; None for one frame
-    unseen: Tensor  # rows or keys from before the start of a stream: [B, 1, 1, W], or [B, 1, blocks, 1, 2 W]
+    band: Tensor | None  # [Q, W + Q] which of a block's keys lie in a query's window, Q = min(T, W); None for one frame
+    unseen: Tensor  # rows or keys from before the start of a stream: [B, 1, 1, W], or [B, 1, blocks, 1, W + Q]
 
 
 def window_of(frames: Tensor, steps: int, size: int) -> Window:
@@ -67,11 +67,12 @@ def window_of(frames: Tensor, steps: int, size: int) -> Window:
     if steps == 1:
         return Window(stream, frames % size, None, None, (slot > frames)[:, None, None])
     rows = (frames + torch.arange(max(steps - size, 0), steps, device=device)) % size
-    # Queries go in blocks of W; the keys of a block are its own W frames and the W before it, of which the very first
-    # is in nobody's window: whole blocks need no overlapping views, whose gradients are slow.
-    key = torch.arange(2 * size, device=device)
-    distance = key - slot[:, None] - 1
-    first = torch.arange(0, steps, size, device=device)[:, None] - size
+    # Queries go in blocks of W, or in one of T; the keys of a block are its own frames and the W before it, of which the
+    # very first is in nobody's window: whole blocks need no overlapping views, whose gradients are slow.
+    block = min(steps, size)
+    key = torch.arange(size + block, device=device)
+    distance = key - slot[:block, None] - 1
+    first = torch.arange(0, steps, block, device=device)[:, None] - size
     unseen = frames[:, :, None] + first + key < 0
     band = (distance >= 0) & (distance < size)
     return Window(stream, rows, (frames + slot) % size, band, unseen[:, None, :, None])
@@ -102,17 +103,21 @@ def window_attention(
         if mask_unseen:
             scores = scores.masked_fill(window.unseen, -torch.inf)
         return _with_rings(scores.softmax(-1), cache.values, cache.streams), cache
-    blocks = -(-steps // size)
-    tail = (0, 0, 0, blocks * size - steps)
+    block = min(steps, size)
+    blocks = -(-steps // block)
+    tail = (0, 0, 0, blocks * block - steps)
     stream, past = _streams(cache, window), window.past
 
     def banded(ring: Tensor, new: Tensor) -> Tensor:
         before = ring[stream, :, past].transpose(1, 2)
-        whole = functional.pad(torch.cat([before, new], dim=2), tail).unflatten(2, (blocks + 1, size))
+        whole = torch.cat([before, new], dim=2)
+        if blocks == 1:
+            return whole[:, :, None]
+        whole = functional.pad(whole, tail).unflatten(2, (blocks + 1, size))
         return torch.cat([whole[:, :, :-1], whole[:, :, 1:]], dim=3)
 
     output = functional.scaled_dot_product_attention(
-        functional.pad(query, tail).unflatten(2, (blocks, size)),
+        functional.pad(query, tail).unflatten(2, (blocks, block)),
         banded(cache.keys, key),
         banded(cache.values, value),
         attn_mask=window.band & ~window.unseen if mask_unseen else window.band,

@@ -17,7 +17,6 @@ from models.slots import StateSlots
 from protos.codec import Samples
 
 _MOST_FRAMES = 8  # of one session in a step: a backlog is worked off in such pieces, so that nobody waits long for it
-_MOST_BACKLOG = {"cpu": 8, "cuda": 256}  # frames of all sessions together in a step over longer backlogs
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ class HintEngine:
         self._sessions: set[EngineSession] = set()
         self._commands: deque[Callable[[], None]] = deque()
         self._closing = False
+        self._most_backlog = _MOST_FRAMES  # frames of all sessions together in a step over backlogs
         self._loop: asyncio.AbstractEventLoop | None = None
         with torch.inference_mode():
             self._states = StateSlots(self._model, slots, self._embedding(None))
@@ -189,7 +189,7 @@ class HintEngine:
                     first = min(session.arrived[0] for session in ready)
                     left = self._max_wait - (time.perf_counter_ns() - first) / 1e9
                     if len(ready) == len(self._sessions) or left <= 0:
-                        return _groups(ready, _MOST_BACKLOG[self._device.type])
+                        return _groups(ready, self._most_backlog)
                     self._changed.wait(left)
                 else:
                     self._changed.wait()
@@ -217,6 +217,13 @@ class HintEngine:
         else:
             ended = time.perf_counter_ns()
             results = [Hints(own, when, started, ended) for own, when in zip(values, arrived, strict=True)]
+        if frames > 1:
+            # As many as leave the others' next frames their time.
+            took = (ended - started) / 1e9 / self._framing.chunk_seconds
+            if took < 0.5 and 2 * frames * len(sessions) > self._most_backlog:
+                self._most_backlog *= 2
+            elif took > 1:
+                self._most_backlog = max(self._most_backlog // 2, _MOST_FRAMES)
         deliveries = list(zip(sessions, results, strict=True))
         if self._observe is not None:
             self._observe(Step(len(sessions), frames * len(sessions), started, ended))

@@ -1,0 +1,195 @@
+"""Sessions that share steps get what each would get alone."""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from models.pair import LargeModel
+from protos.codec import Samples
+from remote_server.engine import EngineSession, HintEngine, Hints, Step
+from tests.golden_cases import TOLERANCE, Golden, worst
+
+
+@pytest.fixture(scope="module", params=["ss_delay6_compression2", "tse_delay6"])
+def large(request: pytest.FixtureRequest, golden: Callable[[str], Golden]) -> LargeModel:
+    return golden(request.param).pair.large
+
+
+def noise(model: LargeModel, frames: int, seed: int) -> tuple[Samples, Samples | None]:
+    """Samples ``[M, chunk T + lookahead]`` of a stream of its own, and its speaker."""
+    framing, rng = model.config.framing, np.random.default_rng(seed)
+    shape = model.config.microphones, framing.chunk * frames + framing.lookahead
+    speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if model.config.task == "tse" else None
+    return rng.normal(0, 0.1, shape).astype(np.float32), speaker
+
+
+@torch.inference_mode()
+def alone(model: LargeModel, samples: Samples, speaker: Samples | None) -> Samples:
+    """The hints ``[T, channels, F]`` of a whole stream, computed at once and by itself."""
+    state = model.initial_state(1, None if speaker is None else torch.from_numpy(speaker)[None])
+    hints: Samples = model(torch.from_numpy(samples)[None], state)[0][0].numpy()
+    return hints
+
+
+class Stream:
+    """A session of a stream of its own, and the hints it gets."""
+
+    def __init__(self, engine: HintEngine, model: LargeModel, frames: int, seed: int) -> None:
+        self._engine, self._framing = engine, model.config.framing
+        self._frames = frames
+        self.samples, self.speaker = noise(model, frames, seed)
+        self.hints: list[Samples] = []
+        self._done = asyncio.Event()
+        self._sent = 0
+        self._session: EngineSession | None = None
+
+    async def open(self) -> None:
+        self._session = await self._engine.open(self._receive, self.speaker)
+
+    def send(self, frames: int) -> None:
+        assert self._session is not None
+        chunk, lookahead, first = self._framing.chunk, self._framing.lookahead, self._sent
+        start = first * chunk + (lookahead if first else 0)
+        self._sent += frames
+        self._session.send(self.samples[:, start : self._sent * chunk + lookahead], frames)
+
+    async def end(self) -> None:
+        """Wait for all that was sent, and give the slot back."""
+        assert self._session is not None
+        while len(self.hints) < self._sent:
+            self._done.clear()
+            await asyncio.wait_for(self._done.wait(), 60)
+        self._session.close()
+
+    @property
+    def left(self) -> int:
+        return self._frames - self._sent
+
+    def _receive(self, result: Hints | Exception) -> None:
+        assert isinstance(result, Hints), result
+        assert len(result.arrived) == len(result.values)
+        self.hints.extend(result.values)
+        self._done.set()
+
+
+def test_thirty_two_sessions_get_what_each_gets_alone(large: LargeModel) -> None:
+    chance = random.Random(7)
+    steps: list[Step] = []
+    # More streams than slots: the later ones get slots that others had.
+    lengths = [chance.randint(2, 70) for _ in range(48)]
+
+    async def run(stream: Stream, places: asyncio.Semaphore) -> None:
+        async with places:
+            await asyncio.sleep(chance.uniform(0, 0.1))
+            await live(stream)
+
+    async def live(stream: Stream) -> None:
+        await stream.open()
+        backlog = chance.randint(0, 62)
+        if backlog:
+            stream.send(min(backlog, stream.left))
+        while stream.left:
+            # A frame at a time, with a gap now and then, after which what has waited comes at once.
+            await asyncio.sleep(chance.choice([0.0, 0.02, 0.05, 0.1]))
+            stream.send(min(chance.choice([1, 1, 1, 1, 2, 5, 20]), stream.left))
+        await stream.end()
+
+    async def all_of_them() -> list[Stream]:
+        engine = HintEngine(large, torch.device("cpu"), slots=32, max_wait=0.01, observe=steps.append)
+        places = asyncio.Semaphore(32)
+        streams = [Stream(engine, large, length, seed) for seed, length in enumerate(lengths)]
+        await asyncio.gather(*(run(stream, places) for stream in streams))
+        engine.close()
+        return streams
+
+    for stream in asyncio.run(all_of_them()):
+        expected = alone(large, stream.samples, stream.speaker)
+        assert worst(np.stack(stream.hints), expected) < TOLERANCE
+    assert max(step.frames // step.sessions for step in steps) == 8
+    assert sum(step.frames for step in steps) == sum(lengths)
+
+
+def test_frames_that_come_together_are_computed_together(large: LargeModel) -> None:
+    steps: list[Step] = []
+
+    async def all_at_once() -> list[Stream]:
+        engine = HintEngine(large, torch.device("cpu"), slots=9, max_wait=10.0, observe=steps.append)
+        streams = [Stream(engine, large, 3, seed) for seed in range(9)]
+        for stream in streams:
+            await stream.open()
+        for _ in range(3):
+            for stream in streams:
+                stream.send(1)
+            await asyncio.sleep(0.1)
+        await asyncio.gather(*(stream.end() for stream in streams))
+        engine.close()
+        return streams
+
+    for stream in asyncio.run(all_at_once()):
+        assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
+    assert steps[0].sessions == 9
+
+
+def test_a_slot_keeps_nothing_of_its_last_session(large: LargeModel) -> None:
+    async def reuse() -> Stream:
+        engine = HintEngine(large, torch.device("cpu"), slots=1)
+        spoilt = Stream(engine, large, 3, seed=1)
+        spoilt.samples[:] = 3e38  # every state of it is not finite any more
+        await spoilt.open()
+        spoilt.send(3)
+        await spoilt.end()
+        assert not np.isfinite(np.stack(spoilt.hints)).all()
+        after = Stream(engine, large, 60, seed=2)
+        await after.open()
+        after.send(60)
+        await after.end()
+        engine.close()
+        return after
+
+    stream = asyncio.run(reuse())
+    assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
+
+
+def test_a_session_that_is_not_finite_touches_none_of_its_step(large: LargeModel) -> None:
+    async def together() -> Stream:
+        engine = HintEngine(large, torch.device("cpu"), slots=2, max_wait=1.0)
+        spoilt, sound = Stream(engine, large, 20, seed=1), Stream(engine, large, 20, seed=2)
+        spoilt.samples[:] = 3e38
+        for stream in (spoilt, sound):
+            await stream.open()
+        for _ in range(20):
+            spoilt.send(1)
+            sound.send(1)
+            await asyncio.sleep(0)
+        await asyncio.gather(spoilt.end(), sound.end())
+        engine.close()
+        return sound
+
+    stream = asyncio.run(together())
+    assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
+
+
+def test_a_backlog_does_not_hold_back_a_session_that_keeps_time(large: LargeModel) -> None:
+    """Between two of the live session's frames, the other one's long backlog gets one step."""
+    order: list[int] = []
+
+    async def side_by_side() -> None:
+        engine = HintEngine(large, torch.device("cpu"), slots=2, observe=lambda step: order.append(step.frames))
+        behind, live = Stream(engine, large, 120, seed=1), Stream(engine, large, 4, seed=2)
+        await behind.open()
+        await live.open()
+        behind.send(120)
+        for count in range(1, 5):
+            live.send(1)
+            while len(live.hints) < count:
+                await asyncio.sleep(0.0005)
+        assert len(behind.hints) < 120
+        await asyncio.gather(behind.end(), live.end())
+        engine.close()
+
+    asyncio.run(side_by_side())
+    assert sum(order) == 124
