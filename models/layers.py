@@ -67,7 +67,7 @@ def window_of(frames: Tensor, steps: int, size: int) -> Window:
     if steps == 1:
         return Window(stream, frames % size, None, None, (slot > frames)[:, None, None])
     rows = (frames + torch.arange(max(steps - size, 0), steps, device=device)) % size
-    # Queries go in blocks of W, or in one of T; the keys of a block are its own frames and the W before it, of which the
+    # Queries go in blocks of W, or one of T; the keys of a block are its own frames and the W before it, of which the
     # very first is in nobody's window: whole blocks need no overlapping views, whose gradients are slow.
     block = min(steps, size)
     key = torch.arange(size + block, device=device)
