@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,9 +19,12 @@ from common.errors import InputError
 from models.manifest import DEFAULT_BUNDLE
 
 if TYPE_CHECKING:
+    from remote_server.security import Security
     from remote_server.service import HintService
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_SECURITY = "Security"  # heading of these options in the help
 
 
 @app.command()
@@ -30,6 +34,35 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one and prints it.")] = 50051,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     max_sessions: Annotated[int, typer.Option("--max-sessions", min=1, help="Devices served at once.")] = 16,
+    auth_tokens: Annotated[
+        Path | None,
+        typer.Option("--auth-tokens", help="TOML file of the tokens that may call.", rich_help_panel=_SECURITY),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option("--tls-cert", help="Certificate for TLS, PEM.", rich_help_panel=_SECURITY),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", help="Its private key, PEM.", rich_help_panel=_SECURITY)
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca", help="Devices need a certificate of this authority, PEM.", rich_help_panel=_SECURITY
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let other machines connect without encryption.", rich_help_panel=_SECURITY),
+    ] = False,
+    reflection: Annotated[
+        bool | None,
+        typer.Option(
+            "--reflection/--no-reflection",
+            help="Describe the interface to callers. [on for this machine, off for others]",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = None,
     until_stdin_ends: Annotated[
         bool, typer.Option("--until-stdin-ends", help="Stop when standard input is closed (for a parent process).")
     ] = False,
@@ -42,25 +75,39 @@ def serve(
     from models.device import pick_device
     from models.manifest import UNTRAINED_NOTICE
     from remote_server.engine import HintEngine
+    from remote_server.security import check_security
     from remote_server.service import HintService
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    security = check_security(
+        host,
+        auth_tokens=auth_tokens,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        insecure=insecure,
+        reflection=reflection,
+    )
     target = pick_device(device)
     model, manifest = load_large(bundle)
     if manifest.untrained:
         warn(UNTRAINED_NOTICE)
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        warn(f"listening on {host} without encryption or authentication; use it only on a network you trust")
     service = HintService(HintEngine(model, target), manifest, max_sessions)
 
     def ready(bound: int) -> None:
         print(f"kb-server: listening on {_address(host, bound)}, bundle {manifest.label}, device {target}", flush=True)
 
-    asyncio.run(_serve(service, host, port, ready, until_stdin_ends=until_stdin_ends))
+    asyncio.run(_serve(service, security, host, port, ready, until_stdin_ends=until_stdin_ends))
 
 
 async def _serve(
-    service: "HintService", host: str, port: int, ready: Callable[[int], None], *, until_stdin_ends: bool
+    service: "HintService",
+    security: "Security",
+    host: str,
+    port: int,
+    ready: Callable[[int], None],
+    *,
+    until_stdin_ends: bool,
 ) -> None:
     import grpc
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -71,21 +118,23 @@ async def _serve(
     from remote_server.service import log_event
 
     server = grpc.aio.server(
+        interceptors=security.interceptors(),
         options=[
             # Two servers on one port would share its connections without a word.
             ("grpc.so_reuseport", 0),
             # A device that fell silent without closing its connection is noticed.
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
-        ]
+        ],
     )
     add_HintServiceServicer_to_server(service, server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    if security.reflection:
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
     try:
-        bound = server.add_insecure_port(_address(host, port))
+        bound = security.add_port(server, _address(host, port))
     except RuntimeError:
         taken = f"cannot listen on {_address(host, port)}; is the port taken? --port 0 finds a free one"
         raise InputError(taken) from None

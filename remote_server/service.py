@@ -16,6 +16,7 @@ from models.manifest import Manifest
 from protos import hints_pb2 as pb
 from protos.codec import MAX_CHUNKS_PER_MESSAGE, PROTOCOL_VERSION, hint_encoder
 from protos.hints_pb2_grpc import HintServiceServicer
+from remote_server.access import CALLER, Denied
 from remote_server.engine import HintEngine
 from remote_server.enrollment import SpeakerEncoder
 from remote_server.sessions import AudioReader, Mismatch, Refused, check_config, check_enrollment
@@ -67,9 +68,12 @@ class HintService(HintServiceServicer):
             await session.end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._sessions.add(task)
         try:
-            await self._run(request_iterator, context, session)
+            with CALLER.get().session():
+                await self._run(request_iterator, context, session)
             await _let_cancellation_through()
             session.log_end("OK", "the device ended it")
+        except Denied as error:
+            await session.end(context, error.status, str(error))
         except Mismatch as error:
             await session.end(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except Refused as error:
@@ -102,6 +106,7 @@ class HintService(HintServiceServicer):
             await _let_cancellation_through()
             raise Refused("request: the stream ended before its configuration")
         config = check_config(request, self._manifest)
+        CALLER.get().check_bundle(self._manifest.name)
         reader = AudioReader(config, self._manifest.model)
         encode = hint_encoder(config.hint_encoding)
         speaker = np.array(config.speaker_embedding, dtype=np.float32) if config.speaker_embedding else None
@@ -146,6 +151,10 @@ class HintService(HintServiceServicer):
 
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
         """What this server runs."""
+        try:
+            CALLER.get().check_bundle(self._manifest.name)
+        except Denied as error:
+            await context.abort(error.status, str(error))
         model = self._manifest.model
         return pb.DescribeModelResponse(
             protocol_version=PROTOCOL_VERSION,
@@ -180,7 +189,7 @@ class _Session:
         await context.abort(status, why)
 
     def log_start(self) -> None:
-        log_event("session_opened", session=self.id, peer=self._peer)
+        log_event("session_opened", session=self.id, peer=self._peer, caller=CALLER.get().name)
 
     def log_end(self, status: str, why: str) -> None:
         log_event(
