@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,8 @@ from common.errors import InputError
 from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_SECURITY = "Security"  # heading of these options in the help
 
 
 @app.callback(invoke_without_command=True)
@@ -42,6 +45,35 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0, help="Time that devices have to go elsewhere after SIGTERM.")
     ] = 10.0,
+    auth_tokens: Annotated[
+        Path | None,
+        typer.Option("--auth-tokens", help="TOML file of the tokens that may call.", rich_help_panel=_SECURITY),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option("--tls-cert", help="Certificate for TLS, PEM.", rich_help_panel=_SECURITY),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", help="Its private key, PEM.", rich_help_panel=_SECURITY)
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca", help="Devices need a certificate of this authority, PEM.", rich_help_panel=_SECURITY
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let other machines connect without encryption.", rich_help_panel=_SECURITY),
+    ] = False,
+    reflection: Annotated[
+        bool | None,
+        typer.Option(
+            "--reflection/--no-reflection",
+            help="Describe the interface to callers. [on for this machine, off for others]",
+            rich_help_panel=_SECURITY,
+        ),
+    ] = None,
     until_stdin_ends: Annotated[
         bool, typer.Option("--until-stdin-ends", help="Stop when standard input is closed (for a parent process).")
     ] = False,
@@ -57,20 +89,28 @@ def serve(
     from remote_server.bundles import Bundles
     from remote_server.limits import read_limits
     from remote_server.metrics import Metrics
+    from remote_server.security import check_security
     from remote_server.server import Listening, start_log
     from remote_server.server import serve as run_server
     from remote_server.service import HintService
 
     limits, most = read_limits(limit or []), _session_count(max_sessions)
-    target = pick_device(device)
     start_log()
+    security = check_security(
+        host,
+        auth_tokens=auth_tokens,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        insecure=insecure,
+        reflection=reflection,
+    )
+    target = pick_device(device)
     metrics = Metrics()
     names = bundle or [DEFAULT_BUNDLE]
     bundles = Bundles(names, target, max_sessions=most, max_wait=max_wait_ms / 1e3, metrics=metrics)
     if any(served.manifest.untrained for served in bundles.served):
         warn(UNTRAINED_NOTICE)
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        warn(f"listening on {host} without encryption or authentication; use it only on a network you trust")
     if metrics_port is not None:
         bound_metrics = metrics.serve(metrics_host, metrics_port)
         print(f"kb-server: metrics on http://{_address(metrics_host, bound_metrics)}/metrics", flush=True)
@@ -80,7 +120,7 @@ def serve(
         print(f"kb-server: listening on {_address(host, bound)}, bundle {running}, device {target}", flush=True)
 
     where = Listening(host, port, drain_seconds, until_stdin_ends)
-    asyncio.run(run_server(HintService(bundles, limits, metrics), limits, where, ready))
+    asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))
 
 
 def _session_count(value: str) -> int | None:

@@ -19,6 +19,7 @@ from common.errors import InputError
 from protos.codec import SERVICE_NAME
 from protos.hints_pb2_grpc import add_HintServiceServicer_to_server
 from remote_server.limits import Limits
+from remote_server.security import Security
 from remote_server.service import HintService, log_event
 
 
@@ -33,7 +34,9 @@ class Listening:
     shared_port: bool = False  # with other processes of the same server
 
 
-async def serve(service: HintService, limits: Limits, where: Listening, ready: Callable[[int], None]) -> None:
+async def serve(
+    service: HintService, limits: Limits, security: Security, where: Listening, ready: Callable[[int], None]
+) -> None:
     """Serve until SIGTERM or SIGINT. SIGHUP looks at the bundles again.
 
     Args:
@@ -45,6 +48,7 @@ async def serve(service: HintService, limits: Limits, where: Listening, ready: C
     # The event loop needs the interpreter several times a message, and would wait 5 ms for it each time.
     sys.setswitchinterval(0.0005)
     server = grpc.aio.server(
+        interceptors=security.interceptors(),
         options=[
             # Two servers on one port would share its connections without a word.
             ("grpc.so_reuseport", int(where.shared_port)),
@@ -56,16 +60,17 @@ async def serve(service: HintService, limits: Limits, where: Listening, ready: C
             ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
             ("grpc.keepalive_permit_without_calls", 1),
-        ]
+        ],
     )
     add_HintServiceServicer_to_server(service, server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    if security.reflection:
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
     address = f"[{where.host}]:{where.port}" if ":" in where.host else f"{where.host}:{where.port}"
     try:
-        bound = server.add_insecure_port(address)
+        bound = security.add_port(server, address)
     except RuntimeError:
         raise InputError(f"cannot listen on {address}; is the port taken? --port 0 finds a free one") from None
     # Before anybody hears that the server is there, and so may end it.

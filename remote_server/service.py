@@ -5,6 +5,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from google.protobuf.message import DecodeError
 from protos import hints_pb2 as pb
 from protos.codec import PROTOCOL_VERSION
 from protos.hints_pb2_grpc import HintServiceServicer
+from remote_server.access import CALLER, Denied
 from remote_server.bundles import Bundles, ServedBundle
 from remote_server.enrollment import SpeakerEncoder
 from remote_server.limits import Limits
@@ -77,14 +79,17 @@ class HintService(HintServiceServicer):
         record = _Record(peer)
         bundle: ServedBundle | None = None
         self._peers[host] += 1
+        stack = ExitStack()
         try:
             if self._draining:
                 raise _shutting_down()
             if self._limits.sessions_per_peer and self._peers[host] > self._limits.sessions_per_peer:
                 text = f"{self._limits.sessions_per_peer} sessions of this host are open already; end one of them"
                 raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            caller = CALLER.get()
             config = await self._configuration(request_iterator)
             bundle = self._admit(config)
+            stack.enter_context(caller.session())
             session = record.session = Session(config, bundle, self._limits, self._metrics)
             task = asyncio.current_task()
             assert task is not None
@@ -94,7 +99,7 @@ class HintService(HintServiceServicer):
             async for response in session.responses(request_iterator):
                 yield response
             record.end("OK", "the device ended it")
-        except Refused as error:
+        except (Refused, Denied) as error:
             record.end(error.status.name, str(error))
             if error.status is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(_RETRY_MS)),))
@@ -111,6 +116,7 @@ class HintService(HintServiceServicer):
             record.end("INTERNAL", "the server failed on it")
             await context.abort(grpc.StatusCode.INTERNAL, "the server failed on this session; see its log")
         finally:
+            stack.close()
             self._peers[host] -= 1
             self._peers += Counter()  # forgets those that have none
             if bundle is None:
@@ -151,6 +157,10 @@ class HintService(HintServiceServicer):
             names = ", ".join(served.manifest.name for served in self.bundles.served)
             await context.abort(grpc.StatusCode.NOT_FOUND, f"bundle: {request.bundle[:80]!r} is none of {names}")
             raise AssertionError  # abort has raised
+        try:
+            CALLER.get().check_bundle(bundle.manifest.name)
+        except Denied as error:
+            await context.abort(error.status, str(error))
         manifest = bundle.manifest
         model = manifest.model
         return pb.DescribeModelResponse(
@@ -195,6 +205,7 @@ class HintService(HintServiceServicer):
         bundle = self.bundles.find(config.bundle_id) if config.bundle_id else None
         if bundle is None or bundle.manifest.id != config.bundle_id:
             raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
+        CALLER.get().check_bundle(bundle.manifest.name)
         check_config(config, bundle.manifest.model)
         if bundle.sessions >= bundle.engine.slots:
             text = f"all {bundle.engine.slots} sessions of this server are taken; try again later or another server"
@@ -234,7 +245,8 @@ class _Record:
 
     def log_start(self, bundle: ServedBundle) -> None:
         assert self.session is not None
-        log_event("session_opened", session=self.session.id, peer=self._peer, bundle=bundle.manifest.name)
+        name = bundle.manifest.name
+        log_event("session_opened", session=self.session.id, peer=self._peer, caller=CALLER.get().name, bundle=name)
 
     def end(self, status: str, why: str) -> None:
         self.status = status

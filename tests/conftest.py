@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.bundle import write_bundle
+from tests.certificates import TOKENS_FILE, Certificates, make_certificates, write_private
 from tests.golden_cases import Golden, load
 from tests.processes import Server, running_server
 
@@ -55,4 +56,35 @@ def ss_server(golden_bundle: Callable[[str], Path]) -> Iterator[Server]:
 def tse_server(golden_bundle: Callable[[str], Path]) -> Iterator[Server]:
     """A server of the TSE case ``tse_delay6``, shared by tests that do not end it."""
     with running_server(golden_bundle("tse_delay6")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates and keys in files."""
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def guarded_server(golden_bundle: Callable[[str], Path], certificates: Certificates) -> Iterator[Server]:
+    """A server of the SS case for other machines: with TLS and tokens."""
+    tokens = write_private(certificates.folder / "tokens.toml", TOKENS_FILE)
+    certificate, key = certificates.pair("server")
+    with running_server(
+        *(golden_bundle("ss_delay6_compression2"), "--host", "0.0.0.0", "--auth-tokens", tokens),
+        *("--tls-cert", certificate, "--tls-key", key),
+    ) as server:
+        server.address = server.address.replace("0.0.0.0", "127.0.0.1")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mutual_server(golden_bundle: Callable[[str], Path], certificates: Certificates) -> Iterator[Server]:
+    """A server of the SS case that wants a certificate of its devices, and describes its interface to all of them."""
+    certificate, key = certificates.pair("server")
+    with running_server(
+        *(golden_bundle("ss_delay6_compression2"), "--host", "0.0.0.0", "--reflection"),
+        *("--tls-cert", certificate, "--tls-key", key, "--tls-client-ca", certificates.ca),
+    ) as server:
+        server.address = server.address.replace("0.0.0.0", "127.0.0.1")
         yield server

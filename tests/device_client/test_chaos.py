@@ -179,7 +179,10 @@ def test_a_host_that_vanishes_is_missed_at_once_and_found_again(
     golden_bundle: Callable[[str], Path], host: Host, tmp_path: Path
 ) -> None:
     bundle = golden_bundle(SS)
-    serve = command("kb-server", "--host", host.address, "--port", 50051, "--bundle", bundle, "--until-stdin-ends")
+    serve = command(
+        *("kb-server", "--host", host.address, "--insecure"),
+        *("--port", 50051, "--bundle", bundle, "--until-stdin-ends"),
+    )
     server = subprocess.Popen(
         ["ip", "netns", "exec", host.name, *serve], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

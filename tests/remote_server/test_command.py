@@ -137,7 +137,7 @@ def test_a_server_of_the_large_part_alone_warns_of_random_weights_and_of_an_open
     pair, folder = golden("ss_delay0").pair, tmp_path / "random"
     write_bundle(folder, pair, pair.config, untrained=True, source="seed 1", configuration="config.json")
     (folder / "small.safetensors").unlink()
-    with server_of_ours("--bundle", folder, "--host", "0.0.0.0") as process:
+    with server_of_ours("--bundle", folder, "--host", "0.0.0.0", "--insecure") as process:
         match = re.search(r"listening on (\S+), bundle random \(UNTRAINED\), ", ready_line(process))
         assert match
         answer = described(match[1].replace("0.0.0.0", "127.0.0.1"))
