@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,9 @@ def serve(
     max_wait_ms: Annotated[
         float, typer.Option("--max-wait-ms", min=0, max=100, help="Time a step waits for further sessions' audio.")
     ] = 1.0,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, max=256, help="Processes that share the port, each on its own cores.")
+    ] = 1,
     limit: Annotated[
         list[str] | None, typer.Option("--limit", help="NAME=VALUE, see docs/operations.md; may be repeated.")
     ] = None,
@@ -74,6 +78,7 @@ def serve(
             rich_help_panel=_SECURITY,
         ),
     ] = None,
+    worker: Annotated[int | None, typer.Option("--worker", hidden=True)] = None,
     until_stdin_ends: Annotated[
         bool, typer.Option("--until-stdin-ends", help="Stop when standard input is closed (for a parent process).")
     ] = False,
@@ -84,18 +89,27 @@ def serve(
     # Read when gRPC is loaded. What goes wrong in it is told by us, once.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+    if workers > 1 and worker is None:
+        from remote_server.workers import run_workers
+
+        raise typer.Exit(run_workers(workers, host, port, sys.argv[1:]))
+
     from models.device import pick_device
     from models.manifest import UNTRAINED_NOTICE
     from remote_server.bundles import Bundles
     from remote_server.limits import read_limits
     from remote_server.metrics import Metrics
     from remote_server.security import check_security
-    from remote_server.server import Listening, start_log
+    from remote_server.server import Listening, address_of, start_log
     from remote_server.server import serve as run_server
     from remote_server.service import HintService
+    from remote_server.workers import device_of, pin
 
     limits, most = read_limits(limit or []), _session_count(max_sessions)
     start_log()
+    if worker is not None:
+        pin(worker, workers)
+        device = device_of(device, worker)
     security = check_security(
         host,
         auth_tokens=auth_tokens,
@@ -112,14 +126,14 @@ def serve(
     if any(served.manifest.untrained for served in bundles.served):
         warn(UNTRAINED_NOTICE)
     if metrics_port is not None:
-        bound_metrics = metrics.serve(metrics_host, metrics_port)
-        print(f"kb-server: metrics on http://{_address(metrics_host, bound_metrics)}/metrics", flush=True)
+        bound_metrics = metrics.serve(metrics_host, metrics_port + (worker or 0) if metrics_port else 0)
+        print(f"kb-server: metrics on http://{address_of(metrics_host, bound_metrics)}/metrics", flush=True)
 
     def ready(bound: int) -> None:
         running = ", ".join(served.manifest.label for served in bundles.served)
-        print(f"kb-server: listening on {_address(host, bound)}, bundle {running}, device {target}", flush=True)
+        print(f"kb-server: listening on {address_of(host, bound)}, bundle {running}, device {target}", flush=True)
 
-    where = Listening(host, port, drain_seconds, until_stdin_ends)
+    where = Listening(host, port, drain_seconds, until_stdin_ends, shared_port=worker is not None)
     asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))
 
 
@@ -129,10 +143,6 @@ def _session_count(value: str) -> int | None:
     if not value.isdecimal() or not int(value):
         raise InputError(f"--max-sessions {value}: must be auto or a number from 1 up")
     return int(value)
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ async def serve(
     if security.reflection:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-    address = f"[{where.host}]:{where.port}" if ":" in where.host else f"{where.host}:{where.port}"
+    address = address_of(where.host, where.port)
     try:
         bound = security.add_port(server, address)
     except RuntimeError:
@@ -116,6 +116,11 @@ async def serve(
     await server.stop(grace=1)
     service.close()
     log_event("server_stopped")
+
+
+def address_of(host: str, port: int) -> str:
+    """``HOST:PORT``, as gRPC wants it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def _reload(service: HintService) -> None:
