@@ -126,12 +126,13 @@ def serve(
     if any(served.manifest.untrained for served in bundles.served):
         warn(UNTRAINED_NOTICE)
     if metrics_port is not None:
-        bound_metrics = metrics.serve(metrics_host, metrics_port + (worker or 0) if metrics_port else 0)
-        print(f"kb-server: metrics on http://{address_of(metrics_host, bound_metrics)}/metrics", flush=True)
+        metrics_port = metrics.serve(metrics_host, metrics_port + (worker or 0) if metrics_port else 0)
 
     def ready(bound: int) -> None:
         running = ", ".join(served.manifest.label for served in bundles.served)
         print(f"kb-server: listening on {address_of(host, bound)}, bundle {running}, device {target}", flush=True)
+        if metrics_port is not None:
+            print(f"kb-server: metrics on http://{address_of(metrics_host, metrics_port)}/metrics", flush=True)
 
     where = Listening(host, port, drain_seconds, until_stdin_ends, shared_port=worker is not None)
     asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))

@@ -1,0 +1,164 @@
+"""What a device may ask of a server, and what happens when it asks for more."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos import hints_pb2 as pb
+from protos.hints_pb2_grpc import HintServiceStub
+from tests.processes import Server, refusal_here, running_server
+from tests.remote_server.driver import Device, Material, Request, Witness, message
+
+CHUNK_SECONDS = 0.008
+
+
+@pytest.fixture(scope="module")
+def limited(golden_bundle: Callable[[str], Path]) -> Iterator[Server]:
+    """A server that allows little of everything."""
+    limits = {
+        "message_bytes": 40_000,
+        "chunks": 30,
+        "sessions_per_peer": 3,
+        "config_seconds": 1,
+        "idle_seconds": 1.5,
+        "session_seconds": 6,
+        "unread_seconds": 1,
+        "enrollment_seconds": 2,
+        "enrollments_per_minute": 1,
+    }
+    flags = [part for name, value in limits.items() for part in ("--limit", f"{name}={value}")]
+    with running_server(golden_bundle("ss_delay6_compression2"), *flags) as server:
+        yield server
+
+
+@pytest.fixture
+def witness(limited: Server, ss: Material) -> Iterator[Witness]:
+    """A session that keeps within all of it."""
+    witness = Witness(limited, ss)
+    yield witness
+    witness.assert_exact()
+    witness.close()
+
+
+def ended(server: Server, *requests: Request) -> tuple[str, str]:
+    with Device(server, *requests) as device:
+        return device.end()
+
+
+@pytest.mark.usefixtures("witness")
+def test_a_message_larger_than_allowed_ends_the_session(limited: Server) -> None:
+    status, details = ended(limited, message(0, bytes(50_000)))
+    assert status == "RESOURCE_EXHAUSTED"
+    assert "larger than max" in details
+
+
+@pytest.mark.usefixtures("witness")
+def test_more_chunks_than_allowed_end_the_session(limited: Server, ss: Material) -> None:
+    with Device(limited, ss.opening(), ss.audio(0, 30), ss.audio(30, 31)) as device:
+        device.started()
+        assert len(device.hints(30)) == 30
+        assert device.end() == ("INVALID_ARGUMENT", "audio.pcm: has 31 chunks, a message may hold 30")
+
+
+@pytest.mark.usefixtures("witness")
+def test_a_call_without_configuration_does_not_stay(limited: Server) -> None:
+    assert ended(limited) == ("INVALID_ARGUMENT", "request: no config came within 1 s")
+
+
+def test_a_session_without_audio_does_not_stay(limited: Server, ss: Material) -> None:
+    status, details = ended(limited, ss.opening(), ss.audio(0))
+    assert (status, details.split(";")[0]) == ("DEADLINE_EXCEEDED", "no audio for 1.5 s")
+
+
+def test_a_session_ends_when_its_time_is_up(limited: Server, ss: Material) -> None:
+    began = time.monotonic()
+    with Device(limited, ss.opening()) as device:
+        device.started()
+
+        def go_on() -> None:
+            for frame in range(40):
+                device.send(ss.audio(frame))
+                time.sleep(0.5)
+
+        threading.Thread(target=go_on, daemon=True).start()
+        assert device.end() == ("DEADLINE_EXCEEDED", "a session here may last 6 s; open a new one")
+    assert 6 <= time.monotonic() - began < 20
+
+
+def test_a_host_has_so_many_sessions_and_no_more(limited: Server, witness: Witness, ss: Material) -> None:
+    with Device(limited, ss.opening()) as second, Device(limited, ss.opening()) as third:
+        second.started()
+        third.started()
+        with Device(limited, ss.opening()) as fourth:
+            status, details = fourth.end()
+            trailing = dict(fourth.call.trailing_metadata())
+        assert status == "RESOURCE_EXHAUSTED"
+        assert details.startswith("3 sessions of this host are open already")
+        assert int(trailing["grpc-retry-pushback-ms"]) > 0
+        witness.assert_exact()
+
+
+def test_hints_do_not_wait_for_ever_for_a_device_that_does_not_read_them(limited: Server, ss: Material) -> None:
+    silence = bytes(2 * 4 * 128)
+    with Device(limited, ss.opening()) as device:
+        device.started()
+        device.send(ss.audio(0))
+        # Enough for every buffer on the way; what does not fit stays here.
+        device.send(*(message(frame, silence) for frame in range(1, 4000)))
+        line = limited.wait_for_log('"status": "RESOURCE_EXHAUSTED".*hints wait unread', 30)
+    assert "hints wait unread for 1 s" in line
+
+
+@pytest.mark.usefixtures("witness")
+def test_enrollment_has_its_own_length_and_pace(limited: Server) -> None:
+    def enroll(seconds: float) -> tuple[str, str]:
+        request = pb.EnrollRequest(
+            sample_rate=16000, pcm_encoding=pb.PCM_ENCODING_S16LE, pcm=bytes(2 * int(16000 * seconds))
+        )
+        with grpc.insecure_channel(limited.address) as channel:
+            with pytest.raises(grpc.RpcError) as error:
+                HintServiceStub(channel).Enroll(request, timeout=120)
+            assert isinstance(error.value, grpc.Call)
+            return error.value.code().name, error.value.details() or ""
+
+    assert enroll(1.2) in (
+        ("INVALID_ARGUMENT", "pcm: no voice to learn from (silence)"),
+        (
+            "UNIMPLEMENTED",
+            "this server has no speaker encoder; install it there with pip install 'knowledge-boosting[enroll]'",
+        ),
+    )
+
+
+def test_audio_faster_than_allowed_waits(ss: Material, golden_bundle: Callable[[str], Path]) -> None:
+    """A second of it may come at once; then it is twice real time, here."""
+    frames = min(len(ss.hints), 300)
+    with running_server(golden_bundle("ss_delay6_compression2"), "--limit", "speed=2") as server:
+        began = time.monotonic()
+        with Device(server, ss.opening(), *(ss.audio(frame) for frame in range(frames))) as device:
+            device.finish()
+            device.started()
+            assert len(device.hints(frames)) == frames
+            assert device.end()[0] == "OK"
+        took = time.monotonic() - began
+    assert took > (frames - 125) * CHUNK_SECONDS / 2 * 0.8
+
+
+@pytest.mark.parametrize(
+    ("limit", "why"),
+    [
+        ("chunks", "must be NAME=VALUE; names: message_bytes, chunks"),
+        ("chunk=3", "must be NAME=VALUE; names: message_bytes, chunks"),
+        ("chunks=0", "chunks: Input should be greater than or equal to 1"),
+        ("chunks=many", "chunks: Input should be a valid integer"),
+        ("speed=nan", "speed: Input should be a finite number"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_refused(limit: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal_here("kb-server", capsys, "--limit", limit)
+    assert line.startswith("--limit ")
+    assert why in line

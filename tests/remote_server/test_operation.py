@@ -1,0 +1,205 @@
+"""What an operator sees and does: metrics, draining, other bundles, several processes."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos import hints_pb2 as pb
+from protos.codec import SERVICE_NAME
+from protos.hints_pb2_grpc import HintServiceStub
+from tests.golden_cases import Golden
+from tests.processes import Server, running_server
+from tests.remote_server.driver import PATIENCE, Device, Material, material, wait_until_free
+
+SS, TSE = "ss_delay6_compression2", "tse_delay6"
+
+
+def metrics(port: int) -> dict[str, float]:
+    """The samples that Prometheus would read, by name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def health(server: Server) -> int:
+    with grpc.insecure_channel(server.address) as channel:
+        request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=PATIENCE).status)  # type: ignore[attr-defined]
+
+
+def described(server: Server, bundle: str = "") -> pb.DescribeModelResponse:
+    with grpc.insecure_channel(server.address) as channel:
+        return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(bundle=bundle), timeout=PATIENCE)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def test_metrics_count_what_happens(golden_bundle: Callable[[str], Path], ss: Material) -> None:
+    port = free_port()
+    label = f'{{bundle="{SS}"}}'
+    with running_server(golden_bundle(SS), "--metrics-port", port) as server:
+        with Device(server, ss.opening(), ss.audio(0, 5)) as device:
+            device.started()
+            device.hints(5)
+            eventually(lambda: metrics(port)[f"kb_sessions{label}"] == 1)
+            with Device(server, ss.opening(bundle_id="another")) as stranger:
+                assert stranger.end()[0] == "FAILED_PRECONDITION"
+            device.finish()
+            assert device.end()[0] == "OK"
+        eventually(lambda: metrics(port)[f"kb_sessions{label}"] == 0)
+        counted = metrics(port)
+    assert counted[f"kb_frames_total{label}"] == 5
+    assert counted[f"kb_slots{label}"] == 16
+    assert counted[f"kb_queue_seconds_count{label}"] == 5
+    assert 1 <= counted[f"kb_step_seconds_count{label}"] <= 5
+    assert counted[f'kb_sessions_ended_total{{bundle="{SS}",status="OK"}}'] == 1
+    assert counted['kb_refused_total{status="FAILED_PRECONDITION"}'] == 1
+
+
+def test_hints_that_are_too_late_are_computed_and_not_sent(golden_bundle: Callable[[str], Path], ss: Material) -> None:
+    port = free_port()
+    label = f'{{bundle="{SS}"}}'
+    with running_server(golden_bundle(SS), "--metrics-port", port) as server:
+        # All at once: the later ones wait for longer than a millisecond.
+        with Device(server, ss.opening(hint_deadline_ms=1), ss.audio(0, 60)) as device:
+            device.started()
+            eventually(lambda: metrics(port)[f"kb_frames_total{label}"] == 60)
+            device.finish()
+            frames = [response.hint.frame for response in device.call]
+            assert device.call.code() is grpc.StatusCode.OK
+        late = metrics(port)[f"kb_hints_late_total{label}"]
+    assert late > 30
+    assert len(frames) == 60 - late
+    assert frames == sorted(frames)
+
+
+def test_a_draining_server_tells_its_devices_and_gives_them_time(
+    golden_bundle: Callable[[str], Path], ss: Material
+) -> None:
+    with running_server(golden_bundle(SS), "--drain-seconds", 2) as server:
+        with Device(server, ss.opening(), ss.audio(0)) as stays, Device(server, ss.opening(), ss.audio(0)) as goes:
+            for device in (stays, goes):
+                device.started()
+                device.hints(1)
+            assert health(server) == health_pb2.HealthCheckResponse.SERVING
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            for device in (stays, goes):
+                told = next(device.call)
+                assert told.WhichOneof("response") == "draining"
+                assert told.draining.seconds == 2
+            assert health(server) == health_pb2.HealthCheckResponse.NOT_SERVING
+            with Device(server, ss.opening()) as newcomer:
+                assert newcomer.end() == ("UNAVAILABLE", "the server is shutting down; try another")
+            # Until they go they are served as before.
+            goes.send(ss.audio(1))
+            assert goes.hints(1)[0].frame == 1
+            goes.finish()
+            assert goes.end()[0] == "OK"
+            assert stays.end() == ("UNAVAILABLE", "the server is shutting down; try another")
+            assert 1.5 < time.monotonic() - began < 15
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_a_server_of_two_bundles_serves_both(golden_bundle: Callable[[str], Path], ss: Material, tse: Material) -> None:
+    with running_server(golden_bundle(SS), "--bundle", golden_bundle(TSE)) as server:
+        for stream in (ss, tse):
+            with Device(server, stream.opening(), stream.audio(0)) as device:
+                device.started()
+                assert device.hints(1)[0].frame == 0
+        assert described(server).bundle_name == SS
+        assert described(server, TSE).task == "tse"
+        assert described(server, tse.manifest.id).bundle_name == TSE
+        with pytest.raises(grpc.RpcError, match="'nonsense' is none of"):
+            described(server, "nonsense")
+
+
+def test_another_bundle_is_loaded_beside_the_old_one_without_touching_a_session(
+    golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path], tmp_path: Path, ss: Material
+) -> None:
+    folder = tmp_path / "bundles"
+    shutil.copytree(golden_bundle(SS), folder / "first")
+    with running_server(folder) as server, Device(server, ss.opening(), ss.audio(0)) as device:
+        device.started()
+        device.hints(1)
+        shutil.copytree(golden_bundle(TSE), folder / "second")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log(f'"event": "reloaded", "added": \\["{TSE}"\\]')
+        new = material(golden_bundle(TSE), golden(TSE))
+        with Device(server, new.opening(), new.audio(0)) as other:
+            other.started()
+            other.hints(1)
+        # A bundle that is gone takes no new sessions, and goes with its last one.
+        shutil.rmtree(folder / "first")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log(f'"retired": \\["{SS}"\\]')
+        device.send(ss.audio(1))
+        assert device.hints(1)[0].frame == 1
+        with Device(server, ss.opening()) as late:
+            assert late.end()[0] == "FAILED_PRECONDITION"
+        # What cannot be loaded changes nothing.
+        shutil.copytree(golden_bundle("ss_delay0"), folder / "third")
+        (folder / "third" / "large.safetensors").write_bytes(b"")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log('"event": "reload_failed".*digest differs')
+        device.send(ss.audio(2))
+        assert device.hints(1)[0].frame == 2
+
+
+def test_workers_share_a_port_and_one_that_dies_is_replaced(golden_bundle: Callable[[str], Path], ss: Material) -> None:
+    with running_server(golden_bundle(SS), "--workers", 2) as server:
+        server.wait_for_log('"event": "server_started"', 60)
+        eventually(lambda: sum('"event": "server_started"' in line for line in server.log) == 2)
+        workers = children(server.process.pid)
+        assert len(workers) == 2
+        wait_until_free(server, ss)
+        os.kill(workers[0], signal.SIGKILL)
+        server.wait_for_log("starting another")
+        eventually(lambda: sum('"event": "server_started"' in line for line in server.log) == 3)
+        for _ in range(8):
+            with Device(server, ss.opening(), ss.audio(0)) as device:
+                device.started()
+                assert device.hints(1)[0].frame == 0
+        assert server.stop() == 0
+        assert not any(Path(f"/proc/{worker}").exists() for worker in (*workers, *children(server.process.pid)))
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(status.parent.name))
+    return found
+
+
+def test_auto_measures_how_many_sessions_fit(golden_bundle: Callable[[str], Path]) -> None:
+    with running_server(golden_bundle(SS), "--max-sessions", "auto") as server:
+        started = server.wait_for_log('"event": "server_started"')
+        measured = int(re.search(rf'"{SS}": (\d+)', started)[1])  # type: ignore[index]
+        assert 1 <= measured <= 64
+        assert described(server).max_sessions == measured
