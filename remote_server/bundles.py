@@ -76,7 +76,7 @@ class Bundles:
         gone = {identity: bundle for identity, bundle in self._served.items() if identity not in found}
         for bundle in found.values():
             bundle.retired = False
-            self._metrics.slots.labels(bundle.manifest.name).set(bundle.engine.slots)
+            self._metrics.begin(bundle.manifest.name, bundle.engine.slots)
         self._served = {**found, **gone}
         for bundle in gone.values():
             bundle.retired = True

@@ -33,6 +33,12 @@ class Metrics:
         self.step = histogram("kb_step_seconds", "Duration of a step.", _SECONDS)
         self.batch = histogram("kb_batch_sessions", "Sessions in a step.", _SESSIONS)
 
+    def begin(self, bundle: str, slots: int) -> None:
+        """Show a bundle, with zeros where nothing has happened yet."""
+        self.slots.labels(bundle).set(slots)
+        for metric in (self.sessions, self.frames, self.late, self.queue, self.step, self.batch):
+            metric.labels(bundle)
+
     def observe_step(self, bundle: str, step: Step) -> None:
         """Count one step of a bundle's network."""
         self.frames.labels(bundle).inc(step.frames)
