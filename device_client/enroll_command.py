@@ -7,6 +7,7 @@ import numpy as np
 
 from common.errors import InputError
 from device_client import audio, device_audio, speakers
+from device_client.credentials import Credentials
 from device_client.hint_stream import enroll
 from device_client.local_server import local_server
 from models.manifest import find_bundle
@@ -17,12 +18,20 @@ LONGEST = ENROLLMENT_SECONDS[1]
 
 
 def enroll_speaker(
-    name: str, speech_file: Path | None, *, server: str | None, bundle: str, source: str | None, seconds: float
+    name: str,
+    speech_file: Path | None,
+    *,
+    server: str | None,
+    credentials: Credentials,
+    bundle: str,
+    source: str | None,
+    seconds: float,
 ) -> None:
     """Keep the voice of a file, or of an input device, under a name.
 
     Args:
         server: that makes the embedding; None: one that is started here, with ``bundle``.
+        credentials: that it wants.
         source: input device, where there is no file.
         seconds: to record.
 
@@ -40,5 +49,5 @@ def enroll_speaker(
         if not np.any(speech):
             raise InputError("the microphone gave only silence; is it muted?")
     with ExitStack() as stack:
-        embedding = enroll(server or stack.enter_context(local_server(directory)), speech)
+        embedding = enroll(server or stack.enter_context(local_server(directory)), speech, credentials)
     print(f"{name}: kept in {speakers.save(name, embedding)}; use it with kb-client live --speaker {name}")

@@ -1,15 +1,15 @@
 """One session with a server: audio out, hints in."""
 
-import contextlib
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
 
 from common.errors import InputError
+from device_client.connection import call_failed, connect
+from device_client.credentials import Credentials
 from models.manifest import Manifest
 from protos import hints_pb2 as pb
 from protos.codec import (
@@ -24,6 +24,7 @@ from protos.codec import (
 from protos.hints_pb2_grpc import HintServiceStub
 
 _START_TIMEOUT = 5  # seconds for a server that is there to accept a connection, and a session
+_NONE = Credentials()
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class HintStream:
         manifest: Manifest,
         *,
         encodings: Encodings,
+        credentials: Credentials = _NONE,
         speaker_embedding: Samples | None = None,
         hold: Callable[[int, int], None] | None = None,
         first_frame: Callable[[], int] = lambda: 0,
@@ -76,12 +78,14 @@ class HintStream:
         Args:
             server: ``HOST:PORT``.
             manifest: of the device's bundle; the server must run the same.
+            credentials: that the server wants.
             speaker_embedding: ``[256]``, for TSE.
             hold: called with (frame, payload bytes) on the sending thread before a message goes out; may wait.
             first_frame: asked, once the server has answered, for the frame at which the audio begins.
             patience: seconds that the server has to accept a connection, and as many for the session.
 
         Raises:
+            Refused: the two ends do not accept each other.
             InputError: the server cannot be reached or refuses the session.
         """
         self._manifest = manifest
@@ -90,7 +94,7 @@ class HintStream:
         self._hint_encoding = HINT_ENCODINGS[encodings.hints]
         self._hold = hold
         self._outbox: queue.SimpleQueue[tuple[int, Samples] | None] = queue.SimpleQueue()
-        self._channel = _connect(server, patience)
+        self._channel = connect(server, credentials, patience)
         self.first_frame = self._next_frame = first_frame()
         self._config = pb.SessionConfig(
             protocol_version=PROTOCOL_VERSION,
@@ -105,16 +109,14 @@ class HintStream:
         self.bytes_up = 0
         self.bytes_down = 0
         self.ended: StreamEnd | None = None
-        self._call = HintServiceStub(self._channel).StreamHints(self._requests())
+        self._call = HintServiceStub(self._channel).StreamHints(self._requests(), metadata=credentials.metadata)
         timer = threading.Timer(patience, self._call.cancel)
         timer.start()
         try:
             first = next(self._call)
         except (grpc.RpcError, StopIteration):
             self.close()
-            raise InputError(
-                f"{server}: refused the session ({self._call.code().name}: {self._call.details()})"
-            ) from None
+            raise call_failed(server, "refused the session", self._call) from None
         finally:
             timer.cancel()
         if first.WhichOneof("response") != "started":
@@ -171,10 +173,11 @@ class HintStream:
             yield pb.StreamHintsRequest(audio=pb.AudioChunk(first_frame=frame, pcm=pcm))
 
 
-def enroll(server: str, speech: Samples) -> Samples:
+def enroll(server: str, speech: Samples, credentials: Credentials = _NONE) -> Samples:
     """The speaker embedding ``[256]`` that a server makes of enrollment speech ``[N]`` at 16 kHz.
 
     Raises:
+        Refused: the two ends do not accept each other.
         InputError: the server cannot be reached, has no speaker encoder, or refuses the speech.
     """
     import numpy as np
@@ -183,51 +186,11 @@ def enroll(server: str, speech: Samples) -> Samples:
     request = pb.EnrollRequest(
         sample_rate=ENROLLMENT_RATE, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding)
     )
-    with _connect(server, _START_TIMEOUT) as channel:
+    with connect(server, credentials, _START_TIMEOUT) as channel:
         try:
-            response = HintServiceStub(channel).Enroll(request, timeout=60)
+            response = HintServiceStub(channel).Enroll(request, timeout=60, metadata=credentials.metadata)
         except grpc.RpcError as error:
-            call = error if isinstance(error, grpc.Call) else None
-            why = f"{call.code().name}: {call.details()}" if call is not None else str(error)
-            raise InputError(f"{server}: cannot enroll ({why})") from None
+            if isinstance(error, grpc.Call):
+                raise call_failed(server, "cannot enroll", error) from None
+            raise InputError(f"{server}: cannot enroll ({error})") from None
     return np.array(response.speaker_embedding, dtype=np.float32)
-
-
-def check_address(server: str) -> None:
-    """Whether ``HOST:PORT`` is what it should be.
-
-    Raises:
-        InputError: it is not.
-    """
-    host, separator, port = server.rpartition(":")
-    if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
-        raise InputError(f"--server {server}: must be HOST:PORT")
-
-
-def _connect(server: str, patience: float) -> grpc.Channel:
-    """A channel to a server that is there.
-
-    Raises:
-        InputError: the address is malformed, or nobody answers within ``patience`` seconds.
-    """
-    check_address(server)
-    # Channels share connections, and the pauses after failed ones, unless told not to.
-    options = [
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.use_local_subchannel_pool", 1),
-    ]
-    channel = grpc.insecure_channel(server, options=options)
-    states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
-    channel.subscribe(states.put, try_to_connect=True)
-    deadline = time.monotonic() + patience
-    while (left := deadline - time.monotonic()) > 0:
-        with contextlib.suppress(queue.Empty):
-            state = states.get(timeout=left)
-            if state is grpc.ChannelConnectivity.READY:
-                channel.unsubscribe(states.put)
-                return channel
-            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                break
-    channel.close()
-    raise InputError(f"--server {server}: no answer; is kb-server running there, and the port open?")

@@ -17,6 +17,7 @@ from rich.live import Live
 from common.cli import warn
 from common.errors import InputError
 from device_client import live_view, speakers
+from device_client.credentials import Credentials
 from device_client.device_audio import DeviceAudio, open_device_audio
 from device_client.engine import EngineName, load_model
 from device_client.hint_stream import Encodings
@@ -43,6 +44,7 @@ class LiveOptions:
     bundle: str
     engine: EngineName
     servers: tuple[str, ...]
+    credentials: Credentials
     source: str | None
     target: str | None
     rate: int | None
@@ -69,10 +71,19 @@ def live(options: LiveOptions) -> None:
     _check_call(options, manifest)
     hints = None
     if options.servers:
-        encodings = Encodings(options.pcm_encoding, options.hint_encoding)
-        hints = LiveHints(options.servers, manifest, encodings=encodings, speaker_embedding=speaker)
+        hints = LiveHints(
+            options.servers,
+            manifest,
+            encodings=Encodings(options.pcm_encoding, options.hint_encoding),
+            credentials=options.credentials,
+            speaker_embedding=speaker,
+        )
     model = load_model(directory, options.engine)
     with ExitStack() as stack:
+        if hints is not None:
+            hints.start()
+            stack.callback(hints.close)
+            hints.settle()
         audio = _open_audio(options, manifest, stack)
         recorder = None
         if options.record is not None:
@@ -85,9 +96,6 @@ def live(options: LiveOptions) -> None:
             warn("no --server was given: the small network works alone")
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: audio.stop()))
-        if hints is not None:
-            hints.start()
-            stack.callback(hints.close)
         session = _Session(manifest, loop, audio, hints)
         stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(_SWITCH_INTERVAL)

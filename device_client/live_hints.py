@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import InputError
+from device_client.connection import Refused
+from device_client.credentials import Credentials
 from device_client.hint_buffer import HintBuffer
-from device_client.hint_stream import Encodings, HintStream, check_address
+from device_client.hint_stream import Encodings, HintStream
 from device_client.ring import Signal
 from models.manifest import Manifest
 from protos.codec import MAX_CHUNKS_PER_MESSAGE, Samples
@@ -23,10 +25,12 @@ _MOST_UNANSWERED = 0.75  # audio under way at most: what is in no buffer cannot 
 _MOST_WAITING = 1.0  # audio that waits to be sent; a new session's backfill is less than that
 _SILENCE = 1.5  # without a hint, while audio is unanswered: the server is gone
 _PATIENCE = 2.0  # for a connection
+_SETTLING = 3.0  # until something is known of the servers
 _PAUSES = (0.5, 15.0)  # between attempts, the shortest and the longest
 # Pauses grow slowly: an outage of a few seconds is then over at most a second or two after the server is back.
 _GROWTH = 1.15
 _STEADY = 2.0  # a session that lasted so long was worth having, and the next attempt is made at once
+_NONE = Credentials()
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,22 @@ class LiveHints:
         manifest: Manifest,
         *,
         encodings: Encodings,
+        credentials: Credentials = _NONE,
         speaker_embedding: Samples | None = None,
     ) -> None:
         """Nothing is sent before :meth:`start`.
 
         Args:
             servers: ``HOST:PORT`` of each, in the order they are tried in.
+            credentials: that they want.
 
         Raises:
-            InputError: an address is malformed.
+            InputError: an address is malformed, or must not be sent the token.
         """
         for server in servers:
-            check_address(server)
+            credentials.check(server)
         self._servers, self._manifest, self._encodings = tuple(servers), manifest, encodings
+        self._credentials = credentials
         self._speaker_embedding = speaker_embedding
         model = manifest.model
         self._lookahead, self._delay = model.framing.lookahead, model.delay
@@ -81,6 +88,10 @@ class LiveHints:
         self._buffer = HintBuffer(model.delay)
         self._wake = Signal()
         self._closed = threading.Event()
+        # At the start: a server has answered or all were tried once; whether one answered; who did not accept us.
+        self._settled = threading.Event()
+        self._answers = False
+        self._refused: Refused | None = None
         self._thread = threading.Thread(target=self._keep_connected, name="kb-network", daemon=True)
         # Of the session: frames answered, when the last answer came (ns), and the first frame whose hint may be used.
         self._answered = self._answered_at = self._warm = 0
@@ -91,6 +102,16 @@ class LiveHints:
     def start(self) -> None:
         """Begin to look for a server."""
         self._thread.start()
+
+    def settle(self) -> None:
+        """Wait, some seconds at most, until a server has answered or all were tried once.
+
+        Raises:
+            Refused: a server and this device do not accept each other, and no other server has answered.
+        """
+        self._settled.wait(_SETTLING)
+        if self._refused is not None and not self._answers:
+            raise self._refused
 
     def close(self) -> None:
         """End the session and stop looking."""
@@ -125,6 +146,8 @@ class LiveHints:
             turn += 1
             began = time.monotonic()
             lost, why = self._session(server)
+            if turn == len(self._servers):
+                self._settled.set()
             if self._closed.is_set():
                 return
             if lost:
@@ -152,12 +175,18 @@ class LiveHints:
                 server,
                 self._manifest,
                 encodings=self._encodings,
+                credentials=self._credentials,
                 speaker_embedding=self._speaker_embedding,
                 first_frame=lambda: max(0, self._frames - self._backfill),
                 patience=_PATIENCE,
             )
         except InputError as error:
+            if isinstance(error, Refused) and self._refused is None:
+                self._refused = error
+                self.events.append(ServerEvent(server, False, str(error)))
             return False, str(error)
+        self._answers = True
+        self._settled.set()
         # A network that has heard everything from the start is warm already.
         self._warm = stream.first_frame + self._backfill if stream.first_frame else 0
         self._answered, self._answered_at = stream.first_frame, time.perf_counter_ns()

@@ -12,6 +12,30 @@ from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
+# The same for every command that takes --server.
+_SECURITY = "Security"  # their heading in the help
+Tls = Annotated[
+    bool,
+    typer.Option(
+        "--tls", help="Encrypt; the server's certificate must be one this machine trusts.", rich_help_panel=_SECURITY
+    ),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option("--tls-ca", help="Encrypt; trust this certificate or authority, PEM.", rich_help_panel=_SECURITY),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert", help="This device's certificate, PEM, for servers that want one.", rich_help_panel=_SECURITY
+    ),
+]
+TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="Its private key, PEM.", rich_help_panel=_SECURITY)]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="File with the server's token; else KB_TOKEN.", rich_help_panel=_SECURITY),
+]
+
 
 class Clock(StrEnum):
     """What time it is for the frame loop."""
@@ -61,6 +85,8 @@ class PlayChoice(StrEnum):
 @app.callback()
 def commands() -> None:
     """Speech enhancement on this device, boosted by a server's hints."""
+    # Read when gRPC is loaded. A server that is not there, or not accepted, is told by us, once.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @app.command()
@@ -131,9 +157,15 @@ def replay(
     ] = OutputFormat.S16,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw spectrograms and hint ages.")] = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Run a recording through the small network, helped by a server's hints under a simulated network."""
     # What runs a replay is imported only now, so that --help and mistakes in the call answer at once.
+    from device_client.credentials import read_credentials
     from device_client.replay_command import ReplayOptions, replay_file
 
     replay_file(
@@ -143,6 +175,14 @@ def replay(
             bundle=bundle,
             engine=engine.value,
             server=server,
+            credentials=read_credentials(
+                [server] if server is not None else [],
+                tls=tls,
+                tls_ca=tls_ca,
+                tls_cert=tls_cert,
+                tls_key=tls_key,
+                token_file=token_file,
+            ),
             enrollment=enrollment,
             frame_log=frame_log,
             references=tuple(reference or ()),
@@ -206,10 +246,14 @@ def live(
     engine: Annotated[EngineChoice, typer.Option("--engine", help="What computes the network.")] = EngineChoice.ONNX,
     pcm_encoding: Annotated[PcmEncoding, typer.Option("--pcm-encoding", help="Samples sent.")] = PcmEncoding.F32,
     hint_encoding: Annotated[HintEncoding, typer.Option("--hint-encoding", help="Hints sent.")] = HintEncoding.F32,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Enhance live: microphone in, loudspeaker out, with a server's hints as long as they come in time."""
-    # Read when gRPC is loaded. A server that is not there is told by us, once.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from device_client.credentials import read_credentials
     from device_client.live_command import LiveOptions
     from device_client.live_command import live as run_live
 
@@ -218,6 +262,9 @@ def live(
             bundle=bundle,
             engine=engine.value,
             servers=tuple(server or ()),
+            credentials=read_credentials(
+                server or [], tls=tls, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file
+            ),
             source=source,
             target=target,
             rate=rate,
@@ -255,11 +302,25 @@ def enroll(
     ] = DEFAULT_BUNDLE,
     source: Annotated[str | None, typer.Option("--input", help="Device to record from, by name or index.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=5, max=30, help="To record.")] = 10,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Learn a voice for target speech extraction, and keep it under a name."""
+    from device_client.credentials import read_credentials
     from device_client.enroll_command import enroll_speaker
 
-    enroll_speaker(name, speech, server=server, bundle=bundle, source=source, seconds=seconds)
+    credentials = read_credentials(
+        [server] if server is not None else [],
+        tls=tls,
+        tls_ca=tls_ca,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        token_file=token_file,
+    )
+    enroll_speaker(name, speech, server=server, credentials=credentials, bundle=bundle, source=source, seconds=seconds)
 
 
 @app.command()

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from common.cli import warn
 from common.errors import Failure, InputError
 from device_client import audio, simulated_network
 from device_client import report as reporting
+from device_client.credentials import Credentials
 from device_client.engine import EngineName, Model, load_model, needs_torch
 from device_client.hint_buffer import HintLog
 from device_client.hint_stream import Encodings, HintStream, enroll
@@ -36,6 +38,7 @@ class ReplayOptions:
     bundle: str
     engine: EngineName
     server: str | None
+    credentials: Credentials
     enrollment: Path | None
     frame_log: Path | None
     references: tuple[Path, ...]
@@ -104,7 +107,7 @@ def replay_file(options: ReplayOptions) -> None:
         server = None
         if manifest.model.boosting is not None:
             server = options.server or stack.enter_context(local_server(directory))
-        embedding = _speaker_embedding(inputs.enrollment, server)
+        embedding = _speaker_embedding(inputs.enrollment, server, options.credentials)
         log = _new_log(inputs.mixture, manifest.model)
         hints = None
         if server is not None:
@@ -300,12 +303,12 @@ def _read_enrollment(path: Path) -> Samples:
     return audio.read_speech(path)
 
 
-def _speaker_embedding(enrollment: Samples | None, server: str | None) -> Samples | None:
+def _speaker_embedding(enrollment: Samples | None, server: str | None, credentials: Credentials) -> Samples | None:
     if enrollment is None or len(enrollment) == SPEAKER_EMBEDDING_SIZE:
         return enrollment
     if server is None:
         raise InputError("--enrollment: this bundle runs without a server, which makes embeddings; give one as .npy")
-    return enroll(server, enrollment)
+    return enroll(server, enrollment, credentials)
 
 
 def _new_log(mixture: Samples, model: ModelConfig) -> HintLog:
@@ -327,14 +330,21 @@ def _open_hints(
     uplink, downlink = simulated_network.make_links(
         conditions, spacing_ns=round(model.framing.chunk_seconds * 1e9), seed=options.seed, trace=trace
     )
-    encodings = Encodings(options.pcm_encoding, options.hint_encoding)
+    open_stream = partial(
+        HintStream,
+        server,
+        manifest,
+        encodings=Encodings(options.pcm_encoding, options.hint_encoding),
+        credentials=options.credentials,
+        speaker_embedding=embedding,
+    )
     if options.real_clock:
         real = RealHints(model.delay, log, uplink=uplink, downlink=downlink)
-        stream = HintStream(server, manifest, encodings=encodings, speaker_embedding=embedding, hold=real.hold)
+        stream = open_stream(hold=real.hold)
         stack.callback(stream.close)
         real.start(stream)
         return real
-    stream = HintStream(server, manifest, encodings=encodings, speaker_embedding=embedding)
+    stream = open_stream()
     stack.callback(stream.close)
     return VirtualHints(
         stream,

@@ -1,0 +1,135 @@
+"""A connection to a server, and why there is none."""
+
+import contextlib
+import queue
+import socket
+import ssl
+import time
+
+import grpc
+
+from common.addresses import is_loopback
+from common.errors import InputError
+from device_client.credentials import TOKEN_VARIABLE, Credentials
+
+_PROBE_TIMEOUT = 2.0  # seconds, for a server that was there a moment ago
+
+
+class Refused(InputError):
+    """A server is there, but the two ends do not accept each other; trying again is of no use."""
+
+
+def connect(server: str, credentials: Credentials, patience: float) -> grpc.Channel:
+    """A channel to a server that is there.
+
+    Args:
+        server: ``HOST:PORT``.
+        patience: seconds that it has to accept a connection.
+
+    Raises:
+        Refused: one of the two does not accept the other.
+        InputError: the address is malformed, or nobody answers.
+    """
+    credentials.check(server)
+    host = server.rpartition(":")[0]
+    options = [
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        # Channels share connections, and the pauses after failed ones, unless told not to.
+        ("grpc.use_local_subchannel_pool", 1),
+        # What goes to this machine, unencrypted tokens too, goes through no proxy.
+        ("grpc.enable_http_proxy", int(not is_loopback(host))),
+    ]
+    channel = _channel(server, credentials, options)
+    states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
+    channel.subscribe(states.put, try_to_connect=True)
+    deadline = time.monotonic() + patience
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(queue.Empty):
+            state = states.get(timeout=left)
+            if state is grpc.ChannelConnectivity.READY:
+                channel.unsubscribe(states.put)
+                return channel
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                break
+    channel.close()
+    # gRPC does not tell, but in a text of its own, whether nobody is there or somebody who was not accepted.
+    if (why := _refusal(server, credentials)) is not None:
+        raise Refused(f"--server {server}: {why}")
+    raise InputError(f"--server {server}: no answer; is kb-server running there, and the port open?")
+
+
+def call_failed(server: str, what: str, call: grpc.Call) -> InputError:
+    """The error of a call that has ended in a status other than OK.
+
+    Args:
+        what: was asked of the server.
+    """
+    text = f"{server}: {what} ({call.code().name}: {call.details()})"
+    if call.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return Refused(f"{text}; give --token-file or {TOKEN_VARIABLE} a token of that server")
+    return Refused(text) if call.code() is grpc.StatusCode.PERMISSION_DENIED else InputError(text)
+
+
+def _channel(server: str, credentials: Credentials, options: list[tuple[str, int]]) -> grpc.Channel:
+    if not credentials.tls:
+        return grpc.insecure_channel(server, options)
+    identity = credentials.identity
+    tls = grpc.ssl_channel_credentials(
+        credentials.authorities,
+        identity.key if identity is not None else None,
+        identity.certificates if identity is not None else None,
+    )
+    return grpc.secure_channel(server, tls, options)
+
+
+def _refusal(server: str, credentials: Credentials) -> str | None:
+    """Connect once more, with Python's own TLS, which says what is wrong; None if nobody is there, or nothing is."""
+    host, _, port = server.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        connection = socket.create_connection((host, int(port)), _PROBE_TIMEOUT)
+    except (OSError, UnicodeError):
+        return None
+    try:
+        with connection, _probe_context(credentials).wrap_socket(connection, server_hostname=host) as tls:
+            if not credentials.tls:
+                return "speaks TLS; give --tls, or --tls-ca FILE"
+            # Whether it accepts this device's certificate a server says only now, by going on or not.
+            if tls.recv(1):
+                return None
+    except ssl.SSLCertVerificationError as error:
+        return f"its certificate is not trusted ({error.verify_message.rstrip('.')}); {_mend(error)}"
+    except ssl.SSLError as error:
+        if not credentials.tls or isinstance(error, ssl.SSLEOFError):
+            return None
+        if "ALERT" not in (error.reason or ""):
+            return "speaks no TLS; leave out --tls and the like, or have it started with --tls-cert"
+    except OSError:
+        return None
+    if credentials.identity is None:
+        return "wants a certificate of this device; give --tls-cert and --tls-key"
+    return "does not accept the certificate of --tls-cert; is it of the authority that the server knows, and in time?"
+
+
+def _probe_context(credentials: Credentials) -> ssl.SSLContext:
+    if not credentials.tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+    authorities = credentials.authorities.decode(errors="replace") if credentials.authorities is not None else None
+    context = ssl.create_default_context(cadata=authorities)
+    context.set_alpn_protocols(["h2"])
+    if credentials.identity_files is not None:
+        context.load_cert_chain(*credentials.identity_files)
+    return context
+
+
+def _mend(error: ssl.SSLCertVerificationError) -> str:
+    """What to do about a certificate that was not accepted; the numbers are OpenSSL's ``X509_V_ERR``."""
+    match error.verify_code:
+        case 9 | 10:
+            return "renew it, or mend the clock of this machine"
+        case 62 | 64:
+            return "give --server a name that is in the certificate"
+    return "give --tls-ca FILE with the certificate of its authority"
