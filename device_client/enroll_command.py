@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.call_credentials import Credentials
 from common.errors import InputError
 from device_client import audio, device_audio, speakers
-from device_client.credentials import Credentials
 from device_client.hint_stream import enroll
 from device_client.local_server import local_server
 from models.manifest import find_bundle

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import grpc
 
+from common.call_credentials import Credentials
+from common.connection import call_failed, connect
 from common.errors import InputError
-from device_client.connection import call_failed, connect
-from device_client.credentials import Credentials
 from models.manifest import Manifest
 from protos import hints_pb2 as pb
 from protos.codec import (

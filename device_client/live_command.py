@@ -14,10 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from common.call_credentials import Credentials
 from common.cli import warn
 from common.errors import InputError
 from device_client import live_view, speakers
-from device_client.credentials import Credentials
 from device_client.device_audio import DeviceAudio, open_device_audio
 from device_client.engine import EngineName, load_model
 from device_client.hint_stream import Encodings

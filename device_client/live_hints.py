@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from common.call_credentials import Credentials
+from common.connection import Refused
 from common.errors import InputError
-from device_client.connection import Refused
-from device_client.credentials import Credentials
 from device_client.hint_buffer import HintBuffer
 from device_client.hint_stream import Encodings, HintStream
 from device_client.ring import Signal

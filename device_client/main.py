@@ -8,33 +8,10 @@ from typing import Annotated
 import typer
 
 import common.cli
+from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-
-# The same for every command that takes --server.
-_SECURITY = "Security"  # their heading in the help
-Tls = Annotated[
-    bool,
-    typer.Option(
-        "--tls", help="Encrypt; the server's certificate must be one this machine trusts.", rich_help_panel=_SECURITY
-    ),
-]
-TlsCa = Annotated[
-    Path | None,
-    typer.Option("--tls-ca", help="Encrypt; trust this certificate or authority, PEM.", rich_help_panel=_SECURITY),
-]
-TlsCert = Annotated[
-    Path | None,
-    typer.Option(
-        "--tls-cert", help="This device's certificate, PEM, for servers that want one.", rich_help_panel=_SECURITY
-    ),
-]
-TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="Its private key, PEM.", rich_help_panel=_SECURITY)]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option("--token-file", help="File with the server's token; else KB_TOKEN.", rich_help_panel=_SECURITY),
-]
 
 
 class Clock(StrEnum):
@@ -165,7 +142,7 @@ def replay(
 ) -> None:
     """Run a recording through the small network, helped by a server's hints under a simulated network."""
     # What runs a replay is imported only now, so that --help and mistakes in the call answer at once.
-    from device_client.credentials import read_credentials
+    from common.call_credentials import read_credentials
     from device_client.replay_command import ReplayOptions, replay_file
 
     replay_file(
@@ -253,7 +230,7 @@ def live(
     token_file: TokenFile = None,
 ) -> None:
     """Enhance live: microphone in, loudspeaker out, with a server's hints as long as they come in time."""
-    from device_client.credentials import read_credentials
+    from common.call_credentials import read_credentials
     from device_client.live_command import LiveOptions
     from device_client.live_command import live as run_live
 
@@ -309,7 +286,7 @@ def enroll(
     token_file: TokenFile = None,
 ) -> None:
     """Learn a voice for target speech extraction, and keep it under a name."""
-    from device_client.credentials import read_credentials
+    from common.call_credentials import read_credentials
     from device_client.enroll_command import enroll_speaker
 
     credentials = read_credentials(

@@ -11,11 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from common.call_credentials import Credentials
 from common.cli import warn
 from common.errors import Failure, InputError
 from device_client import audio, simulated_network
 from device_client import report as reporting
-from device_client.credentials import Credentials
 from device_client.engine import EngineName, Model, load_model, needs_torch
 from device_client.hint_buffer import HintLog
 from device_client.hint_stream import Encodings, HintStream, enroll

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import common.cli
+from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from common.cli import warn
 from common.errors import InputError
 from models.manifest import DEFAULT_BUNDLE
@@ -136,6 +137,28 @@ def serve(
 
     where = Listening(host, port, drain_seconds, until_stdin_ends, shared_port=worker is not None)
     asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))
+
+
+@app.command()
+def status(
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="A running kb-server.")],
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Say what a server runs and how full it is; exit 1 if it takes no sessions."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+    from common.call_credentials import read_credentials
+    from remote_server.status import print_status
+
+    credentials = read_credentials(
+        [server], tls=tls, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file
+    )
+    if not print_status(server, credentials):
+        raise typer.Exit(1)
 
 
 def _session_count(value: str) -> int | None:

@@ -180,6 +180,7 @@ class HintService(HintServiceServicer):
             enrolls=self._speakers is not None,
             sessions=bundle.sessions,
             max_sessions=bundle.engine.slots,
+            bundles=[served.manifest.name for served in self.bundles.served],
         )
 
     async def _configuration(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> pb.SessionConfig:

@@ -243,6 +243,7 @@ def test_the_separation_server_tells_what_it_runs(ss_server: Server, ss: Materia
         hint_bins=97,
         max_chunks_per_message=MAX_CHUNKS_PER_MESSAGE,
         max_sessions=16,
+        bundles=["ss_delay6_compression2"],
     )
 
 

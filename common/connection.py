@@ -9,8 +9,8 @@ import time
 import grpc
 
 from common.addresses import is_loopback
+from common.call_credentials import TOKEN_VARIABLE, Credentials
 from common.errors import InputError
-from device_client.credentials import TOKEN_VARIABLE, Credentials
 
 _PROBE_TIMEOUT = 2.0  # seconds, for a server that was there a moment ago
 
