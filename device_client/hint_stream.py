@@ -71,6 +71,7 @@ class HintStream:
         speaker_embedding: Samples | None = None,
         hold: Callable[[int, int], None] | None = None,
         first_frame: Callable[[], int] = lambda: 0,
+        deadline_ms: int = 0,
         patience: float = _START_TIMEOUT,
     ) -> None:
         """Open a session.
@@ -82,6 +83,7 @@ class HintStream:
             speaker_embedding: ``[256]``, for TSE.
             hold: called with (frame, payload bytes) on the sending thread before a message goes out; may wait.
             first_frame: asked, once the server has answered, for the frame at which the audio begins.
+            deadline_ms: age at which a hint is of no use any more, and need not come; 0: all are wanted.
             patience: seconds that the server has to accept a connection, and as many for the session.
 
         Raises:
@@ -105,7 +107,9 @@ class HintStream:
             pcm_encoding=self._pcm_encoding,
             hint_encoding=self._hint_encoding,
             first_frame=self.first_frame,
+            hint_deadline_ms=deadline_ms,
         )
+        self.draining = False  # whether the server has said that it will end the session
         self.bytes_up = 0
         self.bytes_down = 0
         self.ended: StreamEnd | None = None
@@ -134,8 +138,13 @@ class HintStream:
             return None
         model = self._manifest.model
         try:
-            hint = next(self._call).hint
-            if hint.frame != self._next_frame:
+            response = next(self._call)
+            while response.WhichOneof("response") == "draining":
+                self.draining = True
+                response = next(self._call)
+            hint = response.hint
+            # With a deadline those that are too late are left out.
+            if hint.frame < self._next_frame or (hint.frame > self._next_frame and not self._config.hint_deadline_ms):
                 raise ValueError(f"hint of frame {hint.frame} came where that of {self._next_frame} was due")
             values = decode_hint(hint, self._hint_encoding, model.hint_channels, model.framing.bins)
         except StopIteration:
@@ -148,7 +157,7 @@ class HintStream:
             self.ended = StreamEnd("DATA_LOSS", str(error))
             self._call.cancel()
             return None
-        self._next_frame += 1
+        self._next_frame = hint.frame + 1
         self.bytes_down += len(hint.payload)
         return ReceivedHint(hint.frame, values, len(hint.payload), hint.queue_us, hint.compute_us)
 

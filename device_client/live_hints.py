@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,25 +141,34 @@ class LiveHints:
 
     def _keep_connected(self) -> None:
         failures, turn, known_lost = 0, 0, False
+        following: _Opened | None = None
         while not self._closed.is_set():
-            server = self._servers[turn % len(self._servers)]
-            turn += 1
+            if following is None:
+                following = self._open(turn)
+            opened, following = following, None
+            server, turn, why = opened.server, opened.turn + 1, opened.why
             began = time.monotonic()
-            lost, why = self._session(server)
-            if turn == len(self._servers):
+            if opened.stream is not None:
+                why, following = self._session(opened)
+            if turn >= len(self._servers):
                 self._settled.set()
             if self._closed.is_set():
+                if following is not None and following.stream is not None:
+                    following.stream.close()
                 return
-            if lost:
+            if following is not None:
+                self.events.append(ServerEvent(server, False, f"{server} shuts down; moving to {following.server}"))
+                continue
+            if opened.stream is not None:
                 self.events.append(
                     ServerEvent(server, False, f"lost {server} ({why}); the small network goes on alone")
                 )
                 known_lost = True
-            elif not known_lost and turn == len(self._servers):
+            elif not known_lost and turn >= len(self._servers):
                 text = f"{why}; the small network goes on alone, and connecting in the background"
                 self.events.append(ServerEvent(server, False, text))
                 known_lost = True
-            steady = lost and time.monotonic() - began > _STEADY
+            steady = opened.stream is not None and time.monotonic() - began > _STEADY
             failures = 0 if steady else failures + 1
             rounds = failures - len(self._servers)
             if rounds >= 0:
@@ -168,8 +177,10 @@ class LiveHints:
                 # Devices that lost the same server do not come back in the same instant.
                 self._closed.wait(max(shortest, pause * random.uniform(0.75, 1)))
 
-    def _session(self, server: str) -> tuple[bool, str]:
-        """One session with a server, to its end: whether there was one, and why it ended."""
+    def _open(self, turn: int) -> "_Opened":
+        """A session with the server whose turn it is, or why there is none."""
+        server = self._servers[turn % len(self._servers)]
+        framing = self._manifest.model.framing
         try:
             stream = HintStream(
                 server,
@@ -178,36 +189,50 @@ class LiveHints:
                 credentials=self._credentials,
                 speaker_embedding=self._speaker_embedding,
                 first_frame=lambda: max(0, self._frames - self._backfill),
+                deadline_ms=round(1000 * self._delay * framing.chunk_seconds),
                 patience=_PATIENCE,
             )
         except InputError as error:
             if isinstance(error, Refused) and self._refused is None:
                 self._refused = error
                 self.events.append(ServerEvent(server, False, str(error)))
-            return False, str(error)
+            return _Opened(server, turn, None, str(error))
         self._answers = True
         self._settled.set()
+        return _Opened(server, turn, stream)
+
+    def _session(self, opened: "_Opened") -> "tuple[str, _Opened | None]":
+        """One session to its end: why it ended, and the one that follows if that is open already."""
+        stream, server = opened.stream, opened.server
+        assert stream is not None
         # A network that has heard everything from the start is warm already.
         self._warm = stream.first_frame + self._backfill if stream.first_frame else 0
         self._answered, self._answered_at = stream.first_frame, time.perf_counter_ns()
         receiver = threading.Thread(target=self._receive, args=(stream, server), name="kb-hints", daemon=True)
         receiver.start()
+        search = _Search(self._open, opened.turn + 1, len(self._servers))
         try:
-            why = self._feed(stream)
+            why = self._feed(stream, search)
         finally:
+            search.stop()
             self.server = None
             # A connection takes seconds to close when its peer has vanished; the next session does not wait for that.
             threading.Thread(target=stream.close, name="kb-close").start()
             receiver.join()
-        return True, why
+        return why, search.found
 
-    def _feed(self, stream: HintStream) -> str:
+    def _feed(self, stream: HintStream, search: "_Search") -> str:
         """Send what the loop leaves until the session is over, one way or another; why it is."""
         sent = stream.first_frame
         while not self._closed.is_set():
             self._wake.wait(0.1)
             if stream.ended is not None:
                 return f"{stream.ended.status}: {stream.ended.detail}"
+            if stream.draining:
+                # This one serves on until another is there.
+                search.start()
+            if search.found is not None:
+                return "moves"
             waiting = self._frames - sent
             unanswered = sent - self._answered
             if unanswered and time.perf_counter_ns() - self._answered_at > 1e9 * _SILENCE:
@@ -248,3 +273,45 @@ class LiveHints:
                 self.server = server
                 self.events.append(ServerEvent(server, True, f"hints come from {server}"))
         self._wake.set()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What became of an attempt to open a session."""
+
+    server: str
+    turn: int
+    stream: HintStream | None
+    why: str = ""
+
+
+class _Search:
+    """Looks for another server while the present one still serves."""
+
+    def __init__(self, attempt: Callable[[int], _Opened], turn: int, servers: int) -> None:
+        self._attempt, self._turn, self._servers = attempt, turn, servers
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.found: _Opened | None = None
+
+    def start(self) -> None:
+        """Begin, if it has not begun."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="kb-search", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Look no further than where it looks now."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            opened = self._attempt(self._turn)
+            if opened.stream is not None:
+                self.found = opened
+                return
+            self._turn += 1
+            if self._turn % self._servers == 0:
+                self._stopped.wait(_PAUSES[0])

@@ -41,6 +41,8 @@ class Bundles:
         Raises:
             InputError: a bundle cannot be loaded.
         """
+        # A frame's matrices are too small to share among threads; more processes use more cores.
+        torch.set_num_threads(1)
         self._names, self._device, self._max_sessions = names, device, max_sessions
         self._max_wait, self._metrics = max_wait, metrics
         self._served: dict[str, ServedBundle] = {}

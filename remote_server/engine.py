@@ -94,8 +94,6 @@ class HintEngine:
         self._framing = model.config.framing
         self._max_wait = max_wait
         self._observe = observe
-        # Above one thread a frame's matrices are too small to share; more processes use more cores.
-        torch.set_num_threads(1)
         self._changed = threading.Condition()
         self._free = list(range(slots - 1, -1, -1))
         self._sessions: set[EngineSession] = set()
