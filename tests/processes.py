@@ -86,6 +86,25 @@ class Server:
         raise AssertionError(f"no log line matches {pattern}: {self.log}")
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has taken so far, from /proc as all of these."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 @contextmanager
 def running_server(bundle: Path, *arguments: object) -> Iterator[Server]:
     """A server on a free port of loopback, stopped at the end."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.processes import Server, command, environment, run, running_server
+from tests.processes import Server, command, environment, memory_mib, run, running_server, threads
 
 SS = "ss_delay6_compression2"
 PATIENCE = 60.0  # seconds; only a test that has failed waits so long
@@ -72,13 +72,6 @@ class Live:
         self.wait_for(
             f"connected: {connected}", lambda: any(line.get("connected") is connected for line in self.lines[since:])
         )
-
-    def threads(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
-
-    def memory_mib(self) -> float:
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def end(self) -> dict[str, Any]:
         """Its last line, after a stop as a user would."""
@@ -216,14 +209,14 @@ def test_killed_started_again_and_frozen(golden_bundle: Callable[[str], Path], t
     address = f"127.0.0.1:{port}"
     with live(tmp_path, bundle, 600, [address]) as session:
         session.wait_for_event(False, 0)  # nobody is there at first
-        threads = memory = 0.0
+        before = 0, 0.0
         for number in range(5):
             count = len(session.lines)
             with running_server(bundle, "--port", port) as server:
                 session.wait_for_event(True, count)
                 session.wait_for_hints()
                 if number == 0:
-                    threads, memory = session.threads(), session.memory_mib()
+                    before = threads(session.process.pid), memory_mib(session.process.pid)
                 if number == 2:
                     count = len(session.lines)
                     server.process.send_signal(signal.SIGSTOP)
@@ -239,7 +232,7 @@ def test_killed_started_again_and_frozen(golden_bundle: Callable[[str], Path], t
         with running_server(bundle, "--port", port):
             session.wait_for_hints()
             # gRPC keeps some threads of its own in reserve.
-            assert session.threads() <= threads + 4
-            assert session.memory_mib() < memory + 24
+            assert threads(session.process.pid) <= before[0] + 4
+            assert memory_mib(session.process.pid) < before[1] + 24
             session.end()
         session.check_output(bundle)

@@ -1,0 +1,141 @@
+"""A device that streams in real time through a whole test, and what a server must be like afterwards."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import grpc
+import numpy as np
+
+from protos import hints_pb2 as pb
+from protos.codec import Samples, encode_pcm
+from tests.golden_cases import TOLERANCE, worst
+from tests.processes import Server, descriptors, memory_mib, threads
+from tests.remote_server.driver import PATIENCE, Device, Material, message
+
+_MOST_UNANSWERED = 90  # chunks; a device does not send more into a silence
+
+
+class RealTimeDevice:
+    """One session, a chunk every 8 ms, of a bundle's mixture over and over."""
+
+    def __init__(self, server: Server, material: Material) -> None:
+        self._material = material
+        self._device = Device(server, material.opening(), timeout=None)
+        self._device.started()
+        self._hints: list[pb.Hint] = []
+        self._sent, self._stop = 0, threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._receive)]
+        for thread in self._threads:
+            thread.start()
+
+    def assert_exact(self) -> None:
+        """End the session: every hint has come, in order, and is what the network gives."""
+        self._stop.set()
+        self._threads[0].join()
+        self._device.finish()
+        self._threads[1].join(PATIENCE)
+        assert self._device.call.code() is grpc.StatusCode.OK, self._device.call.details()
+        assert [hint.frame for hint in self._hints] == list(range(self._sent))
+        expected = self._material.offline_hints(self._samples(0, self._sent)[None])[0]
+        assert worst(self._material.values(self._hints), expected) < TOLERANCE
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._threads[0].join()
+        self._device.close()
+
+    def _samples(self, frame: int, chunks: int) -> Samples:
+        """The samples that complete frames, ``[M, n]``."""
+        framing, mixture = self._material.manifest.model.framing, self._material.samples
+        start = frame * framing.chunk + framing.lookahead if frame else 0
+        end = (frame + chunks) * framing.chunk + framing.lookahead
+        samples: Samples = np.take(mixture, np.arange(start, end) % mixture.shape[1], axis=1)
+        return samples
+
+    def _send(self) -> None:
+        began = time.monotonic()
+        while not self._stop.wait(max(0.0, began + 0.008 * self._sent - time.monotonic())):
+            if self._sent - len(self._hints) < _MOST_UNANSWERED:
+                self._device.send(message(self._sent, encode_pcm(self._samples(self._sent, 1), pb.PCM_ENCODING_F32LE)))
+                self._sent += 1
+            else:
+                began += 0.008
+                time.sleep(0.008)
+
+    def _receive(self) -> None:
+        try:
+            for response in self._device.call:
+                self._hints.append(response.hint)
+        except grpc.RpcError:
+            return  # its status is asked for later
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a server holds of the machine."""
+
+    descriptors: int
+    threads: int
+    memory_mib: float
+
+    @classmethod
+    def of(cls, server: Server) -> Self:
+        pid = server.process.pid
+        return cls(descriptors(pid), threads(pid), memory_mib(pid))
+
+    def within(self, other: Self) -> bool:
+        """Whether this is no more than the other, but for what gRPC and the allocator keep in reserve."""
+        return (
+            self.descriptors <= other.descriptors
+            and self.threads <= other.threads + 4
+            and self.memory_mib < other.memory_mib + 16
+        )
+
+
+@contextmanager
+def unharmed(server: Server, material: Material, sessions: int) -> Iterator[None]:
+    """Around whatever is done to a server of so many sessions.
+
+    A device that streams throughout has all its hints, and afterwards every session can be had, and a server that has
+    just had them all holds what it held when it had them before.
+    """
+    fill(server, material, sessions)
+    before, seen = Footprint.of(server), len(server.log)
+    with RealTimeDevice(server, material) as device:
+        yield
+        device.assert_exact()
+    fill(server, material, sessions)
+    deadline = time.monotonic() + PATIENCE
+    while not (now := Footprint.of(server)).within(before):
+        assert time.monotonic() < deadline, (before, now)
+        time.sleep(0.05)
+    assert not any("Traceback" in line for line in server.log[seen:])
+
+
+def fill(server: Server, material: Material, sessions: int) -> None:
+    """Have all of a server's sessions at once, a frame in each."""
+    devices: list[Device] = []
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while len(devices) < sessions:
+            device = Device(server, material.opening(), material.audio(0))
+            try:
+                device.started()
+            except grpc.RpcError:  # the end of an earlier session takes a moment
+                assert time.monotonic() < deadline, (len(devices), device.call.details())
+                device.close()
+                time.sleep(0.02)
+            else:
+                devices.append(device)
+        for device in devices:
+            device.hints(1)
+    finally:
+        for device in devices:
+            device.close()
