@@ -5,7 +5,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
@@ -53,9 +53,9 @@ class HintService(HintServiceServicer):
             self._speakers.close()
         self._engine.close()
 
-    async def StreamHints(  # type: ignore[override] # the stubs know only generators
+    async def StreamHints(
         self, request_iterator: AsyncIterator[pb.StreamHintsRequest], context: Context
-    ) -> None:
+    ) -> AsyncGenerator[pb.StreamHintsResponse]:
         """One session, from its configuration to the end of its audio."""
         session = _Session(context.peer())
         task = asyncio.current_task()
@@ -67,7 +67,8 @@ class HintService(HintServiceServicer):
             await session.end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._sessions.add(task)
         try:
-            await self._run(request_iterator, context, session)
+            async for response in self._run(request_iterator, session):
+                yield response
             await _let_cancellation_through()
             session.log_end("OK", "the device ended it")
         except Mismatch as error:
@@ -92,7 +93,9 @@ class HintService(HintServiceServicer):
         finally:
             self._sessions.discard(task)
 
-    async def _run(self, requests: AsyncIterator[pb.StreamHintsRequest], context: Context, session: "_Session") -> None:
+    async def _run(
+        self, requests: AsyncIterator[pb.StreamHintsRequest], session: "_Session"
+    ) -> AsyncIterator[pb.StreamHintsResponse]:
         try:
             async with asyncio.timeout(_CONFIG_TIMEOUT):
                 request = await anext(requests, None)
@@ -107,7 +110,7 @@ class HintService(HintServiceServicer):
         speaker = np.array(config.speaker_embedding, dtype=np.float32) if config.speaker_embedding else None
         stream = await self._engine.open(speaker)
         session.log_start()
-        await context.write(pb.StreamHintsResponse(started=pb.SessionStarted(session_id=session.id)))
+        yield pb.StreamHintsResponse(started=pb.SessionStarted(session_id=session.id))
         async for request in requests:
             first, samples = reader.read(request)
             hints = await stream.step(samples)
@@ -122,7 +125,7 @@ class HintService(HintServiceServicer):
                     queue_us=hints.queue_us,
                     compute_us=hints.compute_us,
                 )
-                await context.write(pb.StreamHintsResponse(hint=hint))
+                yield pb.StreamHintsResponse(hint=hint)
                 session.frames += 1
 
     async def Enroll(self, request: pb.EnrollRequest, context: Context) -> pb.EnrollResponse:
