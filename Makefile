@@ -1,11 +1,12 @@
 # make demo      hear what hints do: the sample mixture, alone, boosted and large, into out/demo-ss/ and out/demo-tse/
 # make test      all tests
 # make lint      ruff and mypy
+# make lint-deploy   the files of deploy/, with what tools are here
 # make results   the validation table of the shipped bundles, into out/results/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint results validation stubs clean
+.PHONY: demo test lint lint-deploy results validation stubs clean
 
 demo: $(VENV)/.runtime
 	mkdir -p out/demo-ss out/demo-tse
@@ -36,6 +37,10 @@ lint: $(VENV)/.development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+lint-deploy: $(VENV)/.development
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deploy]"
+	$(BIN)/python -m pytest tests/deploy
 
 stubs: $(VENV)/.development
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m protos.generate

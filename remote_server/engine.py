@@ -124,6 +124,19 @@ class HintEngine:
             raise
         return session
 
+    async def answer(self) -> None:
+        """Wait until the thread is between two steps: it is alive, and its device works.
+
+        Raises:
+            RuntimeError: it has ended.
+        """
+        loop = asyncio.get_running_loop()
+        answered = loop.create_future()
+        self._command(lambda: _on_loop(loop, lambda: _resolve(answered)))
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
+        await answered
+
     def close(self) -> None:
         """End the thread after the step under way."""
         with self._changed:

@@ -1,0 +1,191 @@
+"""The hint service on a Ray cluster: one address in front of replicas that come, go and fail."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from device_client.hint_stream import Encodings
+from device_client.live_hints import LiveHints, ServerEvent
+from models.manifest import read_manifest
+from protos import hints_pb2 as pb
+from protos.hints_pb2_grpc import HintServiceStub
+from tests.golden_cases import TOLERANCE, Golden, worst
+from tests.remote_server.driver import Device, Material, material
+from tests.remote_server.ray_cluster import PATIENCE, RayCluster, replica_processes, running_cluster
+
+pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
+pytestmark = pytest.mark.slow
+
+SS = "ss_delay6_compression2"
+DEVICES = 16
+SCALING = {
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "target_ongoing_requests": 12,
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 8,
+    "look_back_period_s": 2,
+    "metrics_interval_s": 0.5,
+}
+# Live sessions run at a quarter of a device's pace, for a machine of few cores: a burst of frames every 16 ticks.
+BURST, TICK, TICKS = 10, 0.02, 16  # frames, seconds, ticks
+
+
+@pytest.fixture(scope="module")
+def bundle(golden_bundle: Callable[[str], Path]) -> Path:
+    return golden_bundle(SS)
+
+
+@pytest.fixture(scope="module")
+def case(bundle: Path, golden: Callable[[str], Golden]) -> Material:
+    return material(bundle, golden(SS))
+
+
+@pytest.fixture(scope="module")
+def cluster(bundle: Path) -> Iterator[RayCluster]:
+    with running_cluster(bundle, **SCALING) as cluster:
+        yield cluster
+
+
+class Live:
+    """A device's live session, on a thread, and what it is told of its server."""
+
+    def __init__(self, address: str, bundle: Path) -> None:
+        self._manifest = read_manifest(bundle)
+        self._hints = LiveHints([address], self._manifest, encodings=Encodings())
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.told: list[tuple[float, ServerEvent]] = []
+        self._hints.start()
+        self._thread.start()
+
+    @property
+    def connected(self) -> bool:
+        """Whether hints come."""
+        return bool(self.told) and self.told[-1][1].connected
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._hints.close()
+
+    def _run(self) -> None:
+        model = self._manifest.model
+        chunk, lookahead = model.framing.chunk, model.framing.lookahead
+        frame, tick = 0, 0
+        while not self._closed.wait(TICK):
+            while self._hints.events:
+                self.told.append((time.monotonic(), self._hints.events.popleft()))
+            tick += 1
+            if tick % TICKS:
+                continue
+            for _ in range(BURST):
+                samples = np.zeros((model.microphones, chunk if frame else chunk + lookahead), np.float32)
+                self._hints.send(frame, samples, time.perf_counter_ns())
+                self._hints.take(max(0, frame - BURST), time.perf_counter_ns())
+                frame += 1
+
+
+@contextmanager
+def live_sessions(cluster: RayCluster, bundle: Path, count: int) -> Iterator[list[Live]]:
+    """Live sessions that all have hints."""
+    with ExitStack() as stack:
+        sessions = []
+        for _ in range(count):
+            sessions.append(Live(cluster.server.address, bundle))
+            stack.callback(sessions[-1].close)
+        cluster.wait_for("live sessions", lambda: all(session.connected for session in sessions))
+        yield sessions
+
+
+@contextmanager
+def open_sessions(cluster: RayCluster, case: Material, count: int) -> Iterator[list[Device]]:
+    """Sessions that have been accepted."""
+    with ExitStack() as stack:
+        devices = [stack.enter_context(Device(cluster.server, case.opening(), timeout=None)) for _ in range(count)]
+        for device in devices:
+            device.started()
+        yield devices
+
+
+def test_a_call_each_goes_through_the_one_address(cluster: RayCluster, case: Material) -> None:
+    with grpc.insecure_channel(cluster.server.address) as channel:
+        stub = HintServiceStub(channel)
+        answer = stub.DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE)
+        assert (answer.bundle_name, answer.bundle_id) == (case.manifest.name, case.manifest.id)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Enroll(pb.EnrollRequest(sample_rate=8000), timeout=PATIENCE)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "sample_rate: is 8000" in str(refused.value.details())
+    with Device(cluster.server, case.opening(bundle_id="another")) as device:
+        status, details = device.end()
+    assert status == "FAILED_PRECONDITION"
+    assert case.manifest.id in details
+
+
+def test_many_sessions_bring_a_second_replica_and_both_give_the_golden_hints(
+    cluster: RayCluster, case: Material
+) -> None:
+    with open_sessions(cluster, case, DEVICES):
+        assert list(cluster.sessions().values()) == [DEVICES]
+        cluster.wait_for_replicas(2)
+    with open_sessions(cluster, case, DEVICES) as devices:
+        spread = list(cluster.sessions().values())
+        assert sum(spread) == DEVICES
+        assert min(spread) >= DEVICES // 4, spread
+        for frame in range(len(case.hints)):
+            for device in devices:
+                device.send(case.audio(frame))
+        for device in devices:
+            device.finish()
+            hints = device.hints(len(case.hints))
+            assert [hint.frame for hint in hints] == list(range(len(case.hints)))
+            assert worst(case.values(hints), case.hints) < TOLERANCE
+            assert device.end()[0] == "OK"
+
+
+def test_the_sessions_of_a_killed_replica_have_hints_from_the_other_within_three_seconds(
+    cluster: RayCluster, case: Material, bundle: Path
+) -> None:
+    with open_sessions(cluster, case, DEVICES - 1):
+        cluster.wait_for_replicas(2)
+    with live_sessions(cluster, bundle, DEVICES) as sessions:
+        assert min(cluster.sessions().values()) >= DEVICES // 4
+        before = [len(session.told) for session in sessions]
+        killed = time.monotonic()
+        os.kill(replica_processes()[0], signal.SIGKILL)
+        cluster.wait_for("a loss", lambda: any(not session.connected for session in sessions))
+        cluster.wait_for("hints for all", lambda: all(session.connected for session in sessions))
+        lost = [session for session, seen in zip(sessions, before, strict=True) if len(session.told) > seen]
+        assert DEVICES // 4 <= len(lost) <= DEVICES - DEVICES // 4
+        for session in lost:
+            assert session.told[-1][0] - killed < 3, session.told
+        cluster.wait_for("a new process", lambda: len(replica_processes()) == 2)
+        cluster.wait_for_replicas(2)
+
+
+def test_a_replica_that_is_not_needed_sends_its_sessions_to_the_other(
+    cluster: RayCluster, case: Material, bundle: Path
+) -> None:
+    with open_sessions(cluster, case, DEVICES - 1):
+        cluster.wait_for_replicas(2)
+    with live_sessions(cluster, bundle, 4) as sessions:
+        assert sorted(cluster.sessions().values()) == [2, 2]
+        before = [len(session.told) for session in sessions]
+        cluster.wait_for("one process", lambda: len(replica_processes()) == 1)
+        cluster.wait_for("hints for all", lambda: all(session.connected for session in sessions))
+        moved = [
+            session.told[seen:] for session, seen in zip(sessions, before, strict=True) if len(session.told) > seen
+        ]
+        assert len(moved) == 2
+        for (_, loss), (_, found) in moved:
+            assert "UNAVAILABLE: the server is shutting down" in loss.text
+            assert found.connected
