@@ -14,17 +14,21 @@ class Limits(Strict):
     """Limits of every session and every peer (a host, whatever its ports). 0 lifts a limit where it says so."""
 
     message_bytes: int = Field(
-        2 * 1024 * 1024, ge=1024, description="size of a message; 30 s of enrollment take 1.9 MB"
+        default=2 * 1024 * 1024, ge=1024, description="size of a message; 30 s of enrollment take 1.9 MB"
     )
-    chunks: int = Field(MAX_CHUNKS_PER_MESSAGE, ge=1, le=MAX_CHUNKS_PER_MESSAGE, description="chunks of a message")
-    speed: float = Field(4.0, ge=0, description="audio against real time: what comes faster waits; 0: no limit")
-    sessions_per_peer: int = Field(0, ge=0, description="sessions of a peer at once; 0: no limit")
-    config_seconds: float = Field(10.0, gt=0, description="until a call's configuration must have come")
-    idle_seconds: float = Field(60.0, ge=0, description="without audio; 0: no limit")
-    session_seconds: float = Field(0.0, ge=0, description="length of a session; 0: no limit")
-    unread_seconds: float = Field(10.0, gt=0, description="that hints may wait for a device that does not read them")
-    enrollment_seconds: float = Field(30.0, ge=1, le=30, description="length of enrollment speech")
-    enrollments_per_minute: int = Field(20, ge=0, description="of a peer; 0: no limit")
+    chunks: int = Field(
+        default=MAX_CHUNKS_PER_MESSAGE, ge=1, le=MAX_CHUNKS_PER_MESSAGE, description="chunks of a message"
+    )
+    speed: float = Field(default=4.0, ge=0, description="audio against real time: what comes faster waits; 0: no limit")
+    sessions_per_peer: int = Field(default=0, ge=0, description="sessions of a peer at once; 0: no limit")
+    config_seconds: float = Field(default=10.0, gt=0, description="until a call's configuration must have come")
+    idle_seconds: float = Field(default=60.0, ge=0, description="without audio; 0: no limit")
+    session_seconds: float = Field(default=0.0, ge=0, description="length of a session; 0: no limit")
+    unread_seconds: float = Field(
+        default=10.0, gt=0, description="that hints may wait for a device that does not read them"
+    )
+    enrollment_seconds: float = Field(default=30.0, ge=1, le=30, description="length of enrollment speech")
+    enrollments_per_minute: int = Field(default=20, ge=0, description="of a peer; 0: no limit")
 
 
 def read_limits(settings: Sequence[str]) -> Limits:
