@@ -32,7 +32,7 @@ class ReceivedHint:
     """A hint as it came off the wire."""
 
     frame: int
-    hint: Samples  # [channels, F]
+    hint: Samples | None  # [channels, F]; None: ready after the deadline, and not sent
     payload_bytes: int
     queue_us: int
     compute_us: int
@@ -83,7 +83,7 @@ class HintStream:
             speaker_embedding: ``[256]``, for TSE.
             hold: called with (frame, payload bytes) on the sending thread before a message goes out; may wait.
             first_frame: asked, once the server has answered, for the frame at which the audio begins.
-            deadline_ms: age at which a hint is of no use any more, and need not come; 0: all are wanted.
+            deadline_ms: age at which a hint is of no use any more, and its values need not come; 0: all are wanted.
             patience: seconds that the server has to accept a connection, and as many for the session.
 
         Raises:
@@ -143,10 +143,10 @@ class HintStream:
                 self.draining = True
                 response = next(self._call)
             hint = response.hint
-            # With a deadline those that are too late are left out.
-            if hint.frame < self._next_frame or (hint.frame > self._next_frame and not self._config.hint_deadline_ms):
+            if hint.frame != self._next_frame:
                 raise ValueError(f"hint of frame {hint.frame} came where that of {self._next_frame} was due")
-            values = decode_hint(hint, self._hint_encoding, model.hint_channels, model.framing.bins)
+            late = self._config.hint_deadline_ms and not hint.payload
+            values = None if late else decode_hint(hint, self._hint_encoding, model.hint_channels, model.framing.bins)
         except StopIteration:
             self.ended = StreamEnd("OK", "the server ended the session")
             return None
@@ -157,7 +157,7 @@ class HintStream:
             self.ended = StreamEnd("DATA_LOSS", str(error))
             self._call.cancel()
             return None
-        self._next_frame = hint.frame + 1
+        self._next_frame += 1
         self.bytes_down += len(hint.payload)
         return ReceivedHint(hint.frame, values, len(hint.payload), hint.queue_us, hint.compute_us)
 

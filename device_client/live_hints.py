@@ -267,7 +267,9 @@ class LiveHints:
             if frame < self._warm:
                 continue
             self._ages[frame % self._history] = (now - self._captured_at[frame % self._history]) / 1e6
-            self.late += frame < self._taken
+            self.late += frame < self._taken or received.hint is None
+            if received.hint is None:
+                continue
             self._buffer.put(frame, received.hint, now)
             if self.server is None:
                 self.server = server

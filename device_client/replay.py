@@ -159,6 +159,7 @@ class VirtualHints:
             return False
         arrival = self._downlink.arrival(self._computed_at[received.frame], received.payload_bytes)
         self._log.arrived_at[received.frame] = arrival
+        assert received.hint is not None  # this session has no deadline
         self._buffer.put(received.frame, received.hint, arrival)
         self._received.append(received)
         return True
@@ -228,6 +229,7 @@ class RealHints:
         while (item := self._on_the_way.get()) is not None:
             arrival, received = item
             now = self.wait_until(arrival)
+            assert received.hint is not None  # this session has no deadline
             self._buffer.put(received.frame, received.hint, now)
             self._log.arrived_at[received.frame] = now
 

@@ -151,8 +151,9 @@ class Session:
             self._queue.observe(queued / 1e9)
             if self._deadline is not None and result.ended - arrived > self._deadline:
                 self._late.inc()
-                continue
-            payload, scale = self._encode(values)
+                payload, scale = b"", 1.0
+            else:
+                payload, scale = self._encode(values)
             hint = pb.Hint(frame=frame, payload=payload, scale=scale, queue_us=queued // 1000, compute_us=compute)
             self._put(Response(hint=hint))
             self.frames += 1

@@ -129,7 +129,7 @@ def leave_for_the_next(session: Live, first: Server, second: Server) -> None:
     session.wait_for_hints()
     told = [line for line in session.lines if line["event"] == "server"]
     assert [line["server"] for line in told] == [first.address, first.address, second.address]
-    assert "shutting down" in told[1]["text"]
+    assert "shuts down; moving to" in told[1]["text"]
     assert session.end()["server"] == second.address
 
 
