@@ -3,76 +3,69 @@
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from device_client.hint_stream import Encodings
-from device_client.live import LiveLoop
 from device_client.live_hints import LiveHints
-from device_client.onnx_engine import OnnxModel
 from models.manifest import read_manifest
-from protos.codec import Samples
 from tests.load import write_random_bundle
 from tests.processes import running_server
 from tests.remote_server.driver import PATIENCE
 
 DEVICES = 10
 SECOND = 125  # frames
-CHUNK, LOOKAHEAD = 128, 64
 
 
-class LiveDevice:
-    """The device's frame loop and its network side, on sound of its own in real time, until it is stopped."""
+class LiveDevices:
+    """The network's side of several live devices, with one frame loop for all of them, in real time.
 
-    underruns = overruns = 0
+    The networks that the loop would run are left out: ten of them want more than a machine that runs the servers too.
+    """
 
-    def __init__(self, model: OnnxModel, servers: list[str], seed: int) -> None:
-        manifest = model.manifest
-        self.sound = np.random.default_rng(seed).normal(0, 0.1, (2, 60 * SECOND * CHUNK + LOOKAHEAD)).astype(np.float32)
-        self.hints = LiveHints(servers, manifest, encodings=Encodings())
-        self.loop = LiveLoop(model.session(None), manifest.model, self, self.hints, "1", self)
-        self.fused: list[Samples | None] = []  # the hint of every frame
-        self.played = 0  # samples; and those read, and how late at worst, in seconds
-        self.read_samples, self.latest, self._stopped = 0, 0.0, threading.Event()
-        self._thread = threading.Thread(target=self.loop.run, daemon=True)
-        self._began = time.monotonic()
-        self.hints.start()
+    def __init__(self, bundle: Path, servers: list[str]) -> None:
+        manifest = read_manifest(bundle)
+        framing, self._delay = manifest.model.framing, manifest.model.delay
+        self.all = [LiveHints(servers, manifest, encodings=Encodings()) for _ in range(DEVICES)]
+        self.fused: list[list[bool]] = [[] for _ in self.all]  # by device and frame: whether there was a hint to fuse
+        self.slowest = 0.0  # seconds, of what the network's side keeps the loop from its sound
+        self._sound = np.random.default_rng(0).normal(0, 0.1, (2, framing.n_fft)).astype(np.float32)
+        self._chunk, self._seconds = framing.chunk, framing.chunk_seconds
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        for device in self.all:
+            device.start()
         self._thread.start()
 
-    # What LiveLoop asks of its sound and of its recorder.
-    def start(self) -> None: ...
+    @property
+    def frames(self) -> int:
+        """Frames so far."""
+        return len(self.fused[-1])
 
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join(PATIENCE)
-        self.hints.close()
+        for device in self.all:
+            device.close()
 
-    def read(self, samples: Samples) -> bool:
-        end = self.read_samples + samples.shape[1]
-        while (early := self._began + end / 16_000 - time.monotonic()) > 0:
-            time.sleep(early)
-        if self._stopped.is_set() or end > self.sound.shape[1]:
-            return False
-        self.latest = max(self.latest, -early)
-        samples[:] = self.sound[:, self.read_samples : end]
-        self.read_samples = end
-        return True
-
-    def write(self, samples: Samples) -> None:
-        self.played += samples.shape[1]
-
-    def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: str) -> None:
-        self.fused.append(hint)
-
-    def longest_silence(self, since: int) -> int:
+    def longest_silence(self, device: int, since: int) -> int:
         """The most frames in a row without a hint, from a frame on."""
         longest = run = 0
-        for hint in self.fused[since:]:
-            run = 0 if hint is not None else run + 1
+        for fused in self.fused[device][since:]:
+            run = 0 if fused else run + 1
             longest = max(longest, run)
         return longest
+
+    def _run(self) -> None:
+        began, frame = time.monotonic(), 0
+        while not self._stopped.wait(max(0.0, began + frame * self._seconds - time.monotonic())):
+            now = time.perf_counter_ns()
+            for device, fused in zip(self.all, self.fused, strict=True):
+                device.send(frame, self._sound[:, 0 if frame == 0 else -self._chunk :], now)
+                fused.append(frame >= self._delay and device.take(frame - self._delay, now) is not None)
+            self.slowest = max(self.slowest, (time.perf_counter_ns() - now) / 1e9)
+            frame += 1
 
 
 def wait_for(what: str, condition: Callable[[], bool]) -> None:
@@ -84,27 +77,21 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
 
 def test_devices_of_a_server_that_drains_go_on_with_another(tmp_path: Path) -> None:
     bundle = write_random_bundle(tmp_path, "tiny")
-    model = OnnxModel(str(bundle))
-    assert read_manifest(bundle).model.framing.chunk == CHUNK
-    with ExitStack() as stack:
-        first, second = (stack.enter_context(running_server(bundle)) for _ in range(2))
-        live = [LiveDevice(model, [first.address, second.address], seed) for seed in range(DEVICES)]
-        for device in live:
-            stack.callback(device.stop)
-        wait_for("hints of the first server", lambda: all(device.loop.hints_used > 20 for device in live))
-        assert {device.hints.server for device in live} == {first.address}
-        time.sleep(2)  # a session of two seconds was worth having: the next one is tried at once
-        left = [device.loop.frames for device in live]
-        assert first.stop() == 0
-        wait_for(
-            "hints of the second server",
-            lambda: all(device.hints.server == second.address and device.fused[-1] is not None for device in live),
-        )
-        time.sleep(1)
-        for device in live:
-            device.stop()
-    for device, frame in zip(live, left, strict=True):
-        assert device.longest_silence(frame) < SECOND, [event.text for event in device.hints.events]
-        # Every sample that came in went out, and the loop never stood still.
-        assert device.played == CHUNK * device.loop.frames == device.read_samples - LOOKAHEAD
-        assert device.latest < 1
+    with running_server(bundle) as first, running_server(bundle) as second:
+        live = LiveDevices(bundle, [first.address, second.address])
+        try:
+            wait_for("hints for all", lambda: all(sum(fused) > SECOND // 4 for fused in live.fused))
+            assert {device.server for device in live.all} == {first.address}
+            time.sleep(2)  # a session of two seconds was worth having: the next one is tried at once
+            left = live.frames
+            assert first.stop() == 0
+            wait_for("the second server", lambda: {device.server for device in live.all} == {second.address})
+            wait_for("its hints", lambda: all(fused[-1] for fused in live.fused))
+            time.sleep(1)
+        finally:
+            live.stop()
+    for number, device in enumerate(live.all):
+        assert live.longest_silence(number, left) < SECOND, [event.text for event in device.events]
+        assert len(live.fused[number]) == live.frames
+    # No frame waited for the network.
+    assert live.slowest < 0.5
