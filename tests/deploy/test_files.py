@@ -51,7 +51,9 @@ def test_systemd_understands_the_unit_and_finds_it_well_confined(tmp_path: Path)
     analyze, unit = tool("systemd-analyze"), tmp_path / "kb-server.service"
     text = (DEPLOY / "systemd" / "kb-server.service").read_text()
     unit.write_text(text.replace("/opt/kb-server/bin/kb-server", sys.executable))
-    accepted(analyze, "verify", unit)
+    # What it does not know it only warns of.
+    verified = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (verified.returncode, verified.stderr) == (0, "")
     accepted(analyze, "security", "--offline=yes", "--threshold=20", unit)
 
 

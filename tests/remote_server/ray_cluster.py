@@ -125,6 +125,7 @@ def local_environment(folder: str, ports: Sequence[int]) -> dict[str, str]:
         "DIRECT_INGRESS_MIN_HTTP_PORT": ports[40],
         "DIRECT_INGRESS_MAX_HTTP_PORT": ports[59],
         "PORT_QUARANTINE_S": 0,
+        "PROXY_READY_CHECK_TIMEOUT_S": 60,
         "REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": 1,
     }
     files = {
