@@ -50,7 +50,7 @@ def test_replay_with_a_token_over_tls(
     golden_bundle: Bundle, guarded_server: Server, certificates: Certificates, mixture: Path, token: Path
 ) -> None:
     out = mixture.with_name("out.wav")
-    security = ["--tls-ca", certificates.ca, "--token-file", token, "--require-server"]
+    security = ["--tls-ca", certificates.ca, "--token-file", token, "--require-server", "--output-format", "float"]
     result = run(
         *("kb-client", "replay", mixture, "-o", out, "--bundle", golden_bundle(SS)),
         *("--server", guarded_server.address, *security),
