@@ -18,17 +18,14 @@ from pydantic import Field, SecretStr, StringConstraints, ValidationError
 from common.credentials import read_secret
 from common.errors import InputError
 from models.config import Strict
+from remote_server.messages import Refused
 from remote_server.reloading import Reloading
 
 _SHORTEST_TOKEN = 16  # characters
 
 
-class Denied(Exception):
-    """A call that its caller may not make: a text for people, and the status."""
-
-    def __init__(self, text: str, status: grpc.StatusCode) -> None:
-        super().__init__(text)
-        self.status = status
+class Denied(Refused):
+    """A call that its caller may not make."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from protos import hints_pb2 as pb
 from protos.codec import PROTOCOL_VERSION
 from protos.hints_pb2_grpc import HintServiceServicer
-from remote_server.access import CALLER, Denied
+from remote_server.access import CALLER
 from remote_server.bundles import Bundles, ServedBundle
 from remote_server.enrollment import SpeakerEncoder
 from remote_server.limits import Limits
@@ -99,7 +99,7 @@ class HintService(HintServiceServicer):
             async for response in session.responses(request_iterator):
                 yield response
             record.end("OK", "the device ended it")
-        except (Refused, Denied) as error:
+        except Refused as error:
             record.end(error.status.name, str(error))
             if error.status is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(_RETRY_MS)),))
@@ -159,7 +159,7 @@ class HintService(HintServiceServicer):
             raise AssertionError  # abort has raised
         try:
             CALLER.get().check_bundle(bundle.manifest.name)
-        except Denied as error:
+        except Refused as error:
             await context.abort(error.status, str(error))
         manifest = bundle.manifest
         model = manifest.model
