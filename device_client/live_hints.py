@@ -215,10 +215,10 @@ class LiveHints:
             why = self._feed(stream, search)
         finally:
             search.stop()
-            self.server = None
             # A connection takes seconds to close when its peer has vanished; the next session does not wait for that.
             threading.Thread(target=stream.close, name="kb-close").start()
             receiver.join()
+            self.server = None  # not before: a last hint would set it again
         return why, search.found
 
     def _feed(self, stream: HintStream, search: "_Search") -> str:

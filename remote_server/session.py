@@ -141,11 +141,14 @@ class Session:
             self.end(Refused(text, grpc.StatusCode.INTERNAL))
             return
         compute = (result.ended - result.started) // 1000
+        if not np.isfinite(result.values).all():
+            # Frames of one step cannot be told apart: what overflows in one spoils those before it.
+            first, last = self._next_hint, self._next_hint + len(result.values) - 1
+            where = f"frame {first}" if first == last else f"a frame from {first} to {last}"
+            self.end(Refused(f"audio.pcm: the network overflows on {where}; scale the samples to +-1"))
+            return
         for values, arrived in zip(result.values, result.arrived, strict=True):
             frame = self._next_hint
-            if not np.isfinite(values).all():
-                self.end(Refused(f"audio.pcm: the network overflows on frame {frame}; scale the samples to +-1"))
-                return
             self._next_hint = frame + 1
             queued = result.started - arrived
             self._queue.observe(queued / 1e9)

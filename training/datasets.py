@@ -26,6 +26,7 @@ from training.corpus import (
     SAMPLE_RATE,
     BrokenFile,
     NoSpeech,
+    Samples,
     Segment,
     draw_segments,
     find_speech,
@@ -39,6 +40,7 @@ from training.rooms import read_bank
 
 Address = tuple[int, int]  # epoch, index
 _ENROLLMENT_SECONDS = 3
+_SPEEDS = 8  # slower and faster ones that are drawn from
 _DRAWS = 20
 
 
@@ -164,7 +166,8 @@ class DynamicMixing:
         self._length = round(data.seconds * SAMPLE_RATE)
         # The fastest playback needs the most speech.
         self._segment = round(self._length * (1 + data.speed)) + 1
-        self._enrollment = _ENROLLMENT_SECONDS * SAMPLE_RATE if model.task == "tse" else 0
+        enrollment = round(_ENROLLMENT_SECONDS * SAMPLE_RATE * (1 + data.speed))
+        self._enrollment = enrollment if model.task == "tse" else 0
         self._skip_broken = skip_broken
         corpus = find_speech(Path(data.speech), skip_broken=skip_broken)
         for line in corpus.broken:
@@ -175,7 +178,7 @@ class DynamicMixing:
         if len(self._talkers) < 2:
             raise InputError(f"{data.speech}: has {len(self._talkers)} speakers with enough speech, two are needed")
         self._responses = read_bank(Path(data.responses))
-        self._embeddings: dict[Segment, torch.Tensor] = {}
+        self._embeddings: dict[tuple[Segment, float], torch.Tensor] = {}
         if data.candidates > 1:
             if model.task != "tse" or data.candidates >= len(self._talkers):
                 raise InputError(f"train.candidates: must be 1 for separation, and less than {len(self._talkers)}")
@@ -212,12 +215,11 @@ class DynamicMixing:
             second = min(others, key=lambda index: float(likeness[index]))
         talkers = [self._talkers[first], self._talkers[second]]
         segments = [draw_segments(rng, talker, self._segment, self._enrollment) for talker in talkers]
+        # Speech that plays faster is another voice, and so its enrollment must play as fast.
+        speeds = (1 + self._data.speed * rng.integers(-_SPEEDS, _SPEEDS + 1, size=2) / _SPEEDS).tolist()
         speech = []
-        for mixed, _ in segments:
-            speed = 1 + self._data.speed * rng.uniform(-1, 1)
-            samples = read_speech(mixed)
-            if self._data.speed:
-                samples = soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE)
+        for (mixed, _), speed in zip(segments, speeds, strict=True):
+            samples = _at_speed(read_speech(mixed), speed)
             speech.append(np.pad(samples, (0, max(0, self._length - len(samples))))[: self._length])
         room = self._responses[rng.integers(len(self._responses))]
         example = {
@@ -228,7 +230,9 @@ class DynamicMixing:
         }
         example["level_dbfs"] = torch.tensor(rng.uniform(*self._data.level_dbfs))
         if self._model.task == "tse":
-            example["speaker_embedding"] = torch.stack([self._embedding(*pair) for pair in segments])
+            example["speaker_embedding"] = torch.stack(
+                [self._embedding(*pair, speed) for pair, speed in zip(segments, speeds, strict=True)]
+            )
         return example
 
     def speaker_embeddings(self) -> Tensor:
@@ -237,13 +241,13 @@ class DynamicMixing:
         found: dict[int, Tensor] = {}
         for index, talker in enumerate(self._talkers):
             with suppress(NoSpeech):
-                found[index] = self._embedding(*draw_segments(rng, talker, self._segment, self._enrollment))
+                found[index] = self._embedding(*draw_segments(rng, talker, self._segment, self._enrollment), 1.0)
         if not found:
             raise InputError(f"{self._data.speech}: no usable speech; give other speech")
         mean = torch.stack(list(found.values())).mean(0)
         return torch.stack([found.get(index, mean) for index in range(len(self._talkers))])
 
-    def _embedding(self, mixed: Segment, enrollment: Segment) -> Tensor:
+    def _embedding(self, mixed: Segment, enrollment: Segment, speed: float) -> Tensor:
         """The d-vector of an enrollment that begins with a whole second, unless what is mixed is in the way.
 
         A d-vector takes longer than all else of an example, and so the same ones come again and are kept.
@@ -255,9 +259,14 @@ class DynamicMixing:
             or whole.start >= mixed.start + mixed.length
         ):
             enrollment = whole
-        if enrollment not in self._embeddings:
-            self._embeddings[enrollment] = torch.from_numpy(speaker_embedding(read_segment(enrollment))[0])
-        return self._embeddings[enrollment]
+        if (enrollment, speed) not in self._embeddings:
+            speech = _at_speed(read_segment(enrollment), speed)[: _ENROLLMENT_SECONDS * SAMPLE_RATE]
+            self._embeddings[enrollment, speed] = torch.from_numpy(speaker_embedding(speech)[0])
+        return self._embeddings[enrollment, speed]
+
+
+def _at_speed(samples: Samples, speed: float) -> Samples:
+    return soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE) if speed != 1 else samples
 
 
 _HEADROOM = 0.99

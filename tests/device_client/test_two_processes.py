@@ -141,8 +141,11 @@ def test_a_virtual_run_is_the_same_however_busy_the_machine(
         del report["timing"]
         assert report["hints"]["late"] > 5
         assert report["hints"]["on_time"] > 5
-        written.append((report, [(folder / f"out-speaker{n}.wav").read_bytes() for n in (1, 2)]))
-    assert written[0] == written[1]
+        written.append((report, read_outputs(case, folder)))
+    (report, outputs), (busy_report, busy_outputs) = written
+    assert report == busy_report
+    # How many frames the server computes in a step depends on its load, and with it the last bits.
+    assert worst(busy_outputs, outputs) < TOLERANCE
 
 
 def test_a_killed_server_leaves_the_small_network_alone(

@@ -95,7 +95,7 @@ class Footprint:
         return (
             self.descriptors <= other.descriptors
             and self.threads <= other.threads + 4
-            and self.memory_mib < other.memory_mib + 16
+            and self.memory_mib < other.memory_mib + 24
         )
 
 

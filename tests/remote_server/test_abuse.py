@@ -29,9 +29,9 @@ Case = list[bytes]  # the messages of a call
 
 
 def scales(few: int, many: int) -> pytest.MarkDecorator:
-    """A few of something in the fast tests, many in the slow ones."""
-    slow = pytest.param(many, marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id=f"{many}")
-    return pytest.mark.parametrize("count", [pytest.param(few, id=f"{few}"), slow])
+    """A few of something in the fast tests, many in the long ones."""
+    long = pytest.param(many, marks=[pytest.mark.long, pytest.mark.timeout(1800)], id=f"{many}")
+    return pytest.mark.parametrize("count", [pytest.param(few, id=f"{few}"), long])
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def server(golden_bundle: Callable[[str], Path], ss: Material) -> Iterator[Serve
     with running_server(golden_bundle("ss_delay6_compression2"), "--max-sessions", SESSIONS) as running:
         fill(running, ss, SESSIONS)
         replay(running, recorded_session(running, ss), 4 * CALLS)
+        fuzz(mangled(ss), running, 2 * CALLS)
         yield running
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from device_client.hint_stream import Encodings
 from device_client.live_hints import LiveHints
@@ -75,6 +76,7 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow  # in real time, on a machine with nothing else to do
 def test_devices_of_a_server_that_drains_go_on_with_another(tmp_path: Path) -> None:
     bundle = write_random_bundle(tmp_path, "tiny")
     with running_server(bundle) as first, running_server(bundle) as second:

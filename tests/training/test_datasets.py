@@ -379,12 +379,13 @@ def mixing(
     speed: float = 0.0,
     skip_broken: bool = False,
     candidates: int = 1,
+    seconds: float = SECONDS,
 ) -> DynamicMixing:
     data = DynamicData(
         speech=str(speech),
         responses=str(bank),
         items=8,
-        seconds=SECONDS,
+        seconds=seconds,
         speed=speed,
         level_difference_db=4.0,
         level_dbfs=(-35.0, -25.0),
@@ -536,6 +537,20 @@ def test_the_embeddings_are_of_the_talkers(targeted: Batch) -> None:
         likeness = found @ whole.T
         assert float(likeness[0, 0]) > float(likeness[0, 1]) + 0.05
         assert float(likeness[1, 1]) > float(likeness[1, 0]) + 0.05
+
+
+def test_the_embeddings_are_of_voices_at_the_speed_they_play_at(bank: Path) -> None:
+    """On average closer to what plays than the same talkers' voices at their own speed are."""
+    own, fast = mixing(bank, "tse"), mixing(bank, "tse", speed=0.3, seconds=2.0)
+    voices = dict(zip(sorted(own.speakers), own.speaker_embeddings(), strict=True))
+    closer = []
+    for index in range(8):
+        example = fast.example((0, index))
+        names = [utterance.partition("-")[0] for utterance in example["names"].split(" + ")]
+        for name, speech, found in zip(names, example["speech"], example["speaker_embedding"], strict=True):
+            plays = torch.from_numpy(speaker_embedding(speech.numpy())[0])
+            closer.append(float(found @ plays - voices[name] @ plays))
+    assert np.mean(closer) > 0.05
 
 
 def test_extraction_hears_every_mixture_for_both_of_its_talkers(targeted: Batch) -> None:
