@@ -88,6 +88,7 @@ def large_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float
     large = LargeModel(config).eval()
     speaker = torch.randn(1, 256) if config.task == "tse" else None
     states = StateSlots(large, 16, speaker)
+    states.prepare([1])
     for slot in range(16):
         states.put(slot, large.initial_state(1, speaker))
 
@@ -96,8 +97,7 @@ def large_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float
         window = torch.randn(sessions, config.microphones, config.framing.n_fft)
 
         def step() -> None:
-            _, _, state = large(window, states.take(slots))
-            states.store(slots, state)
+            states.step(window, slots)
 
         return {name: round(value / sessions, 3) for name, value in measure(step, frames // sessions).items()}
 

@@ -86,6 +86,11 @@ def too_slow(now: Figures) -> str | None:
     return None
 
 
+def _xruns(now: Figures) -> str:
+    counts = (now.underruns, "underrun"), (now.overruns, "overrun")
+    return ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts)
+
+
 def log_line(now: Figures) -> str:
     """One line for a log."""
     age = f", {now.hint_age_ms:.1f} ms old" if now.hint_age_ms is not None else ""
@@ -93,7 +98,7 @@ def log_line(now: Figures) -> str:
         f"{_clock(now.seconds)} in {now.input_db:.0f} dB, out {now.output_db:.0f} dB",
         f"hints {now.hints_on_time} on time, {now.hints_late} late, {now.hints_missing} missing{age}",
         f"real-time factor {now.real_time_factor:.2f}",
-        f"{now.underruns} underruns, {now.overruns} overruns",
+        _xruns(now),
         f"server {now.server or 'none'}",
     ]
     return "; ".join(parts)
@@ -135,7 +140,7 @@ def view(now: Figures, frame: Frame, last_event: str) -> RenderableType:
         grid.add_row("server", now.server or Text("none: the small network works alone", style="yellow"))
     load = f"{now.compute_ms:.2f} ms a frame, slowest {now.slowest_ms:.1f} ms; real-time factor"
     grid.add_row("device", f"{load} {now.real_time_factor:.2f}")
-    sound = Text(f"{now.underruns} underruns, {now.overruns} overruns")
+    sound = Text(_xruns(now))
     if now.underruns + now.overruns:
         sound = Text(f"{sound}; if it crackles, give --buffer-ms more", style="yellow")
     grid.add_row("sound", sound)

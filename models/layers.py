@@ -5,7 +5,9 @@ up: its tensors may be overwritten (a ring buffer writes one row, it does not co
 the state again. Under autograd nothing is overwritten.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,8 +147,24 @@ def _with_rings(x: Tensor, rings: Tensor, streams: Tensor | None) -> Tensor:
         return x @ rings
     if rings.device.type == "cpu":
         # Gathering the rings would move more memory than everything else in a step.
-        return torch.stack([one @ rings[stream] for one, stream in zip(x, streams.tolist(), strict=True)])
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        products = _scripted_products() if tracing else _products
+        product: Tensor = products(x, rings, streams)
+        return product
     return x @ rings[streams]
+
+
+def _products(x: Tensor, rings: Tensor, streams: Tensor) -> Tensor:
+    products: list[Tensor] = []
+    for index in range(x.shape[0]):
+        products.append(x[index] @ rings[int(streams[index])])
+    return torch.stack(products)
+
+
+@functools.cache
+def _scripted_products() -> Any:
+    """The same, for a trace: it would keep as many products as the streams it was made with."""
+    return torch.jit.script(_products)
 
 
 def normalise_frame(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -131,7 +131,11 @@ def verify_part(directory: Path, manifest: Manifest, part: Part) -> Path:
     path = directory / f"{part}.safetensors"
     if not path.is_file():
         raise InputError(f"{path}: no such file; this copy of the bundle lacks its {part} part")
-    if file_digest(path) != manifest.digests[part]:
+    try:
+        digest = file_digest(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    if digest != manifest.digests[part]:
         raise InputError(f"{path}: digest differs from {MANIFEST_FILE}; the file was changed or cut, copy it again")
     return path
 

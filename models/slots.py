@@ -1,9 +1,12 @@
 """States of many streams, stacked, so that one step of a network serves any of them."""
 
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from models.layers import AttentionCache
 from models.pair import LargeModel, LargeState
@@ -13,7 +16,7 @@ Node = TypeVar("Node")
 
 
 class StateSlots:
-    """The states of up to ``count`` streams through a large network.
+    """The states of up to ``count`` streams through a large network, and the steps that take them on.
 
     Everything but the attention's rings is small: a step takes it out, and puts it back. Of the rings it writes one
     row in place.
@@ -21,21 +24,77 @@ class StateSlots:
 
     def __init__(self, model: LargeModel, count: int, speaker_embedding: Tensor | None = None) -> None:
         """Empty slots; ``speaker_embedding`` ``[1, 256]`` is any, for a network that takes one."""
-        first = model.initial_state(1, speaker_embedding)
-        self._stacked = _map(first, lambda tensor: tensor.new_zeros(count, *tensor.shape[1:]))
+        self._model = model
+        self._first = model.initial_state(1, speaker_embedding)
+        self._stacked = _empty(self._first, count)
+        self._tensors = _tensors(self._stacked)
+        self._traces: dict[int, Callable[..., Tensor]] = {}
 
     def put(self, slot: int, state: LargeState) -> None:
         """Fill a slot with the state ``[1, ...]`` of a stream; nothing of an earlier one is left in it."""
-        for own, new in zip(_tensors(self._stacked), _tensors(state), strict=True):
+        for own, new in zip(self._tensors, _tensors(state), strict=True):
             own[slot] = new[0]
 
-    def take(self, slots: Tensor) -> LargeState:
-        """The state of the streams in slots ``[B]``, for one step; its rings are views."""
-        return _take(self._stacked, slots)
+    def prepare(self, lengths: Iterable[int]) -> None:
+        """Make steps of these numbers of frames ready, so that Python takes no part in them.
 
-    def store(self, slots: Tensor, state: LargeState) -> None:
-        """Keep the state after the step that had :meth:`take`'s."""
-        _store(self._stacked, slots, state)
+        It would take a hundred small parts, and wait before each until other threads give its lock back.
+        """
+        if self._tensors[0].device.type != "cpu":
+            return
+        stacked, framing = _empty(self._first, _TRACED), self._model.config.framing
+        step, tensors, slots = _Step(self._model, stacked), _tensors(stacked), torch.arange(_TRACED)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what stays as it was traced: nothing that depends on the streams
+            for frames in lengths:
+                samples = torch.zeros(
+                    _TRACED, self._model.config.microphones, framing.chunk * frames + framing.lookahead
+                )
+                trace: Any = torch.jit.trace(step, (samples, slots, *tensors), check_trace=False)
+                # The first calls make it faster, and take their time for that.
+                for streams in (1, _TRACED, 2):
+                    trace(samples[:streams], slots[:streams], *tensors)
+                self._traces[frames] = trace
+
+    def step(self, samples: Tensor, slots: Tensor) -> Tensor:
+        """Take the streams in slots ``[B]``, no two of them the same, T frames on.
+
+        Args:
+            samples: ``[B, M, chunk T + lookahead]``.
+
+        Returns:
+            Hints ``[B, T, hint channels, F]``.
+        """
+        framing = self._model.config.framing
+        trace = self._traces.get((samples.shape[2] - framing.lookahead) // framing.chunk)
+        if trace is not None:
+            return trace(samples, slots, *self._tensors)
+        return _step(self._model, self._stacked, samples, slots)
+
+
+_TRACED = 3  # streams that a trace is made with; it serves any number
+
+
+class _Step(nn.Module):
+    """A step as a trace wants it: of tensors only."""
+
+    def __init__(self, model: LargeModel, layout: LargeState) -> None:
+        super().__init__()
+        self._model, self._layout = model, layout
+
+    def forward(self, samples: Tensor, slots: Tensor, *tensors: Tensor) -> Tensor:
+        parts = iter(tensors)
+        return _step(self._model, _map(self._layout, lambda _: next(parts)), samples, slots)
+
+
+def _step(model: LargeModel, stacked: LargeState, samples: Tensor, slots: Tensor) -> Tensor:
+    hints, _, state = model(samples, _take(stacked, slots))
+    _store(stacked, slots, state)
+    return cast("Tensor", hints)
+
+
+def _empty(like: LargeState, count: int) -> LargeState:
+    return _map(like, lambda tensor: tensor.new_zeros(count, *tensor.shape[1:]))
 
 
 def _map(node: Node, function: Any) -> Node:

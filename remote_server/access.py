@@ -37,13 +37,17 @@ class Caller:
     bundles: frozenset[str] | None = None
     _open: Counter[str | None] = field(default_factory=Counter, repr=False, compare=False)
 
+    def may_use(self, bundle: str) -> bool:
+        """Whether this caller may use a bundle of that name."""
+        return self.bundles is None or bundle in self.bundles
+
     def check_bundle(self, bundle: str) -> None:
-        """Whether this caller may use a bundle of that name.
+        """Refuse a bundle that this caller may not use.
 
         Raises:
             Denied: not: PERMISSION_DENIED.
         """
-        if self.bundles is not None and bundle not in self.bundles:
+        if not self.may_use(bundle):
             text = f"the token of {self.name} is not for the bundle {bundle}; ask whoever runs this server"
             raise Denied(text, grpc.StatusCode.PERMISSION_DENIED)
 

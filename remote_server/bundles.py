@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError
+from common.errors import Failure, InputError
 from models.bundle import load_large
 from models.manifest import MANIFEST_FILE, Manifest, find_bundle, read_manifest
 from remote_server.capacity import measure_capacity
@@ -46,6 +46,7 @@ class Bundles:
         self._names, self._device, self._max_sessions = names, device, max_sessions
         self._max_wait, self._metrics = max_wait, metrics
         self._served: dict[str, ServedBundle] = {}
+        self._loading = False  # what is served may be found again, and must not go meanwhile
         self.take_in(self.load_new())
 
     @property
@@ -60,16 +61,43 @@ class Bundles:
                 return bundle
         return None
 
+    def has_place(self, bundle: ServedBundle) -> bool:
+        """Whether one more session of a bundle can be served."""
+        if bundle.sessions >= bundle.engine.slots:
+            return False
+        # What was measured was the whole device, which all bundles share.
+        share = sum(other.sessions / other.engine.slots for other in self._served.values())
+        return self._max_sessions is not None or not bundle.sessions or share + 1 / bundle.engine.slots < 1.001
+
+    def check(self) -> None:
+        """Find out whether all engines still run.
+
+        Raises:
+            Failure: one does not.
+        """
+        for bundle in self._served.values():
+            if not bundle.engine.alive:
+                raise Failure(f"the network of {bundle.manifest.label} has stopped; see the log")
+
     def load_new(self) -> dict[str, ServedBundle]:
         """Look at the names again: what is there now, by id. What is new is loaded, which may take seconds.
 
         Raises:
-            InputError: a bundle cannot be loaded.
+            InputError: a bundle cannot be loaded. None is then.
         """
-        found = {}
-        for path in self._paths():
-            manifest = read_manifest(path)
-            found[manifest.id] = self._served.get(manifest.id) or self._load(path)
+        self._loading = True
+        found: dict[str, ServedBundle] = {}
+        try:
+            for path in self._paths():
+                manifest = read_manifest(path)
+                if manifest.id not in found:
+                    found[manifest.id] = self._served.get(manifest.id) or self._load(path)
+        except BaseException:
+            self._loading = False
+            for identity, bundle in found.items():
+                if identity not in self._served:
+                    bundle.engine.close()
+            raise
         return found
 
     def take_in(self, found: dict[str, ServedBundle]) -> tuple[list[str], list[str]]:
@@ -80,6 +108,7 @@ class Bundles:
             bundle.retired = False
             self._metrics.begin(bundle.manifest.name, bundle.engine.slots)
         self._served = {**found, **gone}
+        self._loading = False
         for bundle in gone.values():
             bundle.retired = True
             self.let_go(bundle)
@@ -87,9 +116,12 @@ class Bundles:
 
     def let_go(self, bundle: ServedBundle) -> None:
         """Free a retired bundle whose last session has ended."""
-        if bundle.retired and not bundle.sessions and bundle.manifest.id in self._served:
+        unused = bundle.retired and not bundle.sessions and not self._loading
+        if unused and bundle.manifest.id in self._served:
             del self._served[bundle.manifest.id]
             bundle.engine.close()
+            if bundle.manifest.name not in (other.manifest.name for other in self._served.values()):
+                self._metrics.slots.remove(bundle.manifest.name)
 
     def close(self) -> None:
         """End all engines."""

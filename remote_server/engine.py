@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -16,7 +17,10 @@ from models.pair import LargeModel
 from models.slots import StateSlots
 from protos.codec import Samples
 
-_MOST_FRAMES = 8  # of one session in a step: a backlog is worked off in such pieces, so that nobody waits long for it
+# Frames of one session that a step takes: a backlog is worked off in such pieces, so that nobody waits long for it.
+_LENGTHS = (1, 2, 4, 8)
+_MOST_FRAMES = _LENGTHS[-1]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,12 @@ class HintEngine:
         self._sessions: set[EngineSession] = set()
         self._commands: deque[Callable[[], None]] = deque()
         self._closing = False
+        self._failure: Exception | None = None  # of the last step
         self._most_backlog = _MOST_FRAMES  # frames of all sessions together in a step over backlogs
         self._loop: asyncio.AbstractEventLoop | None = None
         with torch.inference_mode():
             self._states = StateSlots(self._model, slots, self._embedding(None))
+            self._states.prepare(_LENGTHS)
         self._thread = threading.Thread(target=self._run, name="hint-engine", daemon=True)
         self._thread.start()
 
@@ -124,18 +130,25 @@ class HintEngine:
             raise
         return session
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
     async def answer(self) -> None:
-        """Wait until the thread is between two steps: it is alive, and its device works.
+        """Wait until the thread is between two steps.
 
         Raises:
-            RuntimeError: it has ended.
+            RuntimeError: it has ended, or its last step failed.
         """
         loop = asyncio.get_running_loop()
         answered = loop.create_future()
         self._command(lambda: _on_loop(loop, lambda: _resolve(answered)))
-        if not self._thread.is_alive():
+        if not self.alive:
             raise RuntimeError("the engine's thread has ended")
         await answered
+        if self._failure is not None:
+            raise RuntimeError(f"the last step failed ({self._failure})")
 
     def close(self) -> None:
         """End the thread after the step under way."""
@@ -163,11 +176,18 @@ class HintEngine:
             self._changed.notify()
 
     def _begin(self, session: EngineSession, speaker_embedding: Samples | None, ready: "asyncio.Future[None]") -> None:
-        if not session.closed:
-            session.slot = self._free.pop()
-            self._states.put(session.slot, self._model.initial_state(1, self._embedding(speaker_embedding)))
-            self._sessions.add(session)
-        _on_loop(ready.get_loop(), lambda: _resolve(ready))
+        try:
+            if not session.closed:
+                state = self._model.initial_state(1, self._embedding(speaker_embedding))
+                session.slot = self._free.pop()
+                self._sessions.add(session)
+                self._states.put(session.slot, state)
+        except Exception as error:
+            _log.exception("a session could not begin")
+            failure = error
+            _on_loop(ready.get_loop(), lambda: _resolve(ready, failure))
+        else:
+            _on_loop(ready.get_loop(), lambda: _resolve(ready))
 
     def _end(self, session: EngineSession) -> None:
         # A command as well, so that no step can still write to the slot when the next session gets it.
@@ -189,10 +209,13 @@ class HintEngine:
 
     def _next_round(self) -> list[tuple[int, list[EngineSession]]] | None:
         """What the next round computes: frames a session, and the sessions. None when the engine closes."""
-        with self._changed:
-            while True:
-                while self._commands:
-                    self._commands.popleft()()
+        while True:
+            # Outside the lock, which the event loop wants: a session's first state takes as long as a step.
+            while self._commands:
+                self._commands.popleft()()
+            with self._changed:
+                if self._commands:
+                    continue
                 if self._closing:
                     return None
                 ready = [session for session in self._sessions if session.arrived]
@@ -219,14 +242,15 @@ class HintEngine:
         started = time.perf_counter_ns()
         try:
             indexes = slots.to(self._device)
-            hints, _, state = self._model(torch.from_numpy(windows).to(self._device), self._states.take(indexes))
-            self._states.store(indexes, state)
-            values = hints.cpu().numpy()
+            values = self._states.step(torch.from_numpy(windows).to(self._device), indexes).cpu().numpy()
         except Exception as error:  # of memory, or of the device: those sessions end, the engine goes on
+            _log.exception("a step failed")
+            self._failure = error
             results: list[Hints | Exception] = [error] * len(sessions)
             ended = time.perf_counter_ns()
         else:
             ended = time.perf_counter_ns()
+            self._failure = None
             results = [Hints(own, when, started, ended) for own, when in zip(values, arrived, strict=True)]
         if frames > 1:
             # As many as leave the others' next frames their time.
@@ -259,8 +283,12 @@ def _deliver(results: list[tuple[EngineSession, Hints | Exception]]) -> None:
             session.receive(result)
 
 
-def _resolve(ready: "asyncio.Future[None]") -> None:
-    if not ready.done():
+def _resolve(ready: "asyncio.Future[None]", error: Exception | None = None) -> None:
+    if ready.done():
+        return
+    if error is not None:
+        ready.set_exception(error)
+    else:
         ready.set_result(None)
 
 

@@ -20,8 +20,9 @@ class Guard(grpc.aio.ServerInterceptor):
     The coroutine that answers a call finds whom it is from in :data:`remote_server.access.CALLER`.
     """
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
+    def __init__(self, access: Access, refused: Callable[[str], None]) -> None:
+        """``refused`` is told the status of every call that is not let through."""
+        self._access, self._refused = access, refused
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
@@ -31,6 +32,7 @@ class Guard(grpc.aio.ServerInterceptor):
             try:
                 CALLER.set(self._access.caller(handler_call_details.invocation_metadata))
             except Denied as error:
+                self._refused(error.status.name)
                 return _refuse(method, error)
         return await continuation(handler_call_details)
 

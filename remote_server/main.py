@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -89,6 +90,9 @@ def serve(
         return
     # Read when gRPC is loaded. What goes wrong in it is told by us, once.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if hasattr(signal, "SIGHUP"):
+        # Until bundles can be looked at again; untouched, the signal would end the process.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     if workers > 1 and worker is None:
         from remote_server.workers import run_workers
@@ -148,7 +152,7 @@ def status(
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
 ) -> None:
-    """Say what a server runs and how full it is; exit 1 if it takes no sessions."""
+    """Say what a server runs and how full it is; exit 1 if it shuts down."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
     from common.call_credentials import read_credentials

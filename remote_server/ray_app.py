@@ -111,10 +111,13 @@ class HintReplica:
         self, request: pb.DescribeModelRequest, grpc_context: RayServegRPCContext
     ) -> pb.DescribeModelResponse:
         """What this application runs."""
-        return await self._service.DescribeModel(request, _Context(grpc_context))
+        try:
+            return await self._service.DescribeModel(request, _Context(grpc_context))
+        except grpc.aio.AbortError:
+            return pb.DescribeModelResponse()
 
     async def check_health(self) -> None:
-        """Have every engine answer: a thread that hangs or has ended is noticed by Ray."""
+        """Have every engine answer: a thread that hangs or has ended, or a device that fails, is noticed by Ray."""
         for bundle in self._service.bundles.served:
             await bundle.engine.answer()
 
@@ -145,7 +148,8 @@ def _service(options: Options) -> HintService:
     # Ray has made the replica's share of the GPUs, or none, the visible ones.
     device, metrics = pick_device("auto"), Metrics()
     bundles = Bundles([options.bundle], device, max_sessions=options.max_sessions, max_wait=_MAX_WAIT, metrics=metrics)
-    return HintService(bundles, Limits(), metrics)
+    # All calls come from HAProxy, so that its address says nothing of whose they are.
+    return HintService(bundles, Limits(enrollments_per_minute=0), metrics)
 
 
 def _leaving() -> Callable[[], bool]:

@@ -1,5 +1,6 @@
 """What keeps strangers out of a server: the flags that say so, checked together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,9 @@ class Security:
     credentials: grpc.ServerCredentials | None  # of TLS
     reflection: bool
 
-    def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
-        """What stands before every call."""
-        return [Guard(self.access)] if self.access is not None else []
+    def interceptors(self, refused: Callable[[str], None]) -> list[grpc.aio.ServerInterceptor]:
+        """What stands before every call; ``refused`` is told the status of those it does not let through."""
+        return [Guard(self.access, refused)] if self.access is not None else []
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Have a server listen on an address; the port it got.

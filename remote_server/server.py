@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -44,11 +44,12 @@ async def serve(
 
     Raises:
         InputError: the port cannot be had.
+        Failure: a network has stopped.
     """
     # The event loop needs the interpreter several times a message, and would wait 5 ms for it each time.
     sys.setswitchinterval(0.0005)
     server = grpc.aio.server(
-        interceptors=security.interceptors(),
+        interceptors=security.interceptors(service.count_refused),
         options=[
             # Two servers on one port would share its connections without a word.
             ("grpc.so_reuseport", int(where.shared_port)),
@@ -82,15 +83,9 @@ async def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_stop)
-    reloads: set[asyncio.Task[None]] = set()
-
-    def asked_to_reload() -> None:
-        if not reloads:
-            task = loop.create_task(_reload(service))
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
-
-    loop.add_signal_handler(signal.SIGHUP, asked_to_reload)
+    asked_to_reload = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
+    reloading = loop.create_task(_reload_when(asked_to_reload, service))
     await server.start()
     for name in ("", SERVICE_NAME):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -100,8 +95,11 @@ async def serve(
     if where.until_stdin_ends:
         # A daemon thread: nothing may wait for it when the server stops for another reason.
         threading.Thread(target=_when_stdin_ends, args=(loop, stop.set), daemon=True).start()
-    watching = loop.create_task(service.watch())
-    await stop.wait()
+    watching, stopping = loop.create_task(service.watch()), loop.create_task(stop.wait())
+    await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    failure = watching.exception() if watching.done() else None
+    if failure is not None:
+        where = replace(where, drain_seconds=0)
     log_event("server_draining", seconds=where.drain_seconds)
     await checks.enter_graceful_shutdown()
     draining = loop.create_task(service.drain(where.drain_seconds))
@@ -111,11 +109,13 @@ async def serve(
     if not draining.done():
         draining.cancel()
         await service.drain(0)
-    watching.cancel()
-    hurry.cancel()
+    for task in (watching, stopping, hurry, reloading):
+        task.cancel()
     await server.stop(grace=1)
     service.close()
     log_event("server_stopped")
+    if failure is not None:
+        raise failure
 
 
 def address_of(host: str, port: int) -> str:
@@ -123,14 +123,17 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _reload(service: HintService) -> None:
-    try:
-        found = await asyncio.to_thread(service.bundles.load_new)
-    except InputError as error:
-        log_event("reload_failed", why=str(error))
-        return
-    added, retired = service.bundles.take_in(found)
-    log_event("reloaded", added=added, retired=retired)
+async def _reload_when(asked: asyncio.Event, service: HintService) -> None:
+    while True:
+        await asked.wait()
+        asked.clear()
+        try:
+            found = await asyncio.to_thread(service.bundles.load_new)
+        except InputError as error:
+            log_event("reload_failed", why=str(error))
+            continue
+        added, retired = service.bundles.take_in(found)
+        log_event("reloaded", added=added, retired=retired)
 
 
 def start_log() -> None:

@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 import grpc
@@ -42,23 +42,33 @@ class HintService(HintServiceServicer):
         self._draining = False
         self._speakers = SpeakerEncoder() if SpeakerEncoder.installed() else None
 
+    def count_refused(self, status: str) -> None:
+        """Count a call that got nothing."""
+        self._metrics.refused.labels(status).inc()
+
     async def watch(self) -> None:
-        """End sessions whose time is up, as long as the server runs."""
+        """End sessions whose time is up, as long as the server runs.
+
+        Raises:
+            Failure: an engine has ended, and its sessions would wait for ever.
+        """
         while True:
             await asyncio.sleep(0.5)
+            self.bundles.check()
             now = time.monotonic()
             for session, task in list(self._sessions.items()):
                 why = session.overdue(now)
                 if why is not None:
                     session.end(why)
-                    if why.status is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                        task.cancel()  # it waits for a device that does not read
+                if session.stuck(now):
+                    task.cancel()  # it waits for a device that does not read
 
     async def drain(self, seconds: float) -> None:
         """Accept no more sessions, tell the devices to go elsewhere, and end those still here after ``seconds``."""
-        self._draining = True
-        for session in self._sessions:
-            session.announce_draining(seconds)
+        if not self._draining:
+            self._draining = True
+            for session in self._sessions:
+                session.announce_draining(seconds)
         await self._wait_until_empty(seconds)
         for session in self._sessions:
             session.end(_shutting_down())
@@ -86,18 +96,23 @@ class HintService(HintServiceServicer):
             if self._limits.sessions_per_peer and self._peers[host] > self._limits.sessions_per_peer:
                 text = f"{self._limits.sessions_per_peer} sessions of this host are open already; end one of them"
                 raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
-            caller = CALLER.get()
             config = await self._configuration(request_iterator)
-            bundle = self._admit(config)
-            stack.enter_context(caller.session())
+            if self._draining:  # by now
+                raise _shutting_down()
+            found = self._admit(config)
+            stack.enter_context(CALLER.get().session())
+            bundle = found
+            bundle.sessions += 1
             session = record.session = Session(config, bundle, self._limits, self._metrics)
             task = asyncio.current_task()
             assert task is not None
             self._sessions[session] = task
-            self._metrics.sessions.labels(bundle.manifest.name).set(bundle.sessions)
+            self._metrics.sessions.labels(bundle.manifest.name).inc()
             record.log_start(bundle)
-            async for response in session.responses(request_iterator):
-                yield response
+            # Closed before the place is given away; left to the interpreter, it would be closed some time later.
+            async with aclosing(session.responses(request_iterator)) as responses:
+                async for response in responses:
+                    yield response
             record.end("OK", "the device ended it")
         except Refused as error:
             record.end(error.status.name, str(error))
@@ -120,11 +135,11 @@ class HintService(HintServiceServicer):
             self._peers[host] -= 1
             self._peers += Counter()  # forgets those that have none
             if bundle is None:
-                self._metrics.refused.labels(record.status).inc()
+                self.count_refused(record.status)
             else:
                 self._sessions.pop(record.session, None)  # type: ignore[arg-type]
                 bundle.sessions -= 1
-                self._metrics.sessions.labels(bundle.manifest.name).set(bundle.sessions)
+                self._metrics.sessions.labels(bundle.manifest.name).dec()
                 self._metrics.ended.labels(bundle.manifest.name, record.status).inc()
                 self.bundles.let_go(bundle)
 
@@ -141,7 +156,7 @@ class HintService(HintServiceServicer):
             self._count_enrollment(context.peer().rpartition(":")[0])
             embedding = await self._speakers.embed(speech)
         except Refused as error:
-            self._metrics.refused.labels(error.status.name).inc()
+            self.count_refused(error.status.name)
             await context.abort(error.status, str(error))
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"pcm: no voice to learn from ({error})")
@@ -152,9 +167,10 @@ class HintService(HintServiceServicer):
 
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
         """What this server runs."""
-        bundle = self.bundles.find(request.bundle)
+        allowed = [served for served in self.bundles.served if CALLER.get().may_use(served.manifest.name)]
+        bundle = self.bundles.find(request.bundle) if request.bundle or not allowed else allowed[0]
         if bundle is None:
-            names = ", ".join(served.manifest.name for served in self.bundles.served)
+            names = ", ".join(served.manifest.name for served in allowed)
             await context.abort(grpc.StatusCode.NOT_FOUND, f"bundle: {request.bundle[:80]!r} is none of {names}")
             raise AssertionError  # abort has raised
         try:
@@ -180,7 +196,7 @@ class HintService(HintServiceServicer):
             enrolls=self._speakers is not None,
             sessions=bundle.sessions,
             max_sessions=bundle.engine.slots,
-            bundles=[served.manifest.name for served in self.bundles.served],
+            bundles=[served.manifest.name for served in allowed],
         )
 
     async def _configuration(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> pb.SessionConfig:
@@ -198,7 +214,7 @@ class HintService(HintServiceServicer):
         return read_config(request)
 
     def _admit(self, config: pb.SessionConfig) -> ServedBundle:
-        """The bundle of a session, with a place in it taken.
+        """The bundle of a session, with a place in it.
 
         Raises:
             Refused: the configuration does not fit, or all places are taken.
@@ -208,10 +224,9 @@ class HintService(HintServiceServicer):
             raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
         CALLER.get().check_bundle(bundle.manifest.name)
         check_config(config, bundle.manifest.model)
-        if bundle.sessions >= bundle.engine.slots:
+        if not self.bundles.has_place(bundle):
             text = f"all {bundle.engine.slots} sessions of this server are taken; try again later or another server"
             raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
-        bundle.sessions += 1
         return bundle
 
     def _count_enrollment(self, host: str) -> None:

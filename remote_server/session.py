@@ -4,7 +4,7 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 import numpy as np
@@ -20,6 +20,7 @@ from remote_server.metrics import Metrics
 
 _MOST_WAITING = 250  # frames in the engine, and hints in the outbox, above which no more audio is taken
 _BURST = 125  # frames that may come at once, such as the audio of an outage
+_CLOSING_SECONDS = 3.0  # that an ended session has to tell its device so
 
 Response = pb.StreamHintsResponse
 
@@ -39,18 +40,20 @@ class Session:
         self._encode = hint_encoder(config.hint_encoding)
         self._deadline = config.hint_deadline_ms * 1_000_000 or None  # ns
         self._embedding = np.array(config.speaker_embedding, np.float32) if config.speaker_embedding else None
-        self._first_frame = self._next_hint = config.first_frame
+        self._next_hint = config.first_frame
         self._stream: EngineSession | None = None
         self._outbox: deque[Response] = deque()
         self._wake, self._room = asyncio.Event(), asyncio.Event()
         self.ended: Refused | None = None  # why, other than by the device's own wish
+        self._ended_at = 0.0
         self._read_all = False
         self._refused: Refused | None = None  # what was read last, after the hints of what came before
-        self._opened = self._heard = self._moved = time.monotonic()
+        # When it began, audio came last, a hint went last, and until when what came may last; of the monotonic clock.
+        self._opened = self._heard = self._moved = self._paid = time.monotonic()
         name = bundle.manifest.name
         self._late, self._queue = metrics.late.labels(name), metrics.queue.labels(name)
 
-    async def responses(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> AsyncIterator[Response]:
+    async def responses(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> AsyncGenerator[Response, None]:
         """Everything that goes to the device.
 
         Raises:
@@ -62,10 +65,11 @@ class Session:
             yield Response(started=pb.SessionStarted(session_id=self.id))
             while True:
                 while self._outbox:
-                    response = self._outbox.popleft()
-                    self._room.set()
-                    yield response
+                    yield self._outbox[0]
+                    # Only now, so that one the device does not read counts as unread.
+                    self._outbox.popleft()
                     self._moved = time.monotonic()
+                    self._room.set()
                 if self.ended is not None:
                     raise self.ended
                 if self._read_all and self._next_hint == self._reader.next_frame:
@@ -81,12 +85,18 @@ class Session:
     def end(self, why: Refused) -> None:
         """End the session once the hints there are have gone out."""
         if self.ended is None:
-            self.ended = why
+            self.ended, self._ended_at = why, time.monotonic()
             self._wake.set()
 
     def announce_draining(self, seconds: float) -> None:
         """Tell the device that it should go elsewhere."""
         self._put(Response(draining=pb.Draining(seconds=seconds)))
+
+    def stuck(self, now: float) -> bool:
+        """Whether it has ended but cannot tell its device, which reads nothing."""
+        if self.ended is None:
+            return False
+        return self.ended.status is grpc.StatusCode.RESOURCE_EXHAUSTED or now - self._ended_at > _CLOSING_SECONDS
 
     def overdue(self, now: float) -> Refused | None:
         """Which of the limits on time has passed, if one has; ``now`` in seconds of the monotonic clock."""
@@ -107,9 +117,10 @@ class Session:
             async for request in requests:
                 first, samples = self._reader.read(request)
                 self._heard = time.monotonic()
-                stream.send(samples, self._reader.next_frame - first)
+                frames = self._reader.next_frame - first
+                stream.send(samples, frames)
                 # Not reading is what holds a device back.
-                await self._pace()
+                await self._pace(frames)
                 while stream.waiting > _MOST_WAITING or len(self._outbox) > _MOST_WAITING:
                     self._room.clear()
                     await self._room.wait()
@@ -124,12 +135,13 @@ class Session:
         self._read_all = True
         self._wake.set()
 
-    async def _pace(self) -> None:
+    async def _pace(self, frames: int) -> None:
         if not self._limits.speed:
             return
-        chunk_seconds = self._bundle.manifest.model.framing.chunk_seconds
-        sent = (self._reader.next_frame - self._first_frame - _BURST) * chunk_seconds
-        ahead = sent / self._limits.speed - (time.monotonic() - self._opened)
+        price = self._bundle.manifest.model.framing.chunk_seconds / self._limits.speed
+        # Silence earns no more than one burst.
+        self._paid = max(self._paid, self._heard) + frames * price
+        ahead = self._paid - self._heard - _BURST * price
         if ahead > 0:
             await asyncio.sleep(ahead)
 

@@ -14,6 +14,7 @@ from common.errors import Failure, InputError, reason
 from remote_server.server import address_of
 
 _RESTART_SECONDS = 1.0
+_STARTING_SECONDS = 30.0  # in which a worker that cannot start says something of all of them
 
 
 def run_workers(count: int, host: str, port: int, arguments: Sequence[str]) -> int:
@@ -62,6 +63,8 @@ def device_of(device: str, worker: int) -> str:
 class _Workers:
     def __init__(self, count: int, arguments: Sequence[str]) -> None:
         self._command = [sys.executable, "-m", "remote_server.main", *arguments, "--worker"]
+        self._until_stdin_ends = "--until-stdin-ends" in arguments
+        self._began = time.monotonic()
         self._running = {worker: self._start(worker) for worker in range(count)}
         self._stopping = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -75,12 +78,15 @@ class _Workers:
                 with suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=0.2 / len(self._running))
                     del self._running[worker]
-                    if self._stopping or code == 2:  # what one cannot use, none can
-                        worst = max(worst, abs(code))
+                    # What one cannot use at the start, none can.
+                    if code == 2 and time.monotonic() - self._began < _STARTING_SECONDS:
                         self._stop()
-                    else:
-                        print(f"warning: worker {worker} ended with {code}; starting another", file=sys.stderr)
-                        time.sleep(_RESTART_SECONDS)
+                    if self._stopping or (code == 0 and self._until_stdin_ends):
+                        worst = max(worst, abs(code))
+                        continue
+                    print(f"warning: worker {worker} ended with {code}; starting another", file=sys.stderr)
+                    time.sleep(_RESTART_SECONDS)
+                    if not self._stopping:  # meanwhile
                         self._running[worker] = self._start(worker)
         return worst
 

@@ -102,14 +102,20 @@ def test_a_host_has_so_many_sessions_and_no_more(limited: Server, witness: Witne
         witness.assert_exact()
 
 
-def test_hints_do_not_wait_for_ever_for_a_device_that_does_not_read_them(limited: Server, ss: Material) -> None:
+def test_hints_do_not_wait_for_ever_for_a_device_that_does_not_read_them(
+    golden_bundle: Callable[[str], Path], ss: Material
+) -> None:
     silence = bytes(2 * 4 * 128)
-    with Device(limited, ss.opening()) as device:
+    flags = ["--limit", "speed=0", "--limit", "unread_seconds=1"]
+    with (
+        running_server(golden_bundle("ss_delay6_compression2"), *flags) as server,
+        Device(server, ss.opening()) as device,
+    ):
         device.started()
         device.send(ss.audio(0))
         # Enough for every buffer on the way; what does not fit stays here.
         device.send(*(message(frame, silence) for frame in range(1, 4000)))
-        line = limited.wait_for_log('"status": "RESOURCE_EXHAUSTED".*hints wait unread', 30)
+        line = server.wait_for_log('"status": "RESOURCE_EXHAUSTED".*hints wait unread', 30)
     assert "hints wait unread for 1 s" in line
 
 
