@@ -154,6 +154,24 @@ def test_a_slot_keeps_nothing_of_its_last_session(large: LargeModel) -> None:
     assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
 
 
+def test_an_engine_goes_on_after_a_session_that_could_not_begin(large: LargeModel) -> None:
+    async def one_too_many() -> Stream:
+        engine = HintEngine(large, torch.device("cpu"), slots=1)
+        first, second = Stream(engine, large, 20, seed=1), Stream(engine, large, 20, seed=2)
+        await first.open()
+        with pytest.raises(IndexError):
+            await asyncio.wait_for(second.open(), 20)
+        first.send(20)
+        await first.end()
+        assert engine.alive
+        await engine.answer()
+        engine.close()
+        return first
+
+    stream = asyncio.run(one_too_many())
+    assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
+
+
 def test_a_session_that_is_not_finite_touches_none_of_its_step(large: LargeModel) -> None:
     async def together() -> Stream:
         engine = HintEngine(large, torch.device("cpu"), slots=2, max_wait=1.0)

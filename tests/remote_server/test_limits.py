@@ -154,6 +154,23 @@ def test_audio_faster_than_allowed_waits(ss: Material, golden_bundle: Callable[[
     assert took > (frames - 125) * CHUNK_SECONDS / 2 * 0.8
 
 
+def test_audio_that_did_not_come_is_not_owed_later(ss: Material, golden_bundle: Callable[[str], Path]) -> None:
+    """However long a session has been, no more than a second comes at once."""
+    frames = min(len(ss.hints), 300)
+    with (
+        running_server(golden_bundle("ss_delay6_compression2"), "--limit", "speed=2") as server,
+        Device(server, ss.opening(), ss.audio(0)) as device,
+    ):
+        device.started()
+        time.sleep(4)
+        began = time.monotonic()
+        device.send(*(ss.audio(frame) for frame in range(1, frames)))
+        device.finish()
+        assert len(device.hints(frames)) == frames
+        took = time.monotonic() - began
+    assert took > (frames - 126) * CHUNK_SECONDS / 2 * 0.8
+
+
 @pytest.mark.parametrize(
     ("limit", "why"),
     [

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from protos import hints_pb2 as pb
 from protos.codec import SERVICE_NAME
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import Server, running_server
+from tests.processes import Server, command, environment, running_server, threads
 from tests.remote_server.driver import PATIENCE, Device, Material, material, wait_until_free
 
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
@@ -123,6 +124,64 @@ def test_a_draining_server_tells_its_devices_and_gives_them_time(
             assert stays.end() == ("UNAVAILABLE", "the server is shutting down; try another")
             assert 1.5 < time.monotonic() - began < 15
         assert server.process.wait(timeout=30) == 0
+
+
+def test_a_session_that_comes_as_the_server_begins_to_drain_is_refused(
+    golden_bundle: Callable[[str], Path], ss: Material
+) -> None:
+    with running_server(golden_bundle(SS), "--drain-seconds", 20) as server:
+        with Device(server, ss.opening()) as here, Device(server) as coming:
+            here.started()
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_log("server_draining")
+            coming.send(ss.opening())
+            assert coming.end()[0] == "UNAVAILABLE"
+            here.finish()
+        assert server.process.wait(PATIENCE) == 0
+
+
+def test_a_hang_up_while_it_loads_does_not_end_a_server(golden_bundle: Callable[[str], Path]) -> None:
+    process = subprocess.Popen(
+        command("kb-server", "--bundle", golden_bundle(SS), "--port", 0, "--device", "cpu"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        status = Path(f"/proc/{process.pid}/status")
+        # Ignored or handled, and so not deadly any more.
+        eventually(lambda: bool(int(_field(status, "SigIgn"), 16) & 1 or int(_field(status, "SigCgt"), 16) & 1))
+        process.send_signal(signal.SIGHUP)
+        assert "listening on" in process.stdout.readline()
+    finally:
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def _field(status: Path, name: str) -> str:
+    return next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+
+
+def test_copies_of_a_bundle_are_one_bundle(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(golden_bundle(SS), tmp_path / name)
+    with running_server(tmp_path) as server:
+        count = threads(server.process.pid)
+        assert list(described(server).bundles) == [SS]
+        # A broken one beside it: nothing changes, and nothing is left of the attempt.
+        shutil.copytree(golden_bundle(TSE), tmp_path / "another")
+        shutil.copytree(golden_bundle(TSE), tmp_path / "broken")
+        (tmp_path / "broken" / "large.safetensors").write_bytes(b"")
+        manifest = tmp_path / "broken" / "bundle.json"
+        manifest.write_text(re.sub(r'"id": "..', '"id": "00', manifest.read_text()))
+        for _ in range(3):
+            seen = len(server.log)
+            server.process.send_signal(signal.SIGHUP)
+            eventually(lambda before=seen: any("reload_failed" in line for line in server.log[before:]))  # type: ignore[misc]
+        assert list(described(server).bundles) == [SS]
+        assert threads(server.process.pid) <= count + 2  # of the pool that reads files
 
 
 def test_a_server_of_two_bundles_serves_both(golden_bundle: Callable[[str], Path], ss: Material, tse: Material) -> None:
