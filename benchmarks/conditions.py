@@ -1,8 +1,9 @@
 """What boosting gives by mixture: ``python benchmarks/conditions.py out/results/ss data/valid-ss/val``.
 
 Takes the items.csv of ``kb-evaluate`` on a pair and its network alone, and the metadata.csv of the mixtures. Prints
-SI-SDRi of both and their difference, in classes of the angle between the talkers, of their level difference and of the
-reverberation time, and writes the same as JSON. Intervals are 95 % bootstrap intervals of the paired difference.
+SI-SDRi of both and the large network's, in classes of the angle between the talkers, of their level difference, of the
+reverberation time and, for target speech extraction, of how much alike their voices are (cosine of the d-vectors), and
+writes the same as JSON. Intervals are 95 % bootstrap intervals of the paired difference.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +47,12 @@ LEVEL: dict[str, dict[str, Condition]] = {
 }
 
 
+def likeness(item: Path) -> float:
+    """Cosine of the d-vectors of an item's talkers."""
+    first, second = (torch.load(item / f"spk_id{number}.pt", weights_only=True).flatten() for number in ("00", "01"))
+    return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="folder of kb-evaluate with one pair and one network alone")
@@ -60,12 +68,21 @@ def main() -> None:
             if line["trained_delay"] != "false":
                 figures.setdefault(line["system"], {})[line["item"]] = float(line["si_sdri"])
     items = list(figures["boosted"])
-    alone, boosted = (np.array([figures[system][item] for item in items]) for system in ("alone", "boosted"))
+    alone, boosted, large = (
+        np.array([figures[name][item] for item in items]) for name in ("alone", "boosted", "large")
+    )
 
     found: dict[str, list[dict[str, float | int | None]]] = {}
-    for name, (value_of, edges) in (ROOM | LEVEL[task]).items():
+    conditions = ROOM | LEVEL[task]
+    if task == "tse":
+        alike: Condition = (
+            lambda record, _: likeness(arguments.split / record["item"]),
+            [0.3, 0.5, 0.55, 0.6, 0.65, 1],
+        )
+        conditions["likeness of the voices"] = alike
+    for name, (value_of, edges) in conditions.items():
         values = np.array([value_of(records[item], index) for index, item in enumerate(items)])
-        table = Table(name, "items", "alone", "boosted", "difference", title=f"SI-SDRi, dB, {task.upper()}")
+        table = Table(name, "items", "alone", "boosted", "difference", "large", title=f"SI-SDRi, dB, {task.upper()}")
         found[name] = []
         for low, high in pairwise(edges):
             chosen = (values >= low) & ((values < high) | (high == edges[-1]))
@@ -78,6 +95,7 @@ def main() -> None:
                 "items": int(chosen.sum()),
                 "alone": round(float(alone[chosen].mean()), 2),
                 "boosted": round(float(boosted[chosen].mean()), 2),
+                "large": round(float(large[chosen].mean()), 2),
                 "difference": gain.mean,
                 "difference_low": gain.low,
                 "difference_high": gain.high,
@@ -90,6 +108,7 @@ def main() -> None:
                 f"{entry['alone']:.2f}",
                 f"{entry['boosted']:.2f}",
                 f"{gain.mean:+.2f}{interval}",
+                f"{entry['large']:.2f}",
             )
         Console().print(table)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
