@@ -77,8 +77,10 @@ def running_cluster(bundle: Path, **scaling: float) -> Iterator[RayCluster]:
         # Ray's sockets lie there, and their paths must be short.
         folder = tempfile.mkdtemp(prefix="kb-ray-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        # Where Ray writes which cluster is this machine's own; it makes no folder for that.
+        (Path(folder) / "ray").mkdir()
         ports = free_ports(60)
-        env = {**environment(), **shipped_environment(), **local_environment(folder, ports)}
+        env = {**environment(), **shipped_environment(), **local_environment(folder, ports), "RAY_TMPDIR": folder}
         nodes, address = started_nodes(folder, env)
         stack.callback(end, nodes)
         config = Path(folder) / "serve.yaml"
