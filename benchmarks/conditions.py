@@ -22,35 +22,37 @@ from training.evaluation_plot import bootstrap
 
 Record = dict[str, str]
 
-Condition = tuple[Callable[[Record, int], float], list[float]]
-ROOM: dict[str, Condition] = {
-    "angle between talkers, degrees": (
-        lambda record, _: abs((float(record["azimuth00_deg"]) - float(record["azimuth01_deg"]) + 180) % 360 - 180),
-        [15, 45, 90, 135, 180],
-    ),
-    "reverberation time, s": (lambda record, _: float(record["rt60_s"]), [0, 0.01, 0.12, 0.2, 0.6]),
-}
-LEVEL: dict[str, dict[str, Condition]] = {
-    "ss": {
-        "level of talker 1 over 2, dB": (
-            lambda record, _: float(record["level_difference_db"]),
-            [-5, -2.5, 0, 2.5, 5],
-        )
-    },
-    "tse": {
-        # The target is the one of the item's number, even or odd.
-        "level of the target over the other, dB": (
-            lambda record, index: float(record["level_difference_db"]) * (-1 if index % 2 else 1),
-            [-5, -2.5, 0, 2.5, 5],
-        )
-    },
-}
+
+def angle(record: Record) -> float:
+    """Between the talkers, degrees."""
+    return abs((float(record["azimuth00_deg"]) - float(record["azimuth01_deg"]) + 180) % 360 - 180)
 
 
 def likeness(item: Path) -> float:
     """Cosine of the d-vectors of an item's talkers."""
     first, second = (torch.load(item / f"spk_id{number}.pt", weights_only=True).flatten() for number in ("00", "01"))
     return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+
+
+# A figure of an item, by its line of metadata, its place and its folder; and the edges of its classes.
+Condition = tuple[Callable[[Record, int, Path], float], list[float]]
+ROOM: dict[str, Condition] = {
+    "angle between talkers, degrees": (lambda record, *_: angle(record), [15, 45, 90, 135, 180]),
+    "reverberation time, s": (lambda record, *_: float(record["rt60_s"]), [0, 0.01, 0.12, 0.2, 0.6]),
+}
+TALKERS: dict[str, dict[str, Condition]] = {
+    "ss": {
+        "level of talker 1 over 2, dB": (lambda record, *_: float(record["level_difference_db"]), [-5, -2.5, 0, 2.5, 5])
+    },
+    "tse": {
+        # The target is the one of the item's number, even or odd.
+        "level of the target over the other, dB": (
+            lambda record, index, _: float(record["level_difference_db"]) * (-1 if index % 2 else 1),
+            [-5, -2.5, 0, 2.5, 5],
+        ),
+        "likeness of the voices": (lambda _, __, folder: likeness(folder), [0.3, 0.5, 0.55, 0.6, 0.65, 1]),
+    },
+}
 
 
 def main() -> None:
@@ -73,15 +75,8 @@ def main() -> None:
     )
 
     found: dict[str, list[dict[str, float | int | None]]] = {}
-    conditions = ROOM | LEVEL[task]
-    if task == "tse":
-        alike: Condition = (
-            lambda record, _: likeness(arguments.split / record["item"]),
-            [0.3, 0.5, 0.55, 0.6, 0.65, 1],
-        )
-        conditions["likeness of the voices"] = alike
-    for name, (value_of, edges) in conditions.items():
-        values = np.array([value_of(records[item], index) for index, item in enumerate(items)])
+    for name, (value_of, edges) in (ROOM | TALKERS[task]).items():
+        values = np.array([value_of(records[item], index, arguments.split / item) for index, item in enumerate(items)])
         table = Table(name, "items", "alone", "boosted", "difference", "large", title=f"SI-SDRi, dB, {task.upper()}")
         found[name] = []
         for low, high in pairwise(edges):

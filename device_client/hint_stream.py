@@ -120,8 +120,8 @@ class HintStream:
             first = next(self._call)
         except (grpc.RpcError, StopIteration):
             self.close()
-            if self._call.code() is grpc.StatusCode.CANCELLED:
-                raise InputError(f"{server}: does not answer; {patience:g} s had to be enough for a session") from None
+            if not timer.is_alive():
+                raise InputError(f"{server}: gave no session within {patience:g} s; is it overloaded?") from None
             raise call_failed(server, "refused the session", self._call) from None
         finally:
             timer.cancel()

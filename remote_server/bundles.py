@@ -65,9 +65,11 @@ class Bundles:
         """Whether one more session of a bundle can be served."""
         if bundle.sessions >= bundle.engine.slots:
             return False
-        # What was measured was the whole device, which all bundles share.
+        if self._max_sessions is not None or not bundle.sessions:
+            return True
+        # What was measured was the whole device, which all bundles share, those that are retired too.
         share = sum(other.sessions / other.engine.slots for other in self._served.values())
-        return self._max_sessions is not None or not bundle.sessions or share + 1 / bundle.engine.slots < 1.001
+        return share + 1 / bundle.engine.slots < 1 + 1e-9
 
     def check(self) -> None:
         """Find out whether all engines still run.

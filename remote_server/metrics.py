@@ -10,7 +10,7 @@ _SESSIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """The server's counters, all by bundle."""
+    """The server's counters, by bundle where there is one."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
