@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
@@ -135,7 +136,9 @@ def test_a_session_that_comes_as_the_server_begins_to_drain_is_refused(
             server.process.send_signal(signal.SIGTERM)
             server.wait_for_log("server_draining")
             coming.send(ss.opening())
-            assert coming.end()[0] == "UNAVAILABLE"
+            with pytest.raises(grpc.RpcError) as refused:
+                coming.started()
+            assert cast("grpc.Call", refused.value).code() is grpc.StatusCode.UNAVAILABLE
             here.finish()
         assert server.process.wait(PATIENCE) == 0
 
