@@ -1,12 +1,13 @@
 """States of many streams, stacked, so that one step of a network serves any of them."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models.layers import AttentionCache
 from models.pair import LargeModel, LargeState
@@ -24,9 +25,9 @@ class StateSlots:
 
     def __init__(self, model: LargeModel, count: int, speaker_embedding: Tensor | None = None) -> None:
         """Empty slots; ``speaker_embedding`` ``[1, 256]`` is any, for a network that takes one."""
-        self._model = model
+        self._model, self._count = model, count
         self._first = model.initial_state(1, speaker_embedding)
-        self._stacked = _empty(self._first, count)
+        self._stacked = _empty(self._first, count + 1)  # the last one is nobody's: it fills up steps
         self._tensors = _tensors(self._stacked)
         self._traces: dict[int, Callable[..., Tensor]] = {}
 
@@ -36,9 +37,11 @@ class StateSlots:
             own[slot] = new[0]
 
     def prepare(self, lengths: Iterable[int]) -> None:
-        """Make steps of these numbers of frames ready, so that Python takes no part in them.
+        """Make steps of these numbers of frames ready, of any number of streams; as yet, on a CPU alone.
 
-        It would take a hundred small parts, and wait before each until other threads give its lock back.
+        Python takes no part in them then: it would take a hundred small parts, and wait before each until other
+        threads give its lock back. And what torch makes and keeps for every size of a step, it makes here: the first
+        one takes several times as long as those that follow.
         """
         if self._tensors[0].device.type != "cpu":
             return
@@ -55,6 +58,9 @@ class StateSlots:
                 for streams in (1, _TRACED, 2):
                     trace(samples[:streams], slots[:streams], *tensors)
                 self._traces[frames] = trace
+                for size in _sizes(self._count):
+                    samples = samples[:1].expand(size, -1, -1).contiguous()
+                    trace(samples, torch.full((size,), self._count), *self._tensors)
 
     def step(self, samples: Tensor, slots: Tensor) -> Tensor:
         """Take the streams in slots ``[B]``, no two of them the same, T frames on.
@@ -65,11 +71,32 @@ class StateSlots:
         Returns:
             Hints ``[B, T, hint channels, F]``.
         """
-        framing = self._model.config.framing
+        framing, streams = self._model.config.framing, len(slots)
+        fill = next(size for size in _sizes(self._count) if size >= streams) - streams
+        if fill:
+            samples = functional.pad(samples, (0, 0, 0, 0, 0, fill))
+            slots = functional.pad(slots, (0, fill), value=self._count)
         trace = self._traces.get((samples.shape[2] - framing.lookahead) // framing.chunk)
         if trace is not None:
-            return trace(samples, slots, *self._tensors)
-        return _step(self._model, self._stacked, samples, slots)
+            return trace(samples, slots, *self._tensors)[:streams]
+        return _step(self._model, self._stacked, samples, slots)[:streams]
+
+
+def _sizes(most: int) -> Iterator[int]:
+    """Numbers of streams that steps are made of, the last one at least ``most``: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
+
+    Few, since each costs memory and a slow first time, and close enough that little is computed for nobody.
+    """
+    power = 1
+    while True:
+        yield power
+        if power >= most:
+            return
+        if power > 1:
+            yield power * 3 // 2
+            if power * 3 // 2 >= most:
+                return
+        power *= 2
 
 
 _TRACED = 3  # streams that a trace is made with; it serves any number

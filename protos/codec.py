@@ -75,7 +75,7 @@ def hint_encoder(encoding: int) -> Callable[[Samples], tuple[bytes, float]]:
             scale = max(largest / 127, float(np.finfo(np.float32).tiny)) if largest else 1.0
             return np.rint(hint / scale).astype(kind).tobytes(), scale
         if encoding == pb.HINT_ENCODING_F16LE:
-            hint = np.clip(hint, -65504, 65504)
+            hint = np.minimum(np.maximum(hint, -65504), 65504)  # a third of what np.clip takes of so few
         return hint.astype(kind).tobytes(), 1.0
 
     return encode

@@ -29,6 +29,7 @@ class Hints:
 
     values: Samples  # [T, hint channels, F]
     arrived: Sequence[int]  # when the audio of each frame came, ns of the monotonic clock
+    finite: bool  # whether all values are
     started: int  # when the step began, ns
     ended: int  # when it ended, ns
 
@@ -251,7 +252,8 @@ class HintEngine:
         else:
             ended = time.perf_counter_ns()
             self._failure = None
-            results = [Hints(own, when, started, ended) for own, when in zip(values, arrived, strict=True)]
+            finite = np.isfinite(values).all((1, 2, 3)).tolist()
+            results = [Hints(*own, started, ended) for own in zip(values, arrived, finite, strict=True)]
         if frames > 1:
             # As many as leave the others' next frames their time.
             took = (ended - started) / 1e9 / self._framing.chunk_seconds

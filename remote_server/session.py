@@ -120,7 +120,8 @@ class Session:
                 frames = self._reader.next_frame - first
                 stream.send(samples, frames)
                 # Not reading is what holds a device back.
-                await self._pace(frames)
+                if self._limits.speed:
+                    await self._pace(frames)
                 while stream.waiting > _MOST_WAITING or len(self._outbox) > _MOST_WAITING:
                     self._room.clear()
                     await self._room.wait()
@@ -136,8 +137,6 @@ class Session:
         self._wake.set()
 
     async def _pace(self, frames: int) -> None:
-        if not self._limits.speed:
-            return
         price = self._bundle.manifest.model.framing.chunk_seconds / self._limits.speed
         # Silence earns no more than one burst.
         self._paid = max(self._paid, self._heard) + frames * price
@@ -153,7 +152,7 @@ class Session:
             self.end(Refused(text, grpc.StatusCode.INTERNAL))
             return
         compute = (result.ended - result.started) // 1000
-        if not np.isfinite(result.values).all():
+        if not result.finite:
             # Frames of one step cannot be told apart: what overflows in one spoils those before it.
             first, last = self._next_hint, self._next_hint + len(result.values) - 1
             where = f"frame {first}" if first == last else f"a frame from {first} to {last}"
@@ -173,7 +172,6 @@ class Session:
             self._put(Response(hint=hint))
             self.frames += 1
         self._room.set()
-        self._wake.set()
 
     def _put(self, response: Response) -> None:
         if not self._outbox:

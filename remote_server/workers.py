@@ -40,7 +40,7 @@ def run_workers(count: int, host: str, port: int, arguments: Sequence[str]) -> i
             text = f"cannot listen on {address_of(host, port)} ({reason(error)})"
             raise InputError(f"{text}; is the port taken? --port 0 finds a free one") from None
         port = reserved.getsockname()[1]
-        return _Workers(count, [*arguments, "--port", str(port)]).run()
+        return _Workers(count, (host, port), [*arguments, "--port", str(port)]).run()
 
 
 def pin(worker: int, workers: int) -> None:
@@ -61,11 +61,13 @@ def device_of(device: str, worker: int) -> str:
 
 
 class _Workers:
-    def __init__(self, count: int, arguments: Sequence[str]) -> None:
+    def __init__(self, count: int, address: tuple[str, int], arguments: Sequence[str]) -> None:
         self._command = [sys.executable, "-m", "remote_server.main", *arguments, "--worker"]
         self._until_stdin_ends = "--until-stdin-ends" in arguments
         self._began = time.monotonic()
-        self._running = {worker: self._start(worker) for worker in range(count)}
+        self._address = address
+        # The others begin when the first one listens: what is wrong with the command is told once.
+        self._running, self._waiting = {0: self._start(0)}, range(1, count)
         self._stopping = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._pass_on)
@@ -74,6 +76,9 @@ class _Workers:
         """Watch over the workers until all have ended."""
         worst = 0
         while self._running:
+            if self._waiting and not self._stopping and self._listening():
+                self._running |= {worker: self._start(worker) for worker in self._waiting}
+                self._waiting = range(0)
             for worker, process in list(self._running.items()):
                 with suppress(subprocess.TimeoutExpired):
                     code = process.wait(timeout=0.2 / len(self._running))
@@ -89,6 +94,11 @@ class _Workers:
                     if not self._stopping:  # meanwhile
                         self._running[worker] = self._start(worker)
         return worst
+
+    def _listening(self) -> bool:
+        with suppress(OSError), socket.create_connection(self._address, timeout=0.2):
+            return True
+        return False
 
     def _start(self, worker: int) -> "subprocess.Popen[bytes]":
         # In a group of its own, so that Ctrl-C comes to it once, from here.

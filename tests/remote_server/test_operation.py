@@ -20,7 +20,7 @@ from protos import hints_pb2 as pb
 from protos.codec import SERVICE_NAME
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import Server, command, environment, running_server, threads
+from tests.processes import Server, command, environment, refusal, running_server, threads
 from tests.remote_server.driver import PATIENCE, Device, Material, material, wait_until_free
 
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
@@ -248,6 +248,12 @@ def test_workers_share_a_port_and_one_that_dies_is_replaced(golden_bundle: Calla
                 assert device.hints(1)[0].frame == 0
         assert server.stop() == 0
         assert not any(Path(f"/proc/{worker}").exists() for worker in (*workers, *children(server.process.pid)))
+
+
+def test_workers_tell_a_fault_of_their_command_once() -> None:
+    assert "nonesuch: no bundle of that name" in refusal(
+        "kb-server", "--bundle", "nonesuch", "--workers", 3, "--port", 0
+    )
 
 
 def children(parent: int) -> list[int]:
