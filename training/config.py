@@ -97,6 +97,10 @@ class TrainingConfig(Strict):
             ge=0, lt=SPEAKER_EMBEDDING_SIZE, description="differences of speakers that TSE learns by; 0: as they come"
         ),
     ] = 0
+    speaker_noise: Annotated[
+        float,
+        Field(ge=0, description="of these differences in training, in standard deviations of the speakers"),
+    ] = 0.0
     ideal_hints: Annotated[
         bool, Field(description="hints are made from the true sources, not by the large network")
     ] = False
@@ -109,6 +113,8 @@ class TrainingConfig(Strict):
             raise ValueError("hint_dropout and ideal_hints are for a pair, not for one network alone")
         if self.model.task != "tse" and self.speaker_components:
             raise ValueError("speaker_components are for target speech extraction")
+        if self.speaker_noise and not self.speaker_components:
+            raise ValueError("speaker_noise: set speaker_components too, it is noise of theirs")
         if self.ideal_hints and not self.freeze_large:
             raise ValueError("ideal_hints: set freeze_large too, the large network learns nothing from them")
         if self.warm_start is not None and self.initial_checkpoint is not None:

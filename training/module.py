@@ -21,7 +21,7 @@ from models.checkpoint import (
     read_training_speakers,
     warm_start,
 )
-from models.config import ModelConfig
+from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from models.framing import pad_to_frames
 from models.manifest import find_bundle, read_manifest
 from models.pair import BoostedPair, LargeModel, SmallModel
@@ -117,6 +117,8 @@ class TrainingModule(lightning.LightningModule):
             rendered = render(batch)
         if self.whitening is not None:
             rendered["speaker_embedding"] = self.whitening(rendered["speaker_embedding"])
+            if self.training and self.config.speaker_noise:
+                rendered["speaker_embedding"] += self._speaker_noise(len(rendered["speaker_embedding"]))
         return rendered
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -145,12 +147,23 @@ class TrainingModule(lightning.LightningModule):
         hints, _ = encoder(embedding, encoder.initial_past(len(embedding), embedding.shape[2]))
         return self._pair.hear(batch["mixture"], hints.transpose(2, 3), batch.get("speaker_embedding"), mask)
 
+    def _speaker_noise(self, batch: int) -> Tensor:
+        """What makes few voices many: each is looked for by embeddings around its own, ``[B, 256]``."""
+        components = self.config.speaker_components
+        noise = self._rng().normal(0, self.config.speaker_noise, (batch, components)).astype(np.float32)
+        # The principal components come last.
+        before = SPEAKER_EMBEDDING_SIZE - components
+        return nn.functional.pad(torch.from_numpy(noise), (before, 0)).to(self.device)
+
+    def _rng(self) -> np.random.Generator:
+        """Drawn from seed, step and device alone, as a resumed run needs."""
+        return np.random.default_rng([self.config.seed, self.global_step, self.global_rank])
+
     def _hint_mask(self, batch: int) -> Tensor | None:
-        """Which examples have hints, ``[B, 1]``; drawn from seed, step and device alone, as a resumed run needs."""
+        """Which examples have hints, ``[B, 1]``."""
         if not self.config.hint_dropout:
             return None
-        rng = np.random.default_rng([self.config.seed, self.global_step, self.global_rank])
-        kept = rng.random((batch, 1)) >= self.config.hint_dropout
+        kept = self._rng().random((batch, 1)) >= self.config.hint_dropout
         return torch.from_numpy(kept.astype(np.float32)).to(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

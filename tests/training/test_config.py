@@ -389,6 +389,13 @@ def test_one_network_alone_has_no_large_one_to_start_or_freeze_and_no_hints(
     assert_refused(document, key, tmp_path / "config.json")
 
 
+def test_noise_is_of_speaker_components_and_without_them_of_nothing(tmp_path: Path) -> None:
+    document = json.loads((CONFIGS / "compact/tse-large.json").read_text()) | {"speaker_noise": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert read_training_config(tmp_path / "config.json").speaker_noise == 0.5
+    assert_refused(document | {"speaker_components": 0}, "speaker_noise", tmp_path / "config.json")
+
+
 PAIR, BASELINE = "SS_joint/B6-SS", "baselines/BM-TSE-500"
 ARGUMENTS = "pl_module_args"
 PUBLISHED_UNUSABLE: list[tuple[str, str, object, str]] = [

@@ -235,7 +235,7 @@ def test_a_run_on_whitened_speakers_becomes_a_model_that_takes_embeddings_as_the
     dataset: Path, tmp_path: Path
 ) -> None:
     model = {**PAIR, "task": "tse"}
-    changes = {"model": model, "speaker_components": 1, "guidance": 5.0, "learning_rate": 0.01}
+    changes = {"model": model, "speaker_components": 1, "speaker_noise": 0.2, "guidance": 5.0, "learning_rate": 0.01}
     config = write_config(tmp_path, dataset, epochs=2, **changes)
     train("--config", config, "--run_dir", tmp_path / "run")
     state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
@@ -247,6 +247,12 @@ def test_a_run_on_whitened_speakers_becomes_a_model_that_takes_embeddings_as_the
     # Two speakers are told apart by one component, one standard deviation to either side of the mean.
     assert sorted(whitened.norm(dim=1).tolist()) == pytest.approx([1, 1], abs=1e-3)
     torch.testing.assert_close(whitened[0], -whitened[1], rtol=0, atol=1e-3)
+    for training in (False, True):
+        module.train(training)
+        batch = module.on_after_batch_transfer({"names": [], "speaker_embedding": embeddings[:1].repeat(2000, 1)}, 0)
+        noise = (batch["speaker_embedding"] - whitened[0]).std(0)
+        assert noise[:-1].max() == 0
+        assert noise[-1].item() == pytest.approx(0.2 * training, rel=0.1)
 
     mixture = 0.1 * torch.randn(2, 2, 4000, generator=torch.Generator().manual_seed(0))
     pair = read_checkpoint(tmp_path / "run" / "last.ckpt", read_training_config(config).model)
