@@ -1,7 +1,7 @@
 """States of many streams, stacked, so that one step of a network serves any of them."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -58,7 +58,7 @@ class StateSlots:
                 for streams in (1, _TRACED, 2):
                     trace(samples[:streams], slots[:streams], *tensors)
                 self._traces[frames] = trace
-                for size in _sizes(self._count):
+                for size in sorted({step_size(streams + 1) for streams in range(self._count)}):
                     samples = samples[:1].expand(size, -1, -1).contiguous()
                     trace(samples, torch.full((size,), self._count), *self._tensors)
 
@@ -72,7 +72,7 @@ class StateSlots:
             Hints ``[B, T, hint channels, F]``.
         """
         framing, streams = self._model.config.framing, len(slots)
-        fill = next(size for size in _sizes(self._count) if size >= streams) - streams
+        fill = step_size(streams) - streams
         if fill:
             samples = functional.pad(samples, (0, 0, 0, 0, 0, fill))
             slots = functional.pad(slots, (0, fill), value=self._count)
@@ -82,21 +82,13 @@ class StateSlots:
         return _step(self._model, self._stacked, samples, slots)[:streams]
 
 
-def _sizes(most: int) -> Iterator[int]:
-    """Numbers of streams that steps are made of, the last one at least ``most``: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
+def step_size(streams: int) -> int:
+    """The streams that a step of so many is made of: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
 
-    Few, since each costs memory and a slow first time, and close enough that little is computed for nobody.
+    Few sizes, since each costs memory and a slow first time, and close enough that little is computed for nobody.
     """
-    power = 1
-    while True:
-        yield power
-        if power >= most:
-            return
-        if power > 1:
-            yield power * 3 // 2
-            if power * 3 // 2 >= most:
-                return
-        power *= 2
+    power = 1 << (streams - 1).bit_length()
+    return power * 3 // 4 if streams <= power * 3 // 4 else power
 
 
 _TRACED = 3  # streams that a trace is made with; it serves any number

@@ -6,7 +6,7 @@ import torch
 
 from models.config import SPEAKER_EMBEDDING_SIZE
 from models.pair import LargeModel
-from models.slots import StateSlots
+from models.slots import StateSlots, step_size
 
 _SHARE = 0.75  # of the time between two frames that steps may take; the rest is for backlogs and for whatever comes
 _TRANSPORT = 0.0002  # seconds of a frame's way in and out, which the event loop spends beside the steps
@@ -18,15 +18,14 @@ def measure_capacity(model: LargeModel, device: torch.device) -> int:
     """The most sessions, at least one, that one step can serve in its share of the time between two frames."""
     model = model.to(device)
     budget = _SHARE * model.config.framing.chunk_seconds
-    fits, before, sessions = 1, 0.0, 1
+    size = most = 1
     while True:
-        took = _step_seconds(model, device, sessions) + sessions * _TRANSPORT
-        if took > budget:
-            # Between two powers of two a step's duration is close to a line.
-            share = (budget - before) / (took - before) if before else 0.0
-            return max(1, fits + int(share * (sessions - fits)))
-        fits, before = sessions, took
-        sessions *= 2
+        # Fewer sessions take a step of this size as well.
+        fit = int((budget - _step_seconds(model, device, size)) / _TRANSPORT)
+        most = max(most, min(fit, size))
+        if fit < size:
+            return most
+        size = step_size(size + 1)
 
 
 def _step_seconds(model: LargeModel, device: torch.device, sessions: int) -> float:
