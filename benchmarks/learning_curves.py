@@ -1,7 +1,8 @@
 """Learning curves of runs: ``python benchmarks/learning_curves.py runs/compact/ss-alone runs/compact/ss-48ms …``.
 
 Reads the TensorBoard logs of ``kb-train`` and writes validation SI-SDRi and smoothed training loss by step, as JSON and
-as a picture. ``--with FILE`` takes the curves of runs that are gone from such a JSON file into the new one.
+as a picture. ``--with FILE`` takes the curves of such a JSON file into the new one, and draws those of the runs named
+that are gone.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("out/learning_curves.json"))
     parser.add_argument("--plot", type=Path, default=Path("out/learning_curves.png"))
     arguments = parser.parse_args()
-    found = {run.name: read(run) for run in arguments.runs}
+    before = json.loads(arguments.before.read_text()) if arguments.before is not None else {}
+    found = {run.name: read(run) if run.is_dir() or run.name not in before else before[run.name] for run in arguments.runs}
     figure, (loss, validation) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for number, (name, curves) in enumerate(found.items()):
         colour = plt.colormaps["tab20"](number % 20)
@@ -68,7 +70,6 @@ def main() -> None:
     for path in (arguments.json, arguments.plot):
         path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.plot, dpi=110)
-    before = json.loads(arguments.before.read_text()) if arguments.before is not None else {}
     arguments.json.write_text(json.dumps(before | found) + "\n")
 
 
