@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("out/learning_curves.png"))
     arguments = parser.parse_args()
     before = json.loads(arguments.before.read_text()) if arguments.before is not None else {}
-    found = {run.name: read(run) if run.is_dir() or run.name not in before else before[run.name] for run in arguments.runs}
+    found = {
+        run.name: read(run) if run.is_dir() or run.name not in before else before[run.name] for run in arguments.runs
+    }
     figure, (loss, validation) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for number, (name, curves) in enumerate(found.items()):
         colour = plt.colormaps["tab20"](number % 20)
