@@ -1,5 +1,6 @@
 """States of many streams, stacked, so that one step of a network serves any of them."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
@@ -60,7 +61,10 @@ class StateSlots:
                 self._traces[frames] = trace
                 for size in sorted({step_size(streams + 1) for streams in range(self._count)}):
                     samples = samples[:1].expand(size, -1, -1).contiguous()
+                    began = time.perf_counter()
                     trace(samples, torch.full((size,), self._count), *self._tensors)
+                    if time.perf_counter() - began > _TOO_LONG:
+                        break
 
     def step(self, samples: Tensor, slots: Tensor) -> Tensor:
         """Take the streams in slots ``[B]``, no two of them the same, T frames on.
@@ -91,6 +95,7 @@ def step_size(streams: int) -> int:
     return power * 3 // 4 if streams <= power * 3 // 4 else power
 
 
+_TOO_LONG = 0.1  # seconds; a step that takes them is of no use in real time, and no larger one is made ready
 _TRACED = 3  # streams that a trace is made with; it serves any number
 
 

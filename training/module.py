@@ -150,14 +150,14 @@ class TrainingModule(lightning.LightningModule):
     def _speaker_noise(self, batch: int) -> Tensor:
         """What makes few voices many: each is looked for by embeddings around its own, ``[B, 256]``."""
         components = self.config.speaker_components
-        noise = self._rng().normal(0, self.config.speaker_noise, (batch, components)).astype(np.float32)
+        noise = self._rng(1).normal(0, self.config.speaker_noise, (batch, components)).astype(np.float32)
         # The principal components come last.
         before = SPEAKER_EMBEDDING_SIZE - components
         return nn.functional.pad(torch.from_numpy(noise), (before, 0)).to(self.device)
 
-    def _rng(self) -> np.random.Generator:
-        """Drawn from seed, step and device alone, as a resumed run needs."""
-        return np.random.default_rng([self.config.seed, self.global_step, self.global_rank])
+    def _rng(self, *what: int) -> np.random.Generator:
+        """A generator for each use of one, from seed, step and device alone, as a resumed run needs."""
+        return np.random.default_rng([self.config.seed, self.global_step, self.global_rank, *what])
 
     def _hint_mask(self, batch: int) -> Tensor | None:
         """Which examples have hints, ``[B, 1]``."""
