@@ -28,7 +28,7 @@ from models.config import Boosting, ModelConfig, NetworkSize
 from models.pair import LargeModel
 from models.slots import StateSlots
 from protos import hints_pb2 as pb
-from protos.codec import HINT_ENCODINGS, decode_hint, hint_encoder
+from protos.codec import HINT_ENCODINGS, decode_hint, encode_hints
 
 SMALL = NetworkSize(channels=16, hidden=16)
 TASKS: tuple[Literal["tse", "ss"], ...] = ("tse", "ss")
@@ -63,8 +63,8 @@ def small_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float
     hint = np.random.default_rng(2).normal(0, 1, (config.hint_channels, framing.bins)).astype(np.float32)
     engines = {"ONNX Runtime": onnx.session(speaker), "torch": in_torch.session(speaker)}
     looped, buffer, encoding = onnx.session(speaker), HintBuffer(config.delay), HINT_ENCODINGS["f16"]
-    payload, scale = hint_encoder(encoding)(hint)
-    message = pb.Hint(frame=0, payload=payload, scale=scale)
+    payload, scale = encode_hints(hint, encoding)
+    message = pb.Hint(frame=0, payload=payload.tobytes(), scale=float(scale))
     captured, frame = np.tile(window, 2), 0
 
     def loop() -> None:

@@ -1,6 +1,5 @@
 """The ``kb-client`` command."""
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ import typer
 
 import common.cli
 from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
+from common.grpc_environment import prepare_grpc
 from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -62,8 +62,7 @@ class PlayChoice(StrEnum):
 @app.callback()
 def commands() -> None:
     """Speech enhancement on this device, boosted by a server's hints."""
-    # Read when gRPC is loaded. A server that is not there, or not accepted, is told by us, once.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_grpc()
 
 
 @app.command()

@@ -55,7 +55,10 @@ class Stft(nn.Module):
     def analyse(self, samples: Tensor) -> Tensor:
         """Samples ``[B, M, chunk T + lookahead]`` to spectra ``[B, T, F, 2M]``: all real parts, then all imaginary."""
         frames = samples.unfold(-1, self.framing.n_fft, self.framing.chunk)
-        spectrum = (frames @ self.analysis).view(*frames.shape[:3], 2, self.framing.bins)
+        # As one matrix: of overlapping frames torch would make many small products.
+        spectrum = (frames.reshape(-1, self.framing.n_fft) @ self.analysis).view(
+            *frames.shape[:3], 2, self.framing.bins
+        )
         return spectrum.permute(0, 2, 4, 3, 1).flatten(-2)
 
     def initial_overlap(self, batch: int, signals: int) -> Tensor:

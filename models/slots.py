@@ -46,23 +46,23 @@ class StateSlots:
         """
         if self._tensors[0].device.type != "cpu":
             return
-        stacked, framing = _empty(self._first, _TRACED), self._model.config.framing
-        step, tensors, slots = _Step(self._model, stacked), _tensors(stacked), torch.arange(_TRACED)
+        framing, slots = self._model.config.framing, torch.arange(_TRACED).clamp(max=self._count)
+        step = _Step(self._model, self._stacked)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of what stays as it was traced: nothing that depends on the streams
             for frames in lengths:
                 samples = torch.zeros(
                     _TRACED, self._model.config.microphones, framing.chunk * frames + framing.lookahead
                 )
-                trace: Any = torch.jit.trace(step, (samples, slots, *tensors), check_trace=False)
+                trace: Any = torch.jit.trace(step, (samples, slots), check_trace=False)
                 # The first calls make it faster, and take their time for that.
                 for streams in (1, _TRACED, 2):
-                    trace(samples[:streams], slots[:streams], *tensors)
+                    trace(samples[:streams], slots[:streams])
                 self._traces[frames] = trace
                 for size in sorted({step_size(streams + 1) for streams in range(self._count)}):
                     samples = samples[:1].expand(size, -1, -1).contiguous()
                     began = time.perf_counter()
-                    trace(samples, torch.full((size,), self._count), *self._tensors)
+                    trace(samples, torch.full((size,), self._count))
                     if time.perf_counter() - began > _TOO_LONG:
                         break
 
@@ -82,17 +82,17 @@ class StateSlots:
             slots = functional.pad(slots, (0, fill), value=self._count)
         trace = self._traces.get((samples.shape[2] - framing.lookahead) // framing.chunk)
         if trace is not None:
-            return trace(samples, slots, *self._tensors)[:streams]
+            return trace(samples, slots)[:streams]
         return _step(self._model, self._stacked, samples, slots)[:streams]
 
 
 def step_size(streams: int) -> int:
-    """The streams that a step of so many is made of: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
+    """The streams that a step of so many is made of: 1, 2, ... 7, 8, 10, 12, 14, 16, 20, ..., four sizes an octave.
 
     Few sizes, since each costs memory and a slow first time, and close enough that little is computed for nobody.
     """
-    power = 1 << (streams - 1).bit_length()
-    return power * 3 // 4 if streams <= power * 3 // 4 else power
+    apart = max(1, 1 << (streams - 1).bit_length() >> 3)
+    return -(-streams // apart) * apart
 
 
 _TOO_LONG = 0.1  # seconds; a step that takes them is of no use in real time, and no larger one is made ready
@@ -100,15 +100,21 @@ _TRACED = 3  # streams that a trace is made with; it serves any number
 
 
 class _Step(nn.Module):
-    """A step as a trace wants it: of tensors only."""
+    """A step as a trace wants it.
 
-    def __init__(self, model: LargeModel, layout: LargeState) -> None:
+    The states are its buffers and no arguments: a trace gives every argument back to Python where it last needs it, and
+    waits there until other threads give Python's lock back.
+    """
+
+    def __init__(self, model: LargeModel, stacked: LargeState) -> None:
         super().__init__()
-        self._model, self._layout = model, layout
+        self._model, self._stacked = model, stacked
+        for number, tensor in enumerate(_tensors(stacked)):
+            self.register_buffer(f"state{number}", tensor)
 
-    def forward(self, samples: Tensor, slots: Tensor, *tensors: Tensor) -> Tensor:
-        parts = iter(tensors)
-        return _step(self._model, _map(self._layout, lambda _: next(parts)), samples, slots)
+    def forward(self, samples: Tensor, slots: Tensor) -> Tensor:
+        parts = iter([self.get_buffer(f"state{number}") for number in range(len(_tensors(self._stacked)))])
+        return _step(self._model, _map(self._stacked, lambda _: next(parts)), samples, slots)
 
 
 def _step(model: LargeModel, stacked: LargeState, samples: Tensor, slots: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The encodings of what ``bytes`` fields carry: PCM audio and hints. Both ends use these."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,12 @@ ENROLLMENT_SECONDS = (1.0, 30.0)
 PCM_ENCODINGS = {"s16": pb.PCM_ENCODING_S16LE, "f32": pb.PCM_ENCODING_F32LE}
 HINT_ENCODINGS = {"f32": pb.HINT_ENCODING_F32LE, "f16": pb.HINT_ENCODING_F16LE, "int8": pb.HINT_ENCODING_INT8}
 
-_PCM_TYPES: dict[int, str] = {pb.PCM_ENCODING_S16LE: "<i2", pb.PCM_ENCODING_F32LE: "<f4"}
-_HINT_TYPES: dict[int, str] = {
-    pb.HINT_ENCODING_F32LE: "<f4",
-    pb.HINT_ENCODING_F16LE: "<f2",
-    pb.HINT_ENCODING_INT8: "i1",
+_Types = dict[int, np.dtype[Any]]
+_PCM_TYPES: _Types = {pb.PCM_ENCODING_S16LE: np.dtype("<i2"), pb.PCM_ENCODING_F32LE: np.dtype("<f4")}
+_HINT_TYPES: _Types = {
+    pb.HINT_ENCODING_F32LE: np.dtype("<f4"),
+    pb.HINT_ENCODING_F16LE: np.dtype("<f2"),
+    pb.HINT_ENCODING_INT8: np.dtype("i1"),
 }
 
 Samples = NDArray[np.float32]
@@ -41,7 +41,7 @@ def pcm_sample_size(encoding: int) -> int:
     Raises:
         ValueError: no such encoding.
     """
-    return np.dtype(_known(_PCM_TYPES, encoding, "pcm_encoding")).itemsize
+    return _known(_PCM_TYPES, encoding, "pcm_encoding").itemsize
 
 
 def decode_pcm(pcm: bytes, encoding: int, channels: int) -> Samples:
@@ -56,29 +56,37 @@ def decode_pcm(pcm: bytes, encoding: int, channels: int) -> Samples:
     samples = np.frombuffer(pcm, _PCM_TYPES[encoding]).reshape(-1, channels).T.astype(np.float32)
     if encoding == pb.PCM_ENCODING_S16LE:
         samples /= 32768
-    elif not np.isfinite(samples).all():
+    elif not np.logical_and.reduce(np.isfinite(samples), axis=None):  # what all() does, by way of Python
         raise ValueError("pcm has samples that are NaN or infinite")
     return samples
 
 
-def hint_encoder(encoding: int) -> Callable[[Samples], tuple[bytes, float]]:
-    """A function from a hint ``[channels, F]`` to payload and scale.
+def hint_type(encoding: int) -> np.dtype[Any]:
+    """The type of a hint's values in its payload.
 
     Raises:
         ValueError: no such encoding.
     """
-    kind = _known(_HINT_TYPES, encoding, "hint_encoding")
+    return _known(_HINT_TYPES, encoding, "hint_encoding")
 
-    def encode(hint: Samples) -> tuple[bytes, float]:
-        if encoding == pb.HINT_ENCODING_INT8:
-            largest = float(np.abs(hint).max())
-            scale = max(largest / 127, float(np.finfo(np.float32).tiny)) if largest else 1.0
-            return np.rint(hint / scale).astype(kind).tobytes(), scale
-        if encoding == pb.HINT_ENCODING_F16LE:
-            hint = np.minimum(np.maximum(hint, -65504), 65504)  # a third of what np.clip takes of so few
-        return hint.astype(kind).tobytes(), 1.0
 
-    return encode
+def encode_hints(hints: Samples, encoding: int) -> tuple[NDArray[Any], Samples]:
+    """Hints ``[..., channels, F]``, many at once, as an array of what their payloads hold, and their scales ``[...]``.
+
+    Raises:
+        ValueError: no such encoding.
+    """
+    kind = hint_type(encoding)
+    scales = np.ones(hints.shape[:-2], np.float32)
+    if encoding == pb.HINT_ENCODING_INT8:
+        largest = np.abs(hints).max((-2, -1))
+        scales = np.where(largest > 0, np.maximum(largest / 127, np.finfo(np.float32).tiny), scales)
+        with np.errstate(invalid="ignore"):
+            hints = np.rint(hints / scales[..., None, None])
+    elif encoding == pb.HINT_ENCODING_F16LE:
+        hints = np.clip(hints, -65504, 65504)
+    with np.errstate(invalid="ignore"):  # the values of one that overflows may be anything
+        return hints.astype(kind), scales
 
 
 def decode_hint(hint: pb.Hint, encoding: int, channels: int, bins: int) -> Samples:
@@ -87,7 +95,7 @@ def decode_hint(hint: pb.Hint, encoding: int, channels: int, bins: int) -> Sampl
     Raises:
         ValueError: the payload has another size, or a value that is not finite.
     """
-    kind = np.dtype(_HINT_TYPES[encoding])
+    kind = _HINT_TYPES[encoding]
     size = channels * bins * kind.itemsize
     if len(hint.payload) != size:
         raise ValueError(f"hint of frame {hint.frame} has {len(hint.payload)} bytes, expected {size}")
@@ -100,7 +108,7 @@ def decode_hint(hint: pb.Hint, encoding: int, channels: int, bins: int) -> Sampl
     return decoded
 
 
-def _known(types: dict[int, str], encoding: int, field: str) -> str:
+def _known(types: _Types, encoding: int, field: str) -> np.dtype[Any]:
     if encoding not in types:
         raise ValueError(f"{field} {encoding} is none of {sorted(types)}")
     return types[encoding]

@@ -6,16 +6,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from models.config import SPEAKER_EMBEDDING_SIZE
 from models.pair import LargeModel
 from models.slots import StateSlots
-from protos.codec import Samples
+from protos.codec import Samples, encode_hints
 
 # Frames of one session that a step takes: a backlog is worked off in such pieces, so that nobody waits long for it.
 _LENGTHS = (1, 2, 4, 8)
@@ -23,15 +25,43 @@ _MOST_FRAMES = _LENGTHS[-1]
 _log = logging.getLogger(__name__)
 
 
+class Batch:
+    """What one step computed for all of its sessions. It is encoded at once: one by one takes many times as long."""
+
+    def __init__(self, values: Samples) -> None:
+        """Hints ``[B, T, hint channels, F]``."""
+        self.values = values
+        self._encoded: dict[int, tuple[NDArray[Any], list[list[float]]]] = {}
+
+    def encoded(self, encoding: int) -> tuple[NDArray[Any], list[list[float]]]:
+        """The values as payloads hold them, and the scales ``[B][T]``."""
+        if encoding not in self._encoded:
+            payloads, scales = encode_hints(self.values, encoding)
+            self._encoded[encoding] = payloads, scales.tolist()
+        return self._encoded[encoding]
+
+
 @dataclass(frozen=True)
 class Hints:
     """What one step computed for one session."""
 
-    values: Samples  # [T, hint channels, F]
+    batch: Batch
+    row: int  # the session's in it
     arrived: Sequence[int]  # when the audio of each frame came, ns of the monotonic clock
     finite: bool  # whether all values are
     started: int  # when the step began, ns
     ended: int  # when it ended, ns
+
+    @property
+    def values(self) -> Samples:
+        """Hints ``[T, hint channels, F]``."""
+        own: Samples = self.batch.values[self.row]
+        return own
+
+    def payload(self, frame: int, encoding: int) -> tuple[bytes, float]:
+        """Payload and scale of one of the frames."""
+        payloads, scales = self.batch.encoded(encoding)
+        return payloads[self.row, frame].tobytes(), scales[self.row][frame]
 
 
 @dataclass(frozen=True)
@@ -52,7 +82,7 @@ class EngineSession:
     receive: Callable[[Hints | Exception], None]  # called on the event loop, in frame order
     slot: int = -1  # none before the engine has begun with the session
     closed: bool = False
-    audio: Samples = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # [M, n] not computed yet
+    audio: bytearray = field(default_factory=bytearray)  # [n, M] not computed yet
     arrived: deque[int] = field(default_factory=deque)  # of the frames in it
 
     @property
@@ -102,6 +132,7 @@ class HintEngine:
         self._changed = threading.Condition()
         self._free = list(range(slots - 1, -1, -1))
         self._sessions: set[EngineSession] = set()
+        self._ready: set[EngineSession] = set()  # those of them with a frame
         self._commands: deque[Callable[[], None]] = deque()
         self._closing = False
         self._failure: Exception | None = None  # of the last step
@@ -159,11 +190,16 @@ class HintEngine:
         self._thread.join()
 
     def _add(self, session: EngineSession, samples: Samples, frames: int) -> None:
+        if session.closed:
+            return
         now = time.perf_counter_ns()
         with self._changed:
-            session.audio = np.concatenate([session.audio, samples], axis=1) if session.audio.size else samples
+            session.audio += samples.T.tobytes()
             session.arrived.extend([now] * frames)
-            self._changed.notify()
+            self._ready.add(session)
+            # Those between the first and the last do not change what the thread waits for.
+            if len(self._ready) == 1 or len(self._ready) == len(self._sessions):
+                self._changed.notify()
 
     def _leave(self, session: EngineSession) -> None:
         if session.closed:
@@ -195,6 +231,8 @@ class HintEngine:
         if session in self._sessions:
             self._sessions.remove(session)
             self._free.append(session.slot)
+            with self._changed:
+                self._ready.discard(session)
 
     def _embedding(self, values: Samples | None) -> torch.Tensor | None:
         if self._model.config.task != "tse":
@@ -219,31 +257,37 @@ class HintEngine:
                     continue
                 if self._closing:
                     return None
-                ready = [session for session in self._sessions if session.arrived]
-                if ready:
-                    first = min(session.arrived[0] for session in ready)
+                if self._ready:
+                    first = min(session.arrived[0] for session in self._ready)
                     left = self._max_wait - (time.perf_counter_ns() - first) / 1e9
-                    if len(ready) == len(self._sessions) or left <= 0:
-                        return _groups(ready, self._most_backlog)
+                    if len(self._ready) == len(self._sessions) or left <= 0:
+                        return _groups(self._ready, self._most_backlog)
                     self._changed.wait(left)
                 else:
                     self._changed.wait()
 
     def _step(self, frames: int, sessions: list[EngineSession]) -> None:
         chunk, lookahead = self._framing.chunk, self._framing.lookahead
+        microphones = self._model.config.microphones
+        size = microphones * np.dtype(np.float32).itemsize
         with self._changed:
             sessions = [session for session in sessions if not session.closed]
             if not sessions:
                 return
             slots = torch.tensor([session.slot for session in sessions])
-            windows = np.stack([session.audio[:, : chunk * frames + lookahead] for session in sessions])
+            parts = [memoryview(session.audio)[: size * (chunk * frames + lookahead)] for session in sessions]
+            windows = np.frombuffer(bytearray().join(parts), np.float32)
+            del parts  # which hold the audio as it is
             arrived = [[session.arrived.popleft() for _ in range(frames)] for session in sessions]
             for session in sessions:
-                session.audio = session.audio[:, chunk * frames :]
+                del session.audio[: size * chunk * frames]
+                if not session.arrived:
+                    self._ready.remove(session)
         started = time.perf_counter_ns()
         try:
             indexes = slots.to(self._device)
-            values = self._states.step(torch.from_numpy(windows).to(self._device), indexes).cpu().numpy()
+            samples = torch.from_numpy(windows).view(len(sessions), -1, microphones).transpose(1, 2)
+            values = self._states.step(samples.to(self._device), indexes).cpu().numpy()
         except Exception as error:  # of memory, or of the device: those sessions end, the engine goes on
             _log.exception("a step failed")
             self._failure = error
@@ -253,7 +297,10 @@ class HintEngine:
             ended = time.perf_counter_ns()
             self._failure = None
             finite = np.isfinite(values).all((1, 2, 3)).tolist()
-            results = [Hints(*own, started, ended) for own in zip(values, arrived, finite, strict=True)]
+            batch = Batch(values)
+            results = [
+                Hints(batch, row, *own, started, ended) for row, own in enumerate(zip(arrived, finite, strict=True))
+            ]
         if frames > 1:
             # As many as leave the others' next frames their time.
             took = (ended - started) / 1e9 / self._framing.chunk_seconds
@@ -268,7 +315,7 @@ class HintEngine:
         _on_loop(self._loop, lambda: _deliver(deliveries))
 
 
-def _groups(ready: list[EngineSession], most_backlog: int) -> list[tuple[int, list[EngineSession]]]:
+def _groups(ready: Iterable[EngineSession], most_backlog: int) -> list[tuple[int, list[EngineSession]]]:
     """Sessions by the frames that a step takes of each: a power of two, of those that have waited longest first."""
     groups: dict[int, list[EngineSession]] = {}
     for session in sorted(ready, key=lambda session: session.arrived[0]):

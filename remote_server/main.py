@@ -1,7 +1,6 @@
 """The ``kb-server`` command."""
 
 import asyncio
-import os
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import common.cli
 from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from common.cli import warn
 from common.errors import InputError
+from common.grpc_environment import prepare_grpc
 from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -88,8 +88,7 @@ def serve(
     """Serve large networks of bundles to devices."""
     if context.invoked_subcommand is not None:
         return
-    # Read when gRPC is loaded. What goes wrong in it is told by us, once.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_grpc()
     if hasattr(signal, "SIGHUP"):
         # Until bundles can be looked at again; untouched, the signal would end the process.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -153,7 +152,7 @@ def status(
     token_file: TokenFile = None,
 ) -> None:
     """Say what a server runs and how full it is; exit 1 if it shuts down."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_grpc()
 
     from common.call_credentials import read_credentials
     from remote_server.status import print_status

@@ -14,7 +14,7 @@ from protos.codec import (
     PROTOCOL_VERSION,
     Samples,
     decode_pcm,
-    hint_encoder,
+    hint_type,
     pcm_sample_size,
 )
 
@@ -75,7 +75,7 @@ def check_config(config: pb.SessionConfig, model: ModelConfig) -> None:
         raise Refused(f"config.first_frame: is {config.first_frame}, must be 0 to {MAX_FIRST_FRAME}")
     try:
         pcm_sample_size(config.pcm_encoding)
-        hint_encoder(config.hint_encoding)
+        hint_type(config.hint_encoding)
     except ValueError as error:
         raise Refused(f"config.{error}") from None
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -89,6 +90,9 @@ async def serve(
     await server.start()
     for name in ("", SERVICE_NAME):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    # A full collection goes through all that the libraries have made, and holds everybody up for that long.
+    gc.collect()
+    gc.freeze()
     ready(bound)
     slots = {served.manifest.name: served.engine.slots for served in service.bundles.served}
     log_event("server_started", host=where.host, port=bound, sessions=slots)

@@ -11,7 +11,6 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from protos import hints_pb2 as pb
-from protos.codec import hint_encoder
 from remote_server.bundles import ServedBundle
 from remote_server.engine import EngineSession, Hints
 from remote_server.limits import Limits
@@ -37,7 +36,8 @@ class Session:
         self.frames = 0  # answered
         self._bundle, self._limits = bundle, limits
         self._reader = AudioReader(config, bundle.manifest.model, limits.chunks)
-        self._encode = hint_encoder(config.hint_encoding)
+        self._encoding = config.hint_encoding
+        self._price = bundle.manifest.model.framing.chunk_seconds / limits.speed if limits.speed else 0.0
         self._deadline = config.hint_deadline_ms * 1_000_000 or None  # ns
         self._embedding = np.array(config.speaker_embedding, np.float32) if config.speaker_embedding else None
         self._next_hint = config.first_frame
@@ -120,8 +120,9 @@ class Session:
                 frames = self._reader.next_frame - first
                 stream.send(samples, frames)
                 # Not reading is what holds a device back.
-                if self._limits.speed:
-                    await self._pace(frames)
+                ahead = self._ahead(frames)
+                if ahead > 0:
+                    await asyncio.sleep(ahead)
                 while stream.waiting > _MOST_WAITING or len(self._outbox) > _MOST_WAITING:
                     self._room.clear()
                     await self._room.wait()
@@ -136,13 +137,11 @@ class Session:
         self._read_all = True
         self._wake.set()
 
-    async def _pace(self, frames: int) -> None:
-        price = self._bundle.manifest.model.framing.chunk_seconds / self._limits.speed
+    def _ahead(self, frames: int) -> float:
+        """The seconds by which the audio has come too fast."""
         # Silence earns no more than one burst.
-        self._paid = max(self._paid, self._heard) + frames * price
-        ahead = self._paid - self._heard - _BURST * price
-        if ahead > 0:
-            await asyncio.sleep(ahead)
+        self._paid = max(self._paid, self._heard) + frames * self._price
+        return self._paid - self._heard - _BURST * self._price
 
     def _receive(self, result: Hints | Exception) -> None:
         if self.ended is not None:
@@ -154,11 +153,11 @@ class Session:
         compute = (result.ended - result.started) // 1000
         if not result.finite:
             # Frames of one step cannot be told apart: what overflows in one spoils those before it.
-            first, last = self._next_hint, self._next_hint + len(result.values) - 1
+            first, last = self._next_hint, self._next_hint + len(result.arrived) - 1
             where = f"frame {first}" if first == last else f"a frame from {first} to {last}"
             self.end(Refused(f"audio.pcm: the network overflows on {where}; scale the samples to +-1"))
             return
-        for values, arrived in zip(result.values, result.arrived, strict=True):
+        for number, arrived in enumerate(result.arrived):
             frame = self._next_hint
             self._next_hint = frame + 1
             queued = result.started - arrived
@@ -167,7 +166,7 @@ class Session:
                 self._late.inc()
                 payload, scale = b"", 1.0
             else:
-                payload, scale = self._encode(values)
+                payload, scale = result.payload(number, self._encoding)
             hint = pb.Hint(frame=frame, payload=payload, scale=scale, queue_us=queued // 1000, compute_us=compute)
             self._put(Response(hint=hint))
             self.frames += 1

@@ -1,0 +1,3 @@
+from common.grpc_environment import prepare_grpc
+
+prepare_grpc()

@@ -13,8 +13,8 @@ from protos.codec import (
     Samples,
     decode_hint,
     decode_pcm,
+    encode_hints,
     encode_pcm,
-    hint_encoder,
     pcm_sample_size,
 )
 
@@ -37,9 +37,10 @@ def hints(limit: float) -> st.SearchStrategy[Samples]:
 
 
 def sent(hint: Samples, encoding: int) -> pb.Hint:
-    payload, scale = hint_encoder(encoding)(hint)
-    # Through the wire, which has 32 bits for the scale.
-    return pb.Hint.FromString(pb.Hint(frame=3, payload=payload, scale=scale).SerializeToString())
+    # As the second of a batch: what is beside it has no say.
+    payloads, scales = encode_hints(np.stack([1e3 * np.ones_like(hint), hint]), encoding)
+    message = pb.Hint(frame=3, payload=payloads[1].tobytes(), scale=float(scales[1]))
+    return pb.Hint.FromString(message.SerializeToString())
 
 
 def received(hint: Samples, encoding: int) -> Samples:
@@ -112,7 +113,7 @@ def test_encodings_that_the_contract_does_not_have_are_refused(encoding: int) ->
             decode_pcm(bytes(8), encoding, 1)
     if encoding not in HINT_ENCODINGS.values():
         with pytest.raises(ValueError, match=r"^hint_encoding"):
-            hint_encoder(encoding)
+            encode_hints(np.zeros((1, 1), np.float32), encoding)
 
 
 def test_the_tables_name_every_encoding_of_the_contract() -> None:
