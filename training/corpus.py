@@ -28,6 +28,7 @@ from common.errors import InputError, reason
 Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
 SPLITS = ("train", "val", "test")
+DERIVED = "~"  # between a speaker's name and the number of a voice that kb-make-voices made of the recordings
 METADATA_FILE = "metadata.csv"  # of a rendered split: a line an item
 _SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
@@ -235,7 +236,7 @@ def refuse_shared_speakers(trained: Collection[str], split: Path) -> None:
     Raises:
         InputError: a speaker of the split is among those ``trained``.
     """
-    shared = sorted(mixture_speakers(split) & frozenset(trained))
+    shared = sorted(mixture_speakers(split) & {name.partition(DERIVED)[0] for name in trained})
     if shared:
         others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise InputError(
