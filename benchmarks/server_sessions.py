@@ -45,6 +45,11 @@ class Step:
     client_cores: float
     server_mib: float
 
+    @property
+    def order(self) -> tuple[int, int, float]:
+        """What makes one try of a step better than another, the smaller."""
+        return len(self.ended), self.lost, self.milliseconds["latency"]["p99"]
+
     def within(self, limit_ms: float) -> bool:
         """Whether hints come in so many milliseconds, 99 of 100, and none is lost."""
         return not self.ended and not self.lost and self.milliseconds["latency"]["p99"] < limit_ms
@@ -91,10 +96,17 @@ async def search(
     steps: dict[int, Step] = {}
 
     async def step(sessions: int) -> Step:
-        if sessions not in steps:
-            steps[sessions] = await measure(server, audio, sessions, options.seconds, options.per_connection)
-            Console(stderr=True).print(f"{sessions} sessions: p99 {steps[sessions].milliseconds['latency']['p99']} ms")
+        if sessions in steps:
+            return steps[sessions]
+        for _ in range(options.tries):
+            tried = await measure(server, audio, sessions, options.seconds, options.per_connection)
+            Console(stderr=True).print(f"{sessions} sessions: p99 {tried.milliseconds['latency']['p99']} ms")
             await asyncio.sleep(1)  # for the server to put away what a step has left
+            best = steps.setdefault(sessions, tried)
+            if tried.order < best.order:
+                steps[sessions] = tried
+            if steps[sessions].within(min(limits)):
+                break
         return steps[sessions]
 
     sessions = 1
@@ -166,6 +178,7 @@ def main() -> None:
     which.add_argument("--full-size", action="store_true", help="of the published sizes")
     parser.add_argument("--seconds", type=float, default=10, help="of a step, after a second of warm-up")
     parser.add_argument("--most", type=int, default=128, help="sessions to try at most")
+    parser.add_argument("--tries", type=int, default=1, help="of a step that misses a limit; the best one counts")
     parser.add_argument("--per-connection", type=int, default=1, help="sessions that share a connection")
     parser.add_argument("--server-option", action="append", default=[], help="for kb-server: --server-option=--NAME=V")
     parser.add_argument("--pcm", default="f32", choices=("f32", "s16"))
@@ -190,6 +203,7 @@ def main() -> None:
         "bundle": manifest.label,
         "server_options": options.server_option,
         "seconds": options.seconds,
+        "tries": options.tries,
         "sessions_per_connection": options.per_connection,
         "capacity": {f"p99 below {limit:g} ms": count for limit, count in most.items()},
         "steps": [asdict(step) for step in steps],
