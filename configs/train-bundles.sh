@@ -10,7 +10,6 @@ size=$1
 dataset="kb-make-dataset --sofa samples/hrtf/mit_kemar_normal_pinna.sofa --absorption 0.3 0.8"
 $dataset --responses-only --rooms 400 --anechoic 1 --seed 11 --output data/anechoic
 $dataset --responses-only --rooms 1200 --anechoic 0.25 --seed 12 --output data/rooms
-[ -d data/voices ] || kb-make-voices --speech data/speech --output data/voices --seed 14
 make validation
 
 # Every stage starts from what those before it left; `export` marks those that become bundles.

@@ -38,7 +38,7 @@ class StateSlots:
             own[slot] = new[0]
 
     def prepare(self, lengths: Iterable[int]) -> None:
-        """Make steps of these numbers of frames ready, of any number of streams; as yet, on a CPU alone.
+        """Before there are streams, make steps of these numbers of frames ready; as yet, on a CPU alone.
 
         Python takes no part in them then: it would take a hundred small parts, and wait before each until other
         threads give its lock back. And what torch makes and keeps for every size of a step, it makes here: the first

@@ -9,7 +9,7 @@ from models.pair import LargeModel
 from models.slots import StateSlots, step_size
 
 _SHARE = 0.75  # of the time between two frames that steps may take; the rest is for backlogs and for whatever comes
-_TRANSPORT = 0.0002  # seconds of a frame's way in and out, which the event loop spends beside the steps
+_TRANSPORT = 0.00012  # seconds of a frame's way in and out, which gRPC and the event loop spend beside the steps
 _STEPS = 15
 
 
