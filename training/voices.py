@@ -8,6 +8,7 @@ words in a voice made of it, 16 kHz FLAC; ``<output>/voices.json`` what was made
 Source: Morise, Yokomori and Ozawa, "WORLD: a vocoder-based high-quality speech synthesis system", 2016.
 """
 
+import io
 import json
 import multiprocessing
 import warnings
@@ -98,7 +99,10 @@ def _make(root: Path, utterance: Utterance, number: int, speaker: str, voices: S
     speech = read_segment(Segment(utterance, 0, utterance.length))
     names = [speaker, *(voice.name for voice in voices)]
     for name, samples in zip(names, [speech, *change_voice(speech, voices)], strict=True):
-        soundfile.write(root / name / f"{number:04d}.flac", samples, SAMPLE_RATE, subtype="PCM_16")
+        # By way of memory, so that a full disk is an OSError.
+        memory = io.BytesIO()
+        soundfile.write(memory, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+        (root / name / f"{number:04d}.flac").write_bytes(memory.getvalue())
 
 
 def _make_all(root: Path, corpus: Corpus, voices: dict[str, tuple[Voice, ...]], workers: int | None) -> None:
