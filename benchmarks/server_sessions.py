@@ -102,9 +102,7 @@ async def search(
             tried = await measure(server, audio, sessions, options.seconds, options.per_connection)
             Console(stderr=True).print(f"{sessions} sessions: p99 {tried.milliseconds['latency']['p99']} ms")
             await asyncio.sleep(1)  # for the server to put away what a step has left
-            best = steps.setdefault(sessions, tried)
-            if tried.order < best.order:
-                steps[sessions] = tried
+            steps[sessions] = min(steps.get(sessions, tried), tried, key=lambda each: each.order)
             if steps[sessions].within(min(limits)):
                 break
         return steps[sessions]
@@ -186,6 +184,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("out/server_sessions.json"))
     parser.add_argument("--plot", type=Path, default=Path("out/server_sessions.png"))
     options = parser.parse_args()
+    if options.tries < 1:
+        parser.error("--tries: must be 1 or more")
     flags = ["--max-sessions", options.most, *options.server_option]
     with chosen_bundle(options) as bundle, running_server(bundle, *flags) as server:
         manifest = read_manifest(bundle)

@@ -1,9 +1,10 @@
 """Writing files so that a reader, or a crash, never sees half of one."""
 
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,3 +63,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot write ({reason(error)})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_by_memory(path: Path, save: Callable[[io.BytesIO], object]) -> None:
+    """Write what ``save`` writes, so that a full disk is an OSError whichever library makes the bytes."""
+    memory = io.BytesIO()
+    save(memory)
+    path.write_bytes(memory.getvalue())

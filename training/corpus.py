@@ -236,7 +236,9 @@ def refuse_shared_speakers(trained: Collection[str], split: Path) -> None:
     Raises:
         InputError: a speaker of the split is among those ``trained``.
     """
-    shared = sorted(mixture_speakers(split) & {name.partition(DERIVED)[0] for name in trained})
+    # A voice made of a speaker's recordings is that speaker, on either side.
+    heard, learned = ({name.partition(DERIVED)[0] for name in names} for names in (mixture_speakers(split), trained))
+    shared = sorted(heard & learned)
     if shared:
         others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise InputError(

@@ -12,19 +12,12 @@ written under a temporary name and renamed: what is there is whole, and the same
 
 import csv
 import importlib.util
-import io
 import json
-import multiprocessing
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +27,7 @@ import typer
 
 import common.cli
 from common.errors import Failure, InputError, reason
-from common.files import atomic_directory, atomic_file
+from common.files import atomic_directory, atomic_file, write_by_memory
 from models.manifest import file_digest
 from training.corpus import (
     METADATA_FILE,
@@ -59,7 +52,7 @@ from training.rooms import (
     level_gains,
     render,
 )
-from training.workers import end_with_parent
+from training.workers import run_in_workers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -71,8 +64,6 @@ _SPLIT_NUMBERS = {split: number for number, split in enumerate((*SPLITS, _BANK))
 _LEFTOVER = re.compile(r"\.(dataset|metadata|responses|\d{6})-")  # temporary names of what a killed run was writing
 _MOST = 1_000_000
 _BLOCK = 4096  # bytes; a file takes whole blocks of a disk
-_QUEUE = 4  # items a worker: enough to keep it busy, few enough to stop soon
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _ROOMS = RoomRanges()
 
 
@@ -129,7 +120,7 @@ class Responses:
     def make(self, split: str, index: int, folder: Path) -> dict[Path, str]:
         """Write one room's responses; nothing can be broken."""
         room = draw_room(np.random.default_rng([self.seed, _SPLIT_NUMBERS[split], index]), self.rooms)
-        _write(folder / _RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room)))
+        write_by_memory(folder / _RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room)))
         _write_record(folder, {"room": _item_name(index), **room.record()})
         return {}
 
@@ -152,23 +143,16 @@ def _item_name(index: int) -> str:
     return f"{index:06d}"
 
 
-def _write(path: Path, save: Callable[[io.BytesIO], object]) -> None:
-    # By way of memory, so that a full disk is an OSError whichever library makes the bytes.
-    memory = io.BytesIO()
-    save(memory)
-    path.write_bytes(memory.getvalue())
-
-
 def _write_wav(path: Path, samples: Samples) -> None:
     """Samples ``[2, N]`` below full scale."""
     pcm = np.rint(samples.T * 32768).astype(np.int16)
-    _write(path, lambda file: soundfile.write(file, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16"))
+    write_by_memory(path, lambda file: soundfile.write(file, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16"))
 
 
 def _write_embedding(path: Path, embedding: Samples) -> None:
     import torch
 
-    _write(path, lambda file: torch.save(torch.from_numpy(embedding), file))
+    write_by_memory(path, lambda file: torch.save(torch.from_numpy(embedding), file))
 
 
 def _write_record(folder: Path, record: Mapping[str, object]) -> None:
@@ -186,7 +170,6 @@ _maker: Mixtures | Responses  # of a worker process, set when it starts
 def _start_worker(maker: Mixtures | Responses) -> None:
     global _maker
     _maker = maker
-    end_with_parent()
 
 
 def _make_item(split: Path, index: int) -> dict[Path, str]:
@@ -194,44 +177,23 @@ def _make_item(split: Path, index: int) -> dict[Path, str]:
         return _maker.make(split.name, index, folder)
 
 
-def _make_items(maker: Mixtures | Responses, missing: Sequence[tuple[Path, int]], workers: int) -> None:
+def _make_items(maker: Mixtures | Responses, missing: Sequence[tuple[Path, int]], workers: int | None) -> None:
     """Make items in worker processes, and warn of the broken files that were left out.
 
     Raises:
         InputError: from a worker, of speech or disk.
         Failure: a worker process died.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    context = multiprocessing.get_context("spawn")
     broken: dict[Path, str] = {}
-    with (
-        _one_thread_each(),
-        ProcessPoolExecutor(workers, context, _start_worker, (maker,)) as pool,
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    for found in run_in_workers(
+        _make_item,
+        missing,
+        workers,
+        start=_start_worker,
+        arguments=(maker,),
+        after_death="the same command goes on from here",
     ):
-        bar = progress.add_task("", total=len(missing))
-        waiting = iter(missing)
-        running: set[Future[dict[Path, str]]] = set()
-        try:
-            while True:
-                running.update(
-                    pool.submit(_make_item, *item) for item in islice(waiting, _QUEUE * workers - len(running))
-                )
-                if not running:
-                    break
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    broken |= future.result()
-                progress.advance(bar, len(done))
-        except BrokenProcessPool:
-            raise Failure("a worker process died (out of memory?); the same command goes on from here") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        broken |= found
     _warn_of_broken(broken)
 
 
@@ -239,21 +201,6 @@ def _warn_of_broken(files: Mapping[Path, str]) -> None:
     if files:
         path = min(files)
         common.cli.warn(f"broken files left out: {len(files)}, the first {path}: {files[path]}")
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started meanwhile use one thread, so that the order of a sum does not depend on the cores."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _check_root(root: Path, parameters: Mapping[str, object]) -> None:
@@ -336,7 +283,7 @@ def _make(
     _open_root(root, parameters)
     print(f"{root}: {len(missing)} of {len(wanted)} to make; {disk}", flush=True)
     if maker:
-        _make_items(maker, missing, min(workers or os.cpu_count() or 1, len(missing)))
+        _make_items(maker, missing, workers)
 
 
 def _write_metadata(folder: Path, items: Path, count: int) -> None:

@@ -8,14 +8,11 @@ words in a voice made of it, 16 kHz FLAC; ``<output>/voices.json`` what was made
 Source: Morise, Yokomori and Ozawa, "WORLD: a vocoder-based high-quality speech synthesis system", 2016.
 """
 
-import io
 import json
-import multiprocessing
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +22,10 @@ import soundfile
 import typer
 
 import common.cli
-from common.errors import Failure, InputError
-from common.files import atomic_directory
+from common.errors import InputError
+from common.files import atomic_directory, write_by_memory
 from training.corpus import DERIVED, SAMPLE_RATE, Corpus, Samples, Segment, Utterance, find_speech, read_segment
-from training.workers import end_with_parent
+from training.workers import run_in_workers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -39,15 +36,15 @@ _LEAST, _MOST = 0.5, 2.0  # a factor beyond is no human voice any more
 
 
 @dataclass(frozen=True)
-class Voice:
-    """A voice made of a speaker's recordings."""
+class Change:
+    """What makes a speaker's recordings another voice."""
 
-    name: str
+    voice: str  # its name
     pitch: float  # factor
     formants: float  # factor
 
 
-def change_voice(speech: Samples, voices: Sequence[Voice]) -> list[Samples]:
+def change_voice(speech: Samples, changes: Sequence[Change]) -> list[Samples]:
     """Speech ``[N]`` at 16 kHz in other voices, each ``[N]`` and as loud.
 
     Factors of 1 give what the vocoder makes of the voice itself, which sounds like it but has other samples.
@@ -62,8 +59,9 @@ def change_voice(speech: Samples, voices: Sequence[Voice]) -> list[Samples]:
     aperiodicity = pyworld.d4c(samples, pitch, times, SAMPLE_RATE)
     level = np.sqrt(np.mean(np.square(samples)))
     changed = []
-    for voice in voices:
-        made = pyworld.synthesize(pitch * voice.pitch, _stretched(envelope, voice.formants), aperiodicity, SAMPLE_RATE)
+    for change in changes:
+        stretched = _stretched(envelope, change.formants)
+        made = pyworld.synthesize(pitch * change.pitch, stretched, aperiodicity, SAMPLE_RATE)
         made = np.pad(made, (0, max(0, len(samples) - len(made))))[: len(samples)]
         made *= level / max(float(np.sqrt(np.mean(np.square(made)))), 1e-9)
         changed.append((made * min(1.0, _FULL_SCALE / max(float(np.abs(made).max()), 1e-9))).astype(np.float32))
@@ -80,56 +78,30 @@ def _stretched(envelope: npt.NDArray[np.float64], factor: float) -> npt.NDArray[
     return np.ascontiguousarray(np.exp((1 - share) * logarithm[:, lower] + share * logarithm[:, lower + 1]))
 
 
-def draw_voices(
+def draw_changes(
     corpus: Corpus, count: int, pitch: tuple[float, float], formants: tuple[float, float], seed: int
-) -> dict[str, tuple[Voice, ...]]:
+) -> dict[str, tuple[Change, ...]]:
     """``count`` voices of every speaker, factors drawn evenly on a logarithmic scale, for each speaker by itself."""
     drawn = {}
     for index, speaker in enumerate(corpus.speakers):
         rng = np.random.default_rng([seed, index])
         factors = np.exp(rng.uniform(np.log([pitch[0], formants[0]]), np.log([pitch[1], formants[1]]), (count, 2)))
         drawn[speaker] = tuple(
-            Voice(f"{speaker}{DERIVED}{number}", round(float(first), 4), round(float(second), 4))
+            Change(f"{speaker}{DERIVED}{number}", round(float(first), 4), round(float(second), 4))
             for number, (first, second) in enumerate(factors, 1)
         )
     return drawn
 
 
-def _make(root: Path, utterance: Utterance, number: int, speaker: str, voices: Sequence[Voice]) -> None:
+def _make(root: Path, number: int, utterance: Utterance, speaker: str, changes: Sequence[Change]) -> None:
     speech = read_segment(Segment(utterance, 0, utterance.length))
-    names = [speaker, *(voice.name for voice in voices)]
-    for name, samples in zip(names, [speech, *change_voice(speech, voices)], strict=True):
-        # By way of memory, so that a full disk is an OSError.
-        memory = io.BytesIO()
-        soundfile.write(memory, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-        (root / name / f"{number:04d}.flac").write_bytes(memory.getvalue())
+    names = [speaker, *(change.voice for change in changes)]
+    for name, samples in zip(names, [speech, *change_voice(speech, changes)], strict=True):
+        _write_flac(root / name / f"{number:04d}.flac", samples)
 
 
-def _make_all(root: Path, corpus: Corpus, voices: dict[str, tuple[Voice, ...]], workers: int | None) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, end_with_parent) as pool,
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-    ):
-        tasks = []
-        for speaker, utterances in corpus.speakers.items():
-            for name in (speaker, *(voice.name for voice in voices[speaker])):
-                (root / name).mkdir()
-            for number, utterance in enumerate(utterances):
-                tasks.append(pool.submit(_make, root, utterance, number, speaker, voices[speaker]))
-        try:
-            for task in progress.track(tasks):
-                task.result()
-        except BrokenProcessPool:
-            raise Failure("a worker process died (out of memory?); nothing was written") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _write_flac(path: Path, samples: Samples) -> None:
+    write_by_memory(path, lambda file: soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16"))
 
 
 def _check_factors(flag: str, factors: tuple[float, float]) -> None:
@@ -158,13 +130,21 @@ def make_voices(
     corpus = find_speech(speech, skip_broken=skip_broken)
     for path, fault in corpus.broken.items():
         common.cli.warn(f"skipped: {path}: {fault}")
-    drawn = draw_voices(corpus, voices, pitch, formants, seed)
+    drawn = draw_changes(corpus, voices, pitch, formants, seed)
+    calls = [
+        (number, utterance, speaker, drawn[speaker])
+        for speaker, utterances in corpus.speakers.items()
+        for number, utterance in enumerate(utterances)
+    ]
     with atomic_directory(output) as root:
-        _make_all(root, corpus, drawn, workers)
+        for name in (*drawn, *(change.voice for own in drawn.values() for change in own)):
+            (root / name).mkdir()
+        for _ in run_in_workers(partial(_make, root), calls, workers, after_death="nothing was written"):
+            pass
         record = {
             "speech": corpus.digest,
             "seed": seed,
-            "voices": [asdict(voice) for own in drawn.values() for voice in own],
+            "voices": [asdict(change) for own in drawn.values() for change in own],
         }
         (root / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
     typer.echo(f"{output}: {len(corpus.speakers)} speakers and {voices * len(corpus.speakers)} voices made of them")

@@ -1,10 +1,94 @@
-"""How a worker process begins, so that it ends with the process that started it."""
+"""Worker processes: what many of them make, and how they end with the process that started them."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import connection
+from typing import Any, TypeVar
+
+from common.errors import Failure
+
+Result = TypeVar("Result")
+
+_QUEUE = 4  # calls a worker: enough to keep it busy, few enough to stop soon
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def run_in_workers(
+    function: Callable[..., Result],
+    calls: Sequence[tuple[Any, ...]],
+    workers: int | None,
+    *,
+    after_death: str,
+    start: Callable[..., None] | None = None,
+    arguments: tuple[Any, ...] = (),
+) -> Iterator[Result]:
+    """What a function returns for each of the calls' arguments, as it comes, with a bar on a terminal.
+
+    Args:
+        workers: processes, of one thread each; None for as many as cores.
+        after_death: what to tell a user when a worker was killed.
+        start: called with ``arguments`` in every process first.
+
+    Raises:
+        Failure: a worker process died. What the function raises comes as it is; the calls not begun are dropped.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    count = max(1, min(workers or os.cpu_count() or 1, len(calls)))
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    context = multiprocessing.get_context("spawn")
+    with (
+        _one_thread_each(),
+        ProcessPoolExecutor(count, context, _start, (start, arguments)) as pool,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
+        bar = progress.add_task("", total=len(calls))
+        waiting = iter(calls)
+        running: set[Future[Result]] = set()
+        try:
+            while True:
+                running.update(pool.submit(function, *call) for call in islice(waiting, _QUEUE * count - len(running)))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                progress.advance(bar, len(done))
+        except BrokenProcessPool:
+            raise Failure(f"a worker process died (out of memory?); {after_death}") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
+    if start is not None:
+        start(*arguments)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes started meanwhile use one thread, so that the order of a sum does not depend on the cores."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def end_with_parent() -> None:
@@ -18,5 +102,5 @@ def end_with_parent() -> None:
 
 def _end_after(parent: int) -> None:
     # A killed parent cannot end its workers, and they would wait for it for ever.
-    wait([parent])
+    connection.wait([parent])
     os._exit(1)

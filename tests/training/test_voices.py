@@ -13,7 +13,7 @@ import soundfile
 import training.voices
 from common.errors import InputError
 from training.corpus import SAMPLE_RATE, Samples, find_speech, refuse_shared_speakers
-from training.voices import Voice, change_voice
+from training.voices import Change, change_voice
 
 SPEECH = Path(__file__).parent / "speech"
 SPEAKERS = ("1034", "2989")  # two utterances each
@@ -31,7 +31,7 @@ def vowel() -> Samples:
 
 
 def changed(pitch: float, formants: float) -> Samples:
-    return change_voice(vowel(), [Voice("one", pitch, formants)])[0]
+    return change_voice(vowel(), [Change("one", pitch, formants)])[0]
 
 
 def pitch_of(sound: Samples) -> float:
@@ -88,7 +88,7 @@ def test_a_voice_is_as_long_and_as_loud_as_what_it_was_made_of() -> None:
     sound = changed(1.3, 1.1)
     assert sound.shape == vowel().shape
     assert np.square(sound).mean() == pytest.approx(np.square(vowel()).mean(), rel=0.01)
-    loud = change_voice(9 * vowel(), [Voice("loud", 0.8, 0.9)])[0]
+    loud = change_voice(9 * vowel(), [Change("loud", 0.8, 0.9)])[0]
     assert np.abs(loud).max() < 1
 
 
@@ -112,6 +112,11 @@ def test_a_voice_made_of_a_speaker_is_that_speaker_where_trained_and_measured_mu
     refuse_shared_speakers(["103~1", "10~34"], tmp_path)
     with pytest.raises(InputError, match="speaker 2989"):
         refuse_shared_speakers(["103~1", "2989~2"], tmp_path)
+    (tmp_path / "metadata.csv").write_text("speaker00,speaker01\n1034~1,anna~b\n")
+    refuse_shared_speakers(["103", "b"], tmp_path)
+    for trained in ("1034", "1034~2", "anna~b"):
+        with pytest.raises(InputError, match="is in the training list too"):
+            refuse_shared_speakers([trained], tmp_path)
 
 
 @pytest.mark.parametrize(
