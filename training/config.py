@@ -61,6 +61,9 @@ class Schedule(Strict):
     minimum: Annotated[float, Field(ge=0)] = 1e-6
 
 
+SOURCES = ("initial_checkpoint", "averaged_with", "warm_start", "large_checkpoint")
+
+
 class TrainingConfig(Strict):
     """Everything that a run depends on, but for the files it reads."""
 
@@ -80,6 +83,10 @@ class TrainingConfig(Strict):
     seed: Annotated[int, Field(ge=0)] = 42
     initial_checkpoint: Annotated[
         str | None, Field(description="weights of the whole model to start from, a file or a bundle")
+    ] = None
+    averaged_with: Annotated[
+        str | None,
+        Field(description="checkpoint that came from the same weights: to start at the mean of it and the initial one"),
     ] = None
     large_checkpoint: Annotated[str | None, Field(description="weights of the large network to start from")] = None
     freeze_large: bool = False
@@ -119,7 +126,17 @@ class TrainingConfig(Strict):
             raise ValueError("ideal_hints: set freeze_large too, the large network learns nothing from them")
         if self.warm_start is not None and self.initial_checkpoint is not None:
             raise ValueError("warm_start and initial_checkpoint: give one of them")
+        if self.averaged_with is not None and self.initial_checkpoint is None:
+            raise ValueError("averaged_with: give an initial_checkpoint too, to take the mean of the two")
         return self
+
+    def sources(self) -> list[str]:
+        """The checkpoints and bundles that weights start from."""
+        return [source for name in SOURCES if (source := getattr(self, name)) is not None]
+
+    def without_sources(self) -> Self:
+        """The same configuration for weights that come from elsewhere."""
+        return self.model_copy(update=dict.fromkeys(SOURCES))
 
 
 def read_training_config(path: Path) -> TrainingConfig:

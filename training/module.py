@@ -14,6 +14,7 @@ from models.bundle import load_large, read_bundle
 from models.checkpoint import (
     OUTPUT_GAIN,
     TRAINING_SPEAKERS,
+    average_with,
     build,
     load_exactly,
     load_large_network,
@@ -56,6 +57,8 @@ class TrainingModule(lightning.LightningModule):
         if config.warm_start is not None:
             left = warm_start(self.model, Path(config.warm_start), config.model)
             print(f"{config.warm_start}: taken over, but for {len(left)} tensors that start anew", file=sys.stderr)
+        if config.averaged_with is not None:
+            average_with(self.model, Path(config.averaged_with))
         if config.large_checkpoint is not None:
             _start_large(self._pair, config.large_checkpoint)
         # By part, for every source and microphone, measured at validation: the loss is blind to level and sign.
@@ -63,9 +66,8 @@ class TrainingModule(lightning.LightningModule):
         self._products: dict[str, Tensor] = {}
         # Whom the weights have heard, by whatever way: to be measured on others.
         self.training_speakers: set[str] = set()
-        for source in (config.initial_checkpoint, config.large_checkpoint, config.warm_start):
-            if source is not None:
-                self.training_speakers |= training_speakers(source)
+        for source in config.sources():
+            self.training_speakers |= training_speakers(source)
         if config.freeze_large:
             self._pair.large.network.requires_grad_(False)
         self.guidance = Guidance(self._small) if config.guidance else None

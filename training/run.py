@@ -78,7 +78,7 @@ def run_training(
     lightning.seed_everything(settings.seed, verbose=False)
     done = _steps_of(start, settings) if start is not None else 0
     # A run that goes on has its weights from its own checkpoint; where they once came from may be gone.
-    module = TrainingModule(_without_sources(settings) if start is not None else settings)
+    module = TrainingModule(settings.without_sources() if start is not None else settings)
     train = _examples(settings.train, settings, training=True, skip_broken=skip_broken)
     validation = _examples(settings.validation, settings, training=False, skip_broken=skip_broken)
     refuse_shared_speakers(train.speakers, Path(settings.validation.root) / settings.validation.split)
@@ -160,7 +160,7 @@ def run_test(
     if settings.test is None:
         raise InputError("the configuration names no test data")
     path = checkpoint or best_checkpoint(run_dir)
-    module = TrainingModule(_without_sources(settings).model_copy(update={"initial_checkpoint": str(path)}))
+    module = TrainingModule(settings.without_sources().model_copy(update={"initial_checkpoint": str(path)}))
     refuse_shared_speakers(module.training_speakers, Path(settings.test.root) / settings.test.split)
     test = _examples(settings.test, settings, training=False, skip_broken=skip_broken)
     trainer = _trainer(settings, run_dir, devices, frac, loggers=[], callbacks=[])
@@ -169,10 +169,6 @@ def run_test(
         with atomic_file(run_dir / "test.json") as temporary:
             result = {"checkpoint": path.name, **{name: round(value, 4) for name, value in figures[0].items()}}
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _without_sources(settings: TrainingConfig) -> TrainingConfig:
-    return settings.model_copy(update={"initial_checkpoint": None, "large_checkpoint": None, "warm_start": None})
 
 
 def best_checkpoint(run_dir: Path) -> Path:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import InputError
-from models.checkpoint import build, level_output, warm_start
+from models.checkpoint import average_with, build, level_output, warm_start
 from models.config import ModelConfig
 from models.framing import pad_to_frames
 from models.pair import BoostedPair, SmallModel
@@ -69,6 +69,26 @@ def test_weights_of_another_size_are_refused(separation: Path, tmp_path: Path) -
     torch.save(state, separation)
     with pytest.raises(InputError, match=r"input_norm\.weight has values that are not finite"):
         warm_start(build(SS), separation, SS)
+
+
+def test_a_pair_can_start_between_itself_and_the_network_trained_alone(separation: Path) -> None:
+    alone = torch.load(separation, weights_only=True)
+    pair = build(PAIR)
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    average_with(pair, separation)
+    for name, value in pair.state_dict().items():
+        expected = (before[name] + alone[name]) / 2 if name in alone else before[name]
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+    assert any(not torch.equal(pair.state_dict()[name], alone[name]) for name in alone)
+
+
+def test_only_weights_that_fit_are_averaged(separation: Path, tmp_path: Path) -> None:
+    torch.save(build(PAIR).state_dict(), tmp_path / "pair.pt")
+    with pytest.raises(InputError, match=r"pair\.pt: tensor \S*fusion\S* has no place"):
+        average_with(build(SS), tmp_path / "pair.pt")
+    other = ModelConfig.model_validate({"task": "ss", "small": {**SIZE, "channels": 7}})
+    with pytest.raises(InputError, match=r"ss\.pt: tensor \S+ has shape \[.*\], expected \["):
+        average_with(build(other), separation)
 
 
 @pytest.mark.parametrize(

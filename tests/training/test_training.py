@@ -172,10 +172,13 @@ def test_speakers_of_training_are_kept_and_never_measured_on(
 
     # A run that starts from these weights has heard them too.
     write_speakers(data / "train", "30", "31")
-    config = write_config(tmp_path / "next", data, epochs=1, initial_checkpoint=str(last))
+    other = torch.load(last, weights_only=True) | {"training_speakers": ["50"]}
+    torch.save(other, tmp_path / "other.ckpt")
+    sources = {"initial_checkpoint": str(last), "averaged_with": str(tmp_path / "other.ckpt")}
+    config = write_config(tmp_path / "next", data, epochs=1, **sources)
     train("--config", config, "--run_dir", tmp_path / "next" / "run")
     last = tmp_path / "next" / "run" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["training_speakers"] == ["19", "26", "30", "31"]
+    assert torch.load(last, weights_only=True)["training_speakers"] == ["19", "26", "30", "31", "50"]
 
     bundle = tmp_path / "bundle"
     assert run("kb-export", "--config", config, "--checkpoint", last, "-o", bundle).returncode == 0
