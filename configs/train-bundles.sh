@@ -11,6 +11,8 @@ dataset="kb-make-dataset --sofa samples/hrtf/mit_kemar_normal_pinna.sofa --absor
 $dataset --responses-only --rooms 400 --anechoic 1 --seed 11 --output data/anechoic
 $dataset --responses-only --rooms 1200 --anechoic 0.25 --seed 12 --output data/rooms
 make validation
+# Four voices of every speaker's, for target speech extraction.
+[ -d data/voices ] || kb-make-voices --speech data/speech --output data/voices --seed 14
 
 # Every stage starts from what those before it left; `export` marks those that become bundles.
 while read -r name role; do
