@@ -117,6 +117,7 @@ def _draw_curve(axis: Any, curve: Mapping[str, list[tuple[float, float]]]) -> No
             axis.axhline(level, color=colours[system], linestyle="--", label=f"{label}, {level:.1f} dB")
     axis.set_xlabel("hints late by, ms")
     axis.set_ylabel("SI-SDRi, dB")
+    # From no delay on, so that one figure alone, too, stands at its place.
     axis.set_xlim(-4, max(delay for delay, _ in curve["boosted"]) + 8)
     axis.set_ylim(bottom=0)
     axis.margins(y=0.15)

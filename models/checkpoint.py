@@ -154,7 +154,6 @@ def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
     return sorted(own.keys() - fitting.keys())
 
 
-@torch.no_grad()
 def average_with(model: nn.Module, path: Path) -> None:
     """Move a model's weights halfway to those of a checkpoint that came from the same ones, where that has them.
 
@@ -166,14 +165,14 @@ def average_with(model: nn.Module, path: Path) -> None:
         path: a checkpoint of ours with those of the other.
 
     Raises:
-        InputError: the file is no checkpoint, or has a tensor that the model lacks or that differs in shape.
+        InputError: the file is no checkpoint, or has a tensor that the model lacks, or that differs in shape or is not
+            finite; it is named.
     """
     state, own = _state_dict(path), model.state_dict()
-    for name in state:
-        if name not in own:
-            raise InputError(f"{path}: tensor {name} has no place in the configuration given")
     mean = {
-        name: torch.lerp(own[name], value, 0.5) if value.shape == own[name].shape else value
+        name: torch.lerp(own[name], value.to(own[name]), 0.5)
+        if name in own and value.shape == own[name].shape
+        else value
         for name, value in state.items()
     }
     load_exactly(model, own | mean, path)

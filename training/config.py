@@ -61,7 +61,7 @@ class Schedule(Strict):
     minimum: Annotated[float, Field(ge=0)] = 1e-6
 
 
-SOURCES = ("initial_checkpoint", "averaged_with", "warm_start", "large_checkpoint")
+_SOURCES = ("initial_checkpoint", "averaged_with", "warm_start", "large_checkpoint")
 
 
 class TrainingConfig(Strict):
@@ -132,11 +132,11 @@ class TrainingConfig(Strict):
 
     def sources(self) -> list[str]:
         """The checkpoints and bundles that weights start from."""
-        return [source for name in SOURCES if (source := getattr(self, name)) is not None]
+        return [source for name in _SOURCES if (source := getattr(self, name)) is not None]
 
     def without_sources(self) -> Self:
         """The same configuration for weights that come from elsewhere."""
-        return self.model_copy(update=dict.fromkeys(SOURCES))
+        return self.model_copy(update=dict.fromkeys(_SOURCES))
 
 
 def read_training_config(path: Path) -> TrainingConfig:

@@ -39,7 +39,7 @@ def test_nobody_of_the_validation_speech_was_trained_on() -> None:
     for manifest in shipped_bundles():
         # Of voices that kb-make-voices made, who they were made of. Speakers with too little speech were left out.
         heard = {name.partition("~")[0] for name in manifest.provenance.training_speakers}
-        assert 200 < len(heard) <= 251
+        assert len(heard) > 200
         assert heard <= trained
 
 

@@ -71,14 +71,18 @@ def test_weights_of_another_size_are_refused(separation: Path, tmp_path: Path) -
         warm_start(build(SS), separation, SS)
 
 
-def test_a_pair_can_start_between_itself_and_the_network_trained_alone(separation: Path) -> None:
-    alone = torch.load(separation, weights_only=True)
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.float64])
+def test_a_pair_can_start_between_itself_and_the_network_trained_alone(
+    separation: Path, precision: torch.dtype
+) -> None:
+    alone = {name: value.to(precision) for name, value in torch.load(separation, weights_only=True).items()}
+    torch.save(alone, separation)
     pair = build(PAIR)
     before = {name: value.clone() for name, value in pair.state_dict().items()}
     average_with(pair, separation)
     for name, value in pair.state_dict().items():
-        expected = (before[name] + alone[name]) / 2 if name in alone else before[name]
-        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+        expected = (before[name] + alone[name].float()) / 2 if name in alone else before[name]
+        torch.testing.assert_close(value, expected.float(), rtol=0, atol=1e-6)
     assert any(not torch.equal(pair.state_dict()[name], alone[name]) for name in alone)
 
 
