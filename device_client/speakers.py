@@ -55,6 +55,10 @@ def read_embedding(path: Path) -> Samples:
         raise InputError(f"{path}: not readable as an array ({reason(error)})") from None
     if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all():
         raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} finite numbers")
+    if not embedding.any():
+        raise InputError(
+            f"{path}: holds zeros only, which is nobody's voice; make it anew, see 'kb-client enroll --help'"
+        )
     return np.ascontiguousarray(embedding)
 
 

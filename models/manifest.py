@@ -185,4 +185,5 @@ def first_fault(error: ValidationError) -> str:
     """The first thing that validation found, with its key."""
     fault = error.errors()[0]
     key = ".".join(str(part) for part in fault["loc"])
-    return f"{key}: {fault['msg']}" if key else fault["msg"]
+    message = fault["msg"].removeprefix("Value error, ")  # pydantic's, before a validator's own words
+    return f"{key}: {message}" if key else message

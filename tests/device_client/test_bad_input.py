@@ -82,6 +82,7 @@ def test_flags_that_cannot_be_used(
     trace = write_raw(tmp_path / "trace.csv", b"up_ms,down_ms\n1,2\n3,-4\n")
     out, ss, tse = tmp_path / "out.wav", golden_bundle(SS), golden_bundle(TSE)
     np.save(tmp_path / "short.npy", np.zeros(255, np.float32))
+    np.save(tmp_path / "zeros.npy", np.zeros(256, np.float32))
     soundfile.write(tmp_path / "long.wav", np.zeros(31 * 8000), 8000)
     cases: list[tuple[list[object], str]] = [
         (["--bundle", ss], "Missing"),
@@ -110,6 +111,7 @@ def test_flags_that_cannot_be_used(
         (["-o", out, "--bundle", ss, "--enrollment", mixture], "leave out --enrollment"),
         (["-o", out, "--bundle", tse], "give --enrollment"),
         (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "short.npy"], "256 finite numbers"),
+        (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "zeros.npy"], "nobody's voice"),
         (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "long.wav"], "31.0 s; give 1 to 30 s"),
         (["-o", out, "--bundle", ss, "--reference", mixture], "give it 2 times"),
         (["-o", out, "--bundle", ss, "--server", "nowhere"], "must be HOST:PORT"),
