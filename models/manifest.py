@@ -7,6 +7,7 @@ needs the small part, a server the large.
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
 
@@ -181,9 +182,9 @@ def validate(kind: type[Record], document: dict[str, Any], source: Path) -> Reco
         raise InputError(f"{source}: {first_fault(error)}") from None
 
 
-def first_fault(error: ValidationError) -> str:
-    """The first thing that validation found, with its key."""
+def first_fault(error: ValidationError, rename: Callable[[str], str] = str) -> str:
+    """The first thing that validation found, with its key, which ``rename`` gives the name that the user wrote."""
     fault = error.errors()[0]
     key = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")  # pydantic's, before a validator's own words
-    return f"{key}: {message}" if key else message
+    return f"{rename(key)}: {message}" if key else message

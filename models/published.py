@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from models.config import SPEAKER_EMBEDDING_SIZE, Boosting, Framing, ModelConfig, NetworkSize
+from models.manifest import first_fault
 
 # Values the published constructors take and the meaning implemented here. Anything else is refused, not ignored.
 _FIXED: dict[str, tuple[Any, str]] = {
@@ -119,9 +120,8 @@ def _network_size(params: Mapping[str, Any], source: str) -> tuple[NetworkSize, 
             window=_value(params, "local_atten_len", source, int) if "local_atten_len" in params else 50,
         )
     except ValidationError as error:
-        fault = error.errors()[0]
-        key = "".join(f'"{_PUBLISHED_KEYS[str(part)]}": ' for part in fault["loc"])
-        raise InputError(f"{source}: {key}{fault['msg']}") from None
+        fault = first_fault(error, lambda key: f'"{_PUBLISHED_KEYS[key]}"')
+        raise InputError(f"{source}: {fault}") from None
     chunk = _value(params, "stft_chunk_size", source, int)
     return size, (chunk, _value(params, "stft_pad_size", source, int), _value(params, "num_ch", source, int))
 

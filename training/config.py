@@ -220,9 +220,12 @@ def _from_published(document: Mapping[str, Any], source: str) -> TrainingConfig:
     try:
         return TrainingConfig.model_validate(values)
     except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"] if part != "folder")
-        raise InputError(f"{source}: {_PUBLISHED_KEYS.get(key, _DATA.get(key, key))}: {fault['msg']}") from None
+        raise InputError(f"{source}: {first_fault(error, _published_key)}") from None
+
+
+def _published_key(ours: str) -> str:
+    key = ".".join(part for part in ours.split(".") if part != "folder")
+    return _PUBLISHED_KEYS.get(key, _DATA.get(key, key))
 
 
 def _leaves(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
