@@ -1,22 +1,36 @@
 // LSTM for training on a CPU: forward pass, backward pass, gradients of the weights. Plain C interface, see cpu_lstm.py.
 //
 // A block of sequences goes through all of its steps at once, so that its states and the weights stay in the nearest
-// caches, and a gate's activation is computed while its sum is still in registers. Vectors are those of GCC and Clang:
-// 16 floats, whatever the processor has.
+// caches, and a gate's activation is computed while its sum is still in registers. Vectors are those of GCC and Clang,
+// as wide as the processor's: wider ones would be taken apart through memory.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(64)));
-constexpr int WIDTH = 16;
-constexpr int MOST_UNITS = 256;
-#ifdef __AVX512F__
-constexpr int ROWS = 6;  // times four gates: 24 of 32 registers
+#if defined(__AVX512F__)
+#define INSTRUCTIONS "AVX-512"
+constexpr int WIDTH = 16, REGISTERS = 32;
+#elif defined(__AVX2__) && defined(__FMA__)
+#define INSTRUCTIONS "AVX2"
+constexpr int WIDTH = 8, REGISTERS = 16;
+#elif defined(__ARM_NEON)
+#define INSTRUCTIONS "NEON"
+constexpr int WIDTH = 4, REGISTERS = 32;
+#elif defined(__SSE2__)
+#define INSTRUCTIONS "SSE"
+constexpr int WIDTH = 4, REGISTERS = 16;
 #else
-constexpr int ROWS = 2;
+#error "no vectors that this is made for"
 #endif
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
+constexpr int MOST_UNITS = 256;
+constexpr int ROWS = REGISTERS == 32 ? 6 : 3;          // sequences at once; times four gates: 24 of 32, or 12 of 16
+constexpr int PRODUCT_ROWS = REGISTERS == 32 ? 8 : 4;  // the same of a product, times two vectors
+
+extern "C" int32_t vector_width() { return WIDTH; }
+extern "C" const char* instructions() { return INSTRUCTIONS; }
 
 static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
@@ -67,8 +81,8 @@ struct Sizes {
 };
 
 // Layouts, row-major: x [steps, sequences, inputs]; y [steps, sequences, output_stride], of which this direction writes
-// `units` columns; gates [steps, sequences, groups, 4, 16] and cells [steps, sequences, units] are kept for the way back;
-// packed weights [groups, depth, 4, 16], gates in torch's order (i, f, g, o), a group being 16 units.
+// `units` columns; gates [steps, sequences, groups, 4, WIDTH] and cells [steps, sequences, units] are kept for the way back;
+// packed weights [groups, depth, 4, WIDTH], gates in torch's order (i, f, g, o), a group being WIDTH units.
 
 template <int R>
 static void forward_rows(const Sizes& sizes, int64_t first, const float* x, const float* h0, const float* c0,
@@ -106,7 +120,7 @@ static void forward_rows(const Sizes& sizes, int64_t first, const float* x, cons
     }
 }
 
-// On the way back `gates` become the gradients of the gates' sums. `weights` are [blocks, 4 units, Z, 16]: the columns
+// On the way back `gates` become the gradients of the gates' sums. `weights` are [blocks, 4 units, Z, WIDTH]: the columns
 // of the input's weights, then of the hidden state's, cut into blocks of Z vectors.
 template <int R, int Z>
 static void backward_rows(const Sizes& sizes, int64_t first, const float* dy, const float* dcn, const float* c0,
@@ -211,20 +225,20 @@ static void product_block(const float* a, int64_t a_stride, const float* b, int6
         for (int z = 0; z < Z; z++) store(c + r * c_stride + z * WIDTH, sums[r][z]);
 }
 
-// c [p, q] += a^T b of a [rows, p] and b [rows, q], far more rows than columns; p a multiple of 8, q of 16.
+// c [p, q] += a^T b of a [rows, p] and b [rows, q], far more rows than columns; p and q multiples of 16.
 extern "C" void transposed_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                                    int64_t p, int64_t q, float* c, int32_t threads) {
     constexpr int64_t CHUNK = 256;  // rows that stay in the cache while all of c is gone through
-    const int64_t parts = std::min<int64_t>(threads, p / 8);
+    const int64_t parts = std::min<int64_t>(threads, p / PRODUCT_ROWS);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t part = 0; part < parts; part++) {
-        const int64_t begin = part * (p / 8) / parts * 8, end = (part + 1) * (p / 8) / parts * 8;
+        const int64_t begin = part * (p / PRODUCT_ROWS) / parts * PRODUCT_ROWS, end = (part + 1) * (p / PRODUCT_ROWS) / parts * PRODUCT_ROWS;
         for (int64_t k = 0; k < rows; k += CHUNK) {
             const int64_t count = std::min(CHUNK, rows - k);
             for (int64_t column = 0; column < q;) {
                 const bool two = q - column >= 2 * WIDTH;
-                auto block = two ? product_block<8, 2> : product_block<8, 1>;
-                for (int64_t row = begin; row < end; row += 8)
+                auto block = two ? product_block<PRODUCT_ROWS, 2> : product_block<PRODUCT_ROWS, 1>;
+                for (int64_t row = begin; row < end; row += PRODUCT_ROWS)
                     block(a + k * a_stride + row, a_stride, b + k * b_stride + column, b_stride, count,
                           c + row * q + column, q);
                 column += two ? 2 * WIDTH : WIDTH;

@@ -4,8 +4,7 @@ Sources: Wang et al., "TF-GridNet", IEEE/ACM TASLP 2023 (arXiv 2211.12433); Srin
 low-latency inference", Interspeech 2024.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -90,24 +89,13 @@ class GridNetBlock(nn.Module):
 def _lstm(lstm: nn.LSTM, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What ``lstm(x, (hidden, cell))`` computes, without the checks that cost as much as a small network's step.
 
-    On a CPU oneDNN's LSTM is two to seven times as fast as torch's own without gradients, and four times slower with;
-    with gradients ours is the fastest.
+    On a CPU oneDNN's LSTM is the fastest without gradients, and the slowest with.
     """
-    if torch.is_grad_enabled() and cpu_lstm.fits(x, lstm.hidden_size):
-        return cpu_lstm.lstm(x, hidden, cell, lstm.all_weights)
+    if torch.is_grad_enabled() and x.device.type == "cpu":
+        run = cpu_lstm.lstm if cpu_lstm.fits(x, lstm.hidden_size) else cpu_lstm.torch_lstm
+        return run(x, hidden, cell, lstm.all_weights)
     weights: list[Tensor] = [weight for direction in lstm.all_weights for weight in direction]
-    with _without_onednn() if torch.is_grad_enabled() else nullcontext():
-        return torch.lstm(x, (hidden, cell), weights, True, 1, 0.0, lstm.training, lstm.bidirectional, False)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # the public switch sets more than this, and warns of it
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+    return torch.lstm(x, (hidden, cell), weights, True, 1, 0.0, lstm.training, lstm.bidirectional, False)
 
 
 class TFGridNet(nn.Module):

@@ -1,0 +1,98 @@
+"""The part of training on a CPU that is in C++: compiled when it is first needed, and kept in the user's cache folder.
+
+The compiler is ``$CXX``, else ``c++``; ``$CXXFLAGS`` are added, so that ``CXXFLAGS=-march=x86-64-v3`` builds for AVX2.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.cli import warn
+from common.errors import InputError, reason
+from common.files import atomic_file
+
+_SOURCE = Path(__file__).with_name("cpu_lstm.cpp")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled part, or None, after one warning, where it cannot be had."""
+    return _library(os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", ""))
+
+
+@functools.cache
+def _library(compiler: str, more_flags: str) -> ctypes.CDLL | None:
+    try:
+        flags = [*_FLAGS, *shlex.split(more_flags)]
+        # What the compiler knows of itself and of this processor.
+        macros = _output([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+        digest = hashlib.sha256(macros + shlex.join(flags).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+        with _folder() as folder:
+            path = folder / f"training-{digest}.so"
+            if not _is_safe(path):
+                with atomic_file(path) as temporary:
+                    _output([compiler, *flags, str(_SOURCE), "-o", str(temporary)])
+                path.chmod(0o600)
+            found = ctypes.CDLL(str(path))
+        found.instructions.restype = ctypes.c_char_p
+        return found
+    except (OSError, ValueError, RuntimeError, InputError) as error:
+        warn(f"training on this CPU takes two to four times as long, without its compiled part: {reason(error)}")
+        return None
+
+
+def _output(call: list[str]) -> bytes:
+    try:
+        result = subprocess.run(call, capture_output=True, check=False)
+    except OSError as error:
+        raise InputError(f"no C++ compiler {call[0]} ({reason(error)}); install one, or name it in CXX") from None
+    if result.returncode:
+        lines = result.stderr.decode(errors="replace").splitlines()
+        said = next((line for line in lines if "error" in line), f"exit code {result.returncode}")
+        raise InputError(f"the C++ compiler {call[0]} fails ({said}); name another in CXX")
+    return result.stdout
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Where libraries are kept; a private folder for this process alone if others could write them."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knowledge-boosting"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache = cache.resolve()
+        if cache.stat().st_uid == os.getuid():
+            cache.chmod(0o700)
+    except OSError as error:
+        raise InputError(
+            f"{cache}: cannot write there ({reason(error)}); name a folder you can write to in XDG_CACHE_HOME"
+        ) from None
+    unsafe = next((folder for folder in (cache, *cache.parents) if not _is_safe(folder)), None)
+    if unsafe is None:
+        yield cache
+        return
+    warn(f"{unsafe}: others can write there, so what is compiled is not kept; name another folder in XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory() as private:
+        yield Path(private)
+
+
+def _is_safe(path: Path) -> bool:
+    """Whether nobody else could have put there what is there.
+
+    A file must be this user's; a folder may be the system's, and one in which all can make files but not replace others'.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    is_folder = stat.S_ISDIR(status.st_mode)
+    owners = (os.getuid(), 0) if is_folder else (os.getuid(),)
+    shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (is_folder and status.st_mode & stat.S_ISVTX)
+    return (is_folder or stat.S_ISREG(status.st_mode)) and status.st_uid in owners and not shared
