@@ -14,12 +14,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import warn
 from common.errors import InputError, reason
 from common.files import atomic_file
 
-_SOURCE = Path(__file__).with_name("cpu_lstm.cpp")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_lstm.cpp", "vectors.h"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 
 
@@ -28,18 +32,37 @@ def library() -> ctypes.CDLL | None:
     return _library(os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", ""))
 
 
+def required_library() -> ctypes.CDLL:
+    """The compiled part, where it is known to be there."""
+    found = library()
+    assert found is not None
+    return found
+
+
+def pointer(tensor: "Tensor | None") -> ctypes.c_void_p:
+    """What the compiled part reads a contiguous tensor of floats by."""
+    if tensor is None:
+        return ctypes.c_void_p()
+    assert tensor.is_contiguous()
+    assert tensor.is_floating_point()
+    assert tensor.element_size() == 4
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 @functools.cache
 def _library(compiler: str, more_flags: str) -> ctypes.CDLL | None:
     try:
         flags = [*_FLAGS, *shlex.split(more_flags)]
         # What the compiler knows of itself and of this processor.
         macros = _output([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-        digest = hashlib.sha256(macros + shlex.join(flags).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+        parts = (macros, shlex.join(flags).encode(), *(source.read_bytes() for source in _SOURCES))
+        digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         with _folder() as folder:
             path = folder / f"training-{digest}.so"
             if not _is_safe(path):
                 with atomic_file(path) as temporary:
-                    _output([compiler, *flags, str(_SOURCE), "-o", str(temporary)])
+                    units = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
+                    _output([compiler, *flags, *units, "-o", str(temporary)])
                 path.chmod(0o600)
             found = ctypes.CDLL(str(path))
         found.instructions.restype = ctypes.c_char_p
@@ -86,7 +109,7 @@ def _folder() -> Iterator[Path]:
 def _is_safe(path: Path) -> bool:
     """Whether nobody else could have put there what is there.
 
-    A file must be this user's; a folder may be the system's, and one in which all can make files but not replace others'.
+    A file must be this user's; a folder may be the system's, or one in which nobody can replace what is others'.
     """
     try:
         status = path.lstat()

@@ -1,248 +1,282 @@
-// LSTM for training on a CPU: forward pass, backward pass, gradients of the weights. Plain C interface, see cpu_lstm.py.
+// A residual LSTM for training on a CPU, forward and back: x + linear(lstm(norm(x))). Plain C interface, see cpu_lstm.py.
 //
 // A block of sequences goes through all of its steps at once, so that its states and the weights stay in the nearest
-// caches, and a gate's activation is computed while its sum is still in registers. Vectors are those of GCC and Clang,
-// as wide as the processor's: wider ones would be taken apart through memory.
+// caches; everything else is computed while a step's rows are there, and a gate's activation while its sum is still in
+// registers.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+#include <omp.h>
 
-#if defined(__AVX512F__)
-#define INSTRUCTIONS "AVX-512"
-constexpr int WIDTH = 16, REGISTERS = 32;
-#elif defined(__AVX2__) && defined(__FMA__)
-#define INSTRUCTIONS "AVX2"
-constexpr int WIDTH = 8, REGISTERS = 16;
-#elif defined(__ARM_NEON)
-#define INSTRUCTIONS "NEON"
-constexpr int WIDTH = 4, REGISTERS = 32;
-#elif defined(__SSE2__)
-#define INSTRUCTIONS "SSE"
-constexpr int WIDTH = 4, REGISTERS = 16;
-#else
-#error "no vectors that this is made for"
-#endif
-typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
-constexpr int MOST_UNITS = 256;
-constexpr int ROWS = REGISTERS == 32 ? 6 : 3;          // sequences at once; times four gates: 24 of 32, or 12 of 16
-constexpr int PRODUCT_ROWS = REGISTERS == 32 ? 8 : 4;  // the same of a product, times two vectors
+#include "vectors.h"
+
+constexpr int MOST = 256;        // channels, and units
+constexpr int64_t CHUNK = 96;    // rows whose gradients stay in the cache until the weights' are made of them
+constexpr float EPSILON = 1e-5f;  // of torch's layer normalisation
 
 extern "C" int32_t vector_width() { return WIDTH; }
 extern "C" const char* instructions() { return INSTRUCTIONS; }
 
-static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-
-static inline Vector exponential(Vector x) {
-    // exp(x) = 2^n exp(r), |r| <= ln 2 / 2; the polynomial is that of the Cephes library. NaN stays NaN.
-    x = x < -87.0f ? Vector{} - 87.0f : x;
-    x = x > 87.0f ? Vector{} + 87.0f : x;
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
-    const Vector n = (x * 1.44269504f + ROUND) - ROUND;
-    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector p = Vector{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
-    Vector power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
-
-static inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
-static inline Vector tangent(Vector x) { return 2.0f * sigmoid(x + x) - 1.0f; }
-
-// sums[r][z] += sum over k of rows[r][k] * weights[k][z]
-template <int R, int Z>
-static inline __attribute__((always_inline)) void multiply(const float* const* rows, int64_t depth, const float* weights,
-                                                           Vector (&sums)[R][Z]) {
-    for (int64_t k = 0; k < depth; k++) {
-        Vector w[Z];
-#pragma GCC unroll 4
-        for (int z = 0; z < Z; z++) w[z] = load(weights + (k * Z + z) * WIDTH);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const float value = rows[r][k];
-#pragma GCC unroll 4
-            for (int z = 0; z < Z; z++) sums[r][z] += value * w[z];
-        }
-    }
-}
-
+// Sequence n of x begins at float n / inner * outer_stride + n % inner * inner_stride; `channels` floats a step.
 struct Sizes {
-    int64_t steps, sequences, inputs, units, output_stride;
-    int32_t reverse, threads;
+    int64_t steps, sequences, inner, outer_stride, inner_stride, step_stride, channels, units;
+    int32_t directions, threads;
 };
 
-// Layouts, row-major: x [steps, sequences, inputs]; y [steps, sequences, output_stride], of which this direction writes
-// `units` columns; gates [steps, sequences, groups, 4, WIDTH] and cells [steps, sequences, units] are kept for the way back;
-// packed weights [groups, depth, 4, WIDTH], gates in torch's order (i, f, g, o), a group being WIDTH units.
+// Row-major; N sequences, S steps, D channels, H units, a leading axis of directions but where it says not. A group is
+// WIDTH units, and gates go by group: [H / WIDTH, 4, WIDTH], in torch's order i, f, g, o.
+struct Weights {
+    const float* gates;        // [4 H, D + H], the input's columns first
+    const float* bias;         // [4 H]
+    const float* linear;       // [D, H]
+    const float* linear_bias;  // [D], of all directions
+};
+
+// What is kept for the way back. A block of sequences lies together, by step, then sequence; `first` sequences before it.
+struct Kept {
+    float* normal;     // [N S, D], x normalised; of all directions
+    float* deviation;  // [N S], what x was divided by, inverse; of all directions
+    float* gates;      // [N S, 4 H]
+    float* hidden;     // [N (S + 1), H]: in the order of x, the state at the start before or after all steps
+    float* cells;      // the same
+};
+
+template <int R>
+static void rows_of(const Sizes& sizes, int64_t first, int64_t (&base)[R]) {
+    for (int64_t r = 0; r < R; r++)
+        base[r] = (first + r) / sizes.inner * sizes.outer_stride + (first + r) % sizes.inner * sizes.inner_stride;
+}
+
+static inline void normalise(const float* x, int64_t size, float* normal, float* deviation) {
+    Vector total{};
+    for (int64_t d = 0; d < size; d += WIDTH) total += load(x + d);
+    const float mean = sum(total) / size;
+    Vector squares{};
+    for (int64_t d = 0; d < size; d += WIDTH) {
+        const Vector difference = load(x + d) - mean;
+        squares += difference * difference;
+    }
+    *deviation = 1 / __builtin_sqrtf(sum(squares) / size + EPSILON);
+    for (int64_t d = 0; d < size; d += WIDTH) store(normal + d, (load(x + d) - mean) * *deviation);
+}
 
 template <int R>
 static void forward_rows(const Sizes& sizes, int64_t first, const float* x, const float* h0, const float* c0,
-                         const float* w_input, const float* w_hidden, const float* bias, float* y, float* gates,
-                         float* cells) {
-    const int64_t H = sizes.units, D = sizes.inputs, groups = H / WIDTH;
-    alignas(64) float hidden[2][R][MOST_UNITS], cell[R][MOST_UNITS];
-    for (int r = 0; r < R; r++) {
-        std::memcpy(hidden[0][r], h0 + (first + r) * H, H * sizeof(float));
-        std::memcpy(cell[r], c0 + (first + r) * H, H * sizeof(float));
-    }
-    int now = 0;
-    for (int64_t t = 0; t < sizes.steps; t++, now = 1 - now) {
-        const int64_t row = (sizes.reverse ? sizes.steps - 1 - t : t) * sizes.sequences + first;
-        const float *inputs[R], *states[R];
-        for (int r = 0; r < R; r++) inputs[r] = x + (row + r) * D, states[r] = hidden[now][r];
-        for (int64_t g = 0; g < groups; g++) {
-            Vector sums[R][4];
-            for (int q = 0; q < 4; q++)
-                for (int r = 0; r < R; r++) sums[r][q] = load(bias + (g * 4 + q) * WIDTH);
-            multiply<R, 4>(inputs, D, w_input + g * D * 4 * WIDTH, sums);
-            multiply<R, 4>(states, H, w_hidden + g * H * 4 * WIDTH, sums);
-            for (int r = 0; r < R; r++) {
-                const Vector i = sigmoid(sums[r][0]), f = sigmoid(sums[r][1]), c = tangent(sums[r][2]),
-                             o = sigmoid(sums[r][3]);
-                const Vector next = f * load(&cell[r][g * WIDTH]) + i * c, h = o * tangent(next);
-                store(&cell[r][g * WIDTH], next);
-                store(&hidden[1 - now][r][g * WIDTH], h);
-                store(y + (row + r) * sizes.output_stride + g * WIDTH, h);
-                float* kept = gates + (row + r) * 4 * H + g * 4 * WIDTH;
-                store(kept, i), store(kept + WIDTH, f), store(kept + 2 * WIDTH, c), store(kept + 3 * WIDTH, o);
-                store(cells + (row + r) * H + g * WIDTH, next);
+                         const float* const* gate_weights, const float* const* linear_weights, const Weights& weights,
+                         const Kept& kept, float* y, float* hn, float* cn) {
+    const int64_t N = sizes.sequences, S = sizes.steps, D = sizes.channels, H = sizes.units;
+    int64_t base[R];
+    rows_of(sizes, first, base);
+    float *normal = kept.normal + first * S * D, *deviation = kept.deviation + first * S;
+    for (int64_t direction = 0; direction < sizes.directions; direction++) {
+        float* gates = kept.gates + (direction * N + first) * S * 4 * H;
+        float* hidden = kept.hidden + (direction * N + first) * (S + 1) * H;
+        float* cells = kept.cells + (direction * N + first) * (S + 1) * H;
+        const float* bias = weights.bias + direction * 4 * H;
+        const int64_t after = direction == 0, before = 1 - after;  // where a step's states are, and those it starts with
+        const int64_t start = direction == 0 ? 0 : S, end = S - start;
+        std::memcpy(hidden + start * R * H, h0 + (direction * N + first) * H, R * H * sizeof(float));
+        std::memcpy(cells + start * R * H, c0 + (direction * N + first) * H, R * H * sizeof(float));
+        for (int64_t s = 0; s < S; s++) {
+            const int64_t step = direction == 0 ? s : S - 1 - s;
+            const float *inputs[R], *states[R], *fresh[R];
+            for (int64_t r = 0; r < R; r++) {
+                const int64_t row = step * R + r;
+                if (direction == 0)
+                    normalise(x + base[r] + step * sizes.step_stride, D, normal + row * D, deviation + row);
+                inputs[r] = normal + row * D;
+                states[r] = hidden + ((step + before) * R + r) * H;
+                fresh[r] = hidden + ((step + after) * R + r) * H;
             }
-        }
-    }
-}
-
-// On the way back `gates` become the gradients of the gates' sums. `weights` are [blocks, 4 units, Z, WIDTH]: the columns
-// of the input's weights, then of the hidden state's, cut into blocks of Z vectors.
-template <int R, int Z>
-static void backward_rows(const Sizes& sizes, int64_t first, const float* dy, const float* dcn, const float* c0,
-                          const float* weights, const float* cells, float* gates, float* dx, float* dh0, float* dc0) {
-    const int64_t H = sizes.units, D = sizes.inputs, groups = H / WIDTH, blocks = (D + H) / (Z * WIDTH);
-    alignas(64) float dh[R][MOST_UNITS], dc[R][MOST_UNITS];
-    std::memset(dh, 0, sizeof dh);
-    for (int r = 0; r < R; r++) std::memcpy(dc[r], dcn + (first + r) * H, H * sizeof(float));
-    for (int64_t t = sizes.steps - 1; t >= 0; t--) {
-        const int64_t step = sizes.reverse ? sizes.steps - 1 - t : t, before = sizes.reverse ? step + 1 : step - 1;
-        const int64_t row = step * sizes.sequences + first;
-        const float* sums_of[R];
-        for (int r = 0; r < R; r++) {
-            float* own = gates + (row + r) * 4 * H;
-            sums_of[r] = own;
-            const float* past =
-                t > 0 ? cells + (before * sizes.sequences + first + r) * H : c0 + (first + r) * H;
-            for (int64_t g = 0; g < groups; g++) {
-                float* kept = own + g * 4 * WIDTH;
-                const Vector i = load(kept), f = load(kept + WIDTH), c = load(kept + 2 * WIDTH),
-                             o = load(kept + 3 * WIDTH);
-                const Vector squashed = tangent(load(cells + (row + r) * H + g * WIDTH));
-                const Vector d = load(dy + (row + r) * sizes.output_stride + g * WIDTH) + load(&dh[r][g * WIDTH]);
-                const Vector through = d * o * (1.0f - squashed * squashed) + load(&dc[r][g * WIDTH]);
-                store(kept, through * c * i * (1.0f - i));
-                store(kept + WIDTH, through * load(past + g * WIDTH) * f * (1.0f - f));
-                store(kept + 2 * WIDTH, through * i * (1.0f - c * c));
-                store(kept + 3 * WIDTH, d * squashed * o * (1.0f - o));
-                store(&dc[r][g * WIDTH], through * f);
-            }
-        }
-        for (int64_t block = 0; block < blocks; block++) {
-            Vector sums[R][Z];
-            for (int r = 0; r < R; r++)
-                for (int z = 0; z < Z; z++) sums[r][z] = Vector{};
-            multiply<R, Z>(sums_of, 4 * H, weights + block * 4 * H * Z * WIDTH, sums);
-            for (int r = 0; r < R; r++)
-                for (int z = 0; z < Z; z++) {
-                    const int64_t column = (block * Z + z) * WIDTH;
-                    store(column < D ? dx + (row + r) * D + column : &dh[r][column - D], sums[r][z]);
+            for (int64_t g = 0; g < H / WIDTH; g++) {
+                Vector sums[R][4];
+                for (int q = 0; q < 4; q++)
+                    for (int r = 0; r < R; r++) sums[r][q] = load(bias + (g * 4 + q) * WIDTH);
+                const float* packed = gate_weights[direction] + g * 4 * WIDTH * (D + H);
+                multiply<R, 4>(inputs, D, packed, sums);
+                multiply<R, 4>(states, H, packed + D * 4 * WIDTH, sums);
+                for (int64_t r = 0; r < R; r++) {
+                    const Vector i = sigmoid(sums[r][0]), f = sigmoid(sums[r][1]), c = tangent(sums[r][2]),
+                                 o = sigmoid(sums[r][3]);
+                    const int64_t now = ((step + after) * R + r) * H + g * WIDTH;
+                    const Vector next = f * load(cells + ((step + before) * R + r) * H + g * WIDTH) + i * c;
+                    store(cells + now, next);
+                    store(hidden + now, o * tangent(next));
+                    float* own = gates + (step * R + r) * 4 * H + g * 4 * WIDTH;
+                    store(own, i), store(own + WIDTH, f), store(own + 2 * WIDTH, c), store(own + 3 * WIDTH, o);
                 }
+            }
+            const int64_t offset = step * sizes.step_stride;
+            product<R>(
+                fresh, H, linear_weights[direction], D,
+                [&](int r, int64_t column) {
+                    const int64_t at = base[r] + offset + column;
+                    return direction == 0 ? load(x + at) + load(weights.linear_bias + column) : load(y + at);
+                },
+                [&](int r, int64_t column, Vector sums) { store(y + base[r] + offset + column, sums); });
         }
-    }
-    for (int r = 0; r < R; r++) {
-        std::memcpy(dh0 + (first + r) * H, dh[r], H * sizeof(float));
-        std::memcpy(dc0 + (first + r) * H, dc[r], H * sizeof(float));
+        std::memcpy(hn + (direction * N + first) * H, hidden + end * R * H, R * H * sizeof(float));
+        std::memcpy(cn + (direction * N + first) * H, cells + end * R * H, R * H * sizeof(float));
     }
 }
 
-extern "C" void lstm_forward(const Sizes* sizes, const float* x, const float* h0, const float* c0, const float* w_input,
-                             const float* w_hidden, const float* bias, float* y, float* gates, float* cells) {
-    const int64_t count = sizes->sequences;
-#pragma omp parallel for schedule(static) num_threads(sizes->threads)
-    for (int64_t n = 0; n < count; n += ROWS) {
-        if (n + ROWS <= count)
-            forward_rows<ROWS>(*sizes, n, x, h0, c0, w_input, w_hidden, bias, y, gates, cells);
-        else
-            for (int64_t last = n; last < count; last++)
-                forward_rows<1>(*sizes, last, x, h0, c0, w_input, w_hidden, bias, y, gates, cells);
-    }
-}
+struct Gradients {
+    const float *dy, *dhn, *dcn;  // of the outputs; dhn and dcn null where there are none
+    float *dx, *dh0, *dc0;
+    float* weights;  // of this thread: [directions, 4 H, D + H], [directions, 4 H], [directions, D, H], [D]; added to
+};
 
-template <int Z>
-static void backward(const Sizes& sizes, const float* dy, const float* dcn, const float* c0, const float* weights,
-                     const float* cells, float* gates, float* dx, float* dh0, float* dc0) {
-    const int64_t count = sizes.sequences;
-#pragma omp parallel for schedule(static) num_threads(sizes.threads)
-    for (int64_t n = 0; n < count; n += ROWS) {
-        if (n + ROWS <= count)
-            backward_rows<ROWS, Z>(sizes, n, dy, dcn, c0, weights, cells, gates, dx, dh0, dc0);
-        else
-            for (int64_t last = n; last < count; last++)
-                backward_rows<1, Z>(sizes, last, dy, dcn, c0, weights, cells, gates, dx, dh0, dc0);
-    }
-}
-
-extern "C" void lstm_backward(const Sizes* sizes, const float* dy, const float* dcn, const float* c0,
-                              const float* weights, int32_t vectors, const float* cells, float* gates, float* dx,
-                              float* dh0, float* dc0) {
-    auto run = vectors == 4 ? backward<4> : vectors == 2 ? backward<2> : backward<1>;
-    run(*sizes, dy, dcn, c0, weights, cells, gates, dx, dh0, dc0);
-}
-
-template <int R, int Z>
-static void product_block(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, float* c,
-                          int64_t c_stride) {
-    Vector sums[R][Z];
-    for (int r = 0; r < R; r++)
-        for (int z = 0; z < Z; z++) sums[r][z] = load(c + r * c_stride + z * WIDTH);
-    for (int64_t k = 0; k < rows; k++) {
-        Vector w[Z];
-#pragma GCC unroll 2
-        for (int z = 0; z < Z; z++) w[z] = load(b + k * b_stride + z * WIDTH);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const float value = a[k * a_stride + r];
-#pragma GCC unroll 2
-            for (int z = 0; z < Z; z++) sums[r][z] += value * w[z];
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int z = 0; z < Z; z++) store(c + r * c_stride + z * WIDTH, sums[r][z]);
-}
-
-// c [p, q] += a^T b of a [rows, p] and b [rows, q], far more rows than columns; p and q multiples of 16.
-extern "C" void transposed_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
-                                   int64_t p, int64_t q, float* c, int32_t threads) {
-    constexpr int64_t CHUNK = 256;  // rows that stay in the cache while all of c is gone through
-    const int64_t parts = std::min<int64_t>(threads, p / PRODUCT_ROWS);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t part = 0; part < parts; part++) {
-        const int64_t begin = part * (p / PRODUCT_ROWS) / parts * PRODUCT_ROWS, end = (part + 1) * (p / PRODUCT_ROWS) / parts * PRODUCT_ROWS;
-        for (int64_t k = 0; k < rows; k += CHUNK) {
-            const int64_t count = std::min(CHUNK, rows - k);
-            for (int64_t column = 0; column < q;) {
-                const bool two = q - column >= 2 * WIDTH;
-                auto block = two ? product_block<PRODUCT_ROWS, 2> : product_block<PRODUCT_ROWS, 1>;
-                for (int64_t row = begin; row < end; row += PRODUCT_ROWS)
-                    block(a + k * a_stride + row, a_stride, b + k * b_stride + column, b_stride, count,
-                          c + row * q + column, q);
-                column += two ? 2 * WIDTH : WIDTH;
+template <int R>
+static void backward_rows(const Sizes& sizes, int64_t first, const float* const* gate_weights,
+                          const float* const* linear_weights, const Kept& kept, const Gradients& gradients,
+                          float* gate_sums, float* outputs) {
+    const int64_t N = sizes.sequences, S = sizes.steps, D = sizes.channels, H = sizes.units;
+    const int64_t chunk = std::max<int64_t>(1, CHUNK / R);
+    int64_t base[R];
+    rows_of(sizes, first, base);
+    const float *normal = kept.normal + first * S * D, *deviation = kept.deviation + first * S;
+    float* const linear_bias = gradients.weights + sizes.directions * (4 * H * (D + H) + 4 * H + D * H);
+    alignas(64) float dh[R][MOST], dc[R][MOST], dnormal[R][MOST];
+    for (int64_t direction = 0; direction < sizes.directions; direction++) {
+        const float* gates = kept.gates + (direction * N + first) * S * 4 * H;
+        const float* hidden = kept.hidden + (direction * N + first) * (S + 1) * H;
+        const float* cells = kept.cells + (direction * N + first) * (S + 1) * H;
+        float* const dgates = gradients.weights + direction * 4 * H * (D + H);
+        float* const dbias = gradients.weights + sizes.directions * 4 * H * (D + H) + direction * 4 * H;
+        float* const dlinear = gradients.weights + sizes.directions * (4 * H * (D + H) + 4 * H) + direction * D * H;
+        const int64_t after = direction == 0, before = 1 - after;
+        const int64_t states = (direction * N + first) * H;
+        for (int64_t r = 0; r < R; r++) {
+            for (int64_t u = 0; u < H; u += WIDTH) {
+                store(&dh[r][u], gradients.dhn ? load(gradients.dhn + states + r * H + u) : Vector{});
+                store(&dc[r][u], gradients.dcn ? load(gradients.dcn + states + r * H + u) : Vector{});
             }
         }
+        for (int64_t left = S; left > 0; left -= chunk) {
+            const int64_t count = std::min(chunk, left);
+            const int64_t lowest = direction == 0 ? left - count : S - left;  // step of the chunk
+            for (int64_t s = 0; s < count; s++) {
+                const int64_t step = direction == 0 ? left - 1 - s : lowest + s;
+                const float *own_outputs[R], *own_sums[R];
+                for (int64_t r = 0; r < R; r++) {
+                    const int64_t row = (step - lowest) * R + r;
+                    float* copy = outputs + row * D;
+                    const float* dy = gradients.dy + base[r] + step * sizes.step_stride;
+                    for (int64_t d = 0; d < D; d += WIDTH) {
+                        store(copy + d, load(dy + d));
+                        if (direction == 0) store(linear_bias + d, load(linear_bias + d) + load(dy + d));
+                    }
+                    own_outputs[r] = copy;
+                    own_sums[r] = gate_sums + row * 4 * H;
+                }
+                product<R>(
+                    own_outputs, D, linear_weights[direction], H, [&](int r, int64_t u) { return load(&dh[r][u]); },
+                    [&](int r, int64_t u, Vector sums) { store(&dh[r][u], sums); });
+                for (int64_t g = 0; g < H / WIDTH; g++) {
+                    Vector total[4] = {};
+                    for (int64_t r = 0; r < R; r++) {
+                        const float* own = gates + (step * R + r) * 4 * H + g * 4 * WIDTH;
+                        const Vector i = load(own), f = load(own + WIDTH), c = load(own + 2 * WIDTH),
+                                     o = load(own + 3 * WIDTH);
+                        const Vector squashed = tangent(load(cells + ((step + after) * R + r) * H + g * WIDTH));
+                        const Vector past = load(cells + ((step + before) * R + r) * H + g * WIDTH);
+                        const Vector d = load(&dh[r][g * WIDTH]);
+                        const Vector through = d * o * (1.0f - squashed * squashed) + load(&dc[r][g * WIDTH]);
+                        const Vector sums[4] = {through * c * i * (1.0f - i), through * past * f * (1.0f - f),
+                                                through * i * (1.0f - c * c), d * squashed * o * (1.0f - o)};
+                        store(&dc[r][g * WIDTH], through * f);
+                        float* to = gate_sums + ((step - lowest) * R + r) * 4 * H + g * 4 * WIDTH;
+                        for (int q = 0; q < 4; q++) {
+                            store(to + q * WIDTH, sums[q]);
+                            total[q] += sums[q];
+                        }
+                    }
+                    for (int q = 0; q < 4; q++) {
+                        float* to = dbias + (g * 4 + q) * WIDTH;
+                        store(to, load(to) + total[q]);
+                    }
+                }
+                product<R>(
+                    own_sums, 4 * H, gate_weights[direction], D + H, [](int, int64_t) { return Vector{}; },
+                    [&](int r, int64_t column, Vector sums) {
+                        store(column < D ? &dnormal[r][column] : &dh[r][column - D], sums);
+                    });
+                for (int64_t r = 0; r < R; r++) {
+                    const float* n = normal + (step * R + r) * D;
+                    Vector total{}, along{};
+                    for (int64_t d = 0; d < D; d += WIDTH) {
+                        total += load(&dnormal[r][d]);
+                        along += load(&dnormal[r][d]) * load(n + d);
+                    }
+                    const float mean = sum(total) / D, slope = sum(along) / D, scale = deviation[step * R + r];
+                    float* dx = gradients.dx + base[r] + step * sizes.step_stride;
+                    const float* residual = direction == 0 ? own_outputs[r] : dx;
+                    for (int64_t d = 0; d < D; d += WIDTH)
+                        store(dx + d, load(residual + d) + (load(&dnormal[r][d]) - mean - load(n + d) * slope) * scale);
+                }
+            }
+            const int64_t rows = count * R;
+            add_transposed_product(gate_sums, 4 * H, normal + lowest * R * D, D, rows, dgates, D + H);
+            add_transposed_product(gate_sums, 4 * H, hidden + (lowest + before) * R * H, H, rows, dgates + D, D + H);
+            add_transposed_product(outputs, D, hidden + (lowest + after) * R * H, H, rows, dlinear, H);
+        }
+        for (int64_t r = 0; r < R; r++) {
+            std::memcpy(gradients.dh0 + states + r * H, dh[r], H * sizeof(float));
+            std::memcpy(gradients.dc0 + states + r * H, dc[r], H * sizeof(float));
+        }
+    }
+}
+
+// Calls `block` with a constant for `rows`, 1 to ROWS.
+template <int R = ROWS, typename Block>
+static void with_rows(int64_t rows, Block block) {
+    if (rows == R)
+        block(std::integral_constant<int, R>{});
+    else if constexpr (R > 1)
+        with_rows<R - 1>(rows, block);
+}
+
+extern "C" void lstm_forward(const Sizes* sizes, const Weights* weights, const Kept* kept, const float* x,
+                             const float* h0, const float* c0, float* y, float* hn, float* cn) {
+    const int64_t N = sizes->sequences, D = sizes->channels, H = sizes->units;
+    const Buffer packed(sizes->directions * (4 * H * (D + H) + D * H));
+    const float *gate_weights[2], *linear_weights[2];
+    float* to = packed;
+    for (int64_t direction = 0; direction < sizes->directions; direction++) {
+        gate_weights[direction] = to;
+        pack(weights->gates + direction * 4 * H * (D + H), 1, D + H, D + H, 4 * H, to);
+        linear_weights[direction] = to += 4 * H * (D + H);
+        pack(weights->linear + direction * D * H, 1, H, H, D, to);
+        to += D * H;
+    }
+#pragma omp parallel for schedule(static) num_threads(sizes->threads)
+    for (int64_t n = 0; n < N; n += ROWS)
+        with_rows(std::min<int64_t>(ROWS, N - n), [&](auto rows) {
+            forward_rows<rows>(*sizes, n, x, h0, c0, gate_weights, linear_weights, *weights, *kept, y, hn, cn);
+        });
+}
+
+// The gradients of the weights are [threads, …], zeros before.
+extern "C" void lstm_backward(const Sizes* sizes, const Weights* weights, const Kept* kept, const Gradients* gradients) {
+    const int64_t N = sizes->sequences, D = sizes->channels, H = sizes->units;
+    const Buffer packed(sizes->directions * (4 * H * (D + H) + D * H));
+    const float *gate_weights[2], *linear_weights[2];
+    float* to = packed;
+    for (int64_t direction = 0; direction < sizes->directions; direction++) {
+        gate_weights[direction] = to;
+        pack(weights->gates + direction * 4 * H * (D + H), D + H, 1, 4 * H, D + H, to);
+        linear_weights[direction] = to += 4 * H * (D + H);
+        pack(weights->linear + direction * D * H, H, 1, D, H, to);
+        to += D * H;
+    }
+    const int64_t size = sizes->directions * (4 * H * (D + H) + 4 * H + D * H) + D;
+#pragma omp parallel num_threads(sizes->threads)
+    {
+        const Buffer gate_sums(CHUNK * 4 * H), outputs(CHUNK * D);
+        Gradients own = *gradients;
+        own.weights += omp_get_thread_num() * size;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n += ROWS)
+            with_rows(std::min<int64_t>(ROWS, N - n), [&](auto rows) {
+                backward_rows<rows>(*sizes, n, gate_weights, linear_weights, *kept, own, gate_sums, outputs);
+            });
     }
 }

@@ -1,211 +1,180 @@
-"""An LSTM for training on a CPU, several times as fast as torch's with gradients.
+"""Half a GridNet block for training on a CPU, several times as fast as torch's: ``x + linear(lstm(norm(x)))``.
 
 TF-GridNet runs short LSTMs over hundreds of sequences at once. Torch trains them by one small operator after another,
-with every intermediate in memory, and that is most of a step. ``cpu_lstm.cpp`` makes one pass forward and one back.
-Where it cannot be compiled, or is not the faster of the two, torch's own is used.
+with every intermediate in memory and every layout made by a copy, and that is most of a step. ``cpu_lstm.cpp`` makes
+one pass forward and one back, over x as it lies.
 """
 
 import ctypes
-import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.compiled import library
+from models.compiled import library, pointer, required_library
 
-_MULTIPLE, _MOST_UNITS = 16, 256  # what cpu_lstm.cpp is made for
+_MULTIPLE, _MOST = 16, 256  # channels and units that cpu_lstm.cpp is made for
+
+TIME, FREQUENCY = 1, 2  # axes of features [B, T, F, D]
 
 
 class _Sizes(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("steps", "sequences", "inputs", "units", "output_stride")),
-        *((name, ctypes.c_int32) for name in ("reverse", "threads")),
+        *((name, ctypes.c_int64) for name in ("steps", "sequences", "inner", "outer_stride", "inner_stride")),
+        *((name, ctypes.c_int64) for name in ("step_stride", "channels", "units")),
+        *((name, ctypes.c_int32) for name in ("directions", "threads")),
     ]
 
 
-def fits(x: Tensor, units: int) -> bool:
-    """Whether :func:`lstm` is to run ``x``: float32 on a CPU, sizes it is made for, and no slower than torch's."""
+def _pointers(*names: str) -> type[ctypes.Structure]:
+    return type("_Pointers", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_void_p) for name in names]})
+
+
+_Weights = _pointers("gates", "bias", "linear", "linear_bias")
+_Kept = _pointers("normal", "deviation", "gates", "hidden", "cells")
+_Gradients = _pointers("dy", "dhn", "dcn", "dx", "dh0", "dc0", "weights")
+
+
+def fits(x: Tensor, lstm: nn.LSTM) -> bool:
+    """Whether :func:`residual_lstm` can run ``x``: float32 on a CPU, of sizes that it is made for, and compiled."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and x.shape[-1] % _MULTIPLE == 0
-        and units % _MULTIPLE == 0
-        and units <= _MOST_UNITS
+        and all(size % _MULTIPLE == 0 and size <= _MOST for size in (lstm.input_size, lstm.hidden_size))
         and library() is not None
-        and speedup(x.shape[-1], units) >= 1
     )
 
 
-def lstm(x: Tensor, hidden: Tensor, cell: Tensor, weights: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """What :class:`torch.nn.LSTM` computes, of one layer and one or two directions.
+def residual_lstm(
+    x: Tensor, axis: int, norm: nn.LayerNorm, lstm: nn.LSTM, linear: nn.Linear, hidden: Tensor, cell: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + linear(lstm(norm(x)))``, the LSTM of one layer and one or two directions along an axis.
 
     Args:
-        x: ``[T, N, D]``.
+        x: ``[B, T, F, D]``.
+        axis: ``TIME`` or ``FREQUENCY``; N = B F or B T sequences.
         hidden, cell: ``[directions, N, H]``, the states at the start.
-        weights: of every direction: ``w_ih``, ``w_hh``, ``b_ih``, ``b_hh``, as in ``torch.nn.LSTM.all_weights``.
 
     Returns:
-        ``[T, N, directions * H]``, and the states at the end.
+        ``[B, T, F, D]``, and the states at the end.
     """
-    outputs, hiddens, cells = [], [], []
-    for direction, (w_ih, w_hh, b_ih, b_hh) in enumerate(weights):
-        reverse = direction == 1
-        y, last = _Direction.apply(x, hidden[direction], cell[direction], w_ih, w_hh, b_ih + b_hh, reverse)  # type: ignore[no-untyped-call]
-        outputs.append(y)
-        hiddens.append(y[0 if reverse else -1])
-        cells.append(last)
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return output, torch.stack(hiddens), torch.stack(cells)
+    parts = zip(*lstm.all_weights, strict=True)
+    w_input, w_hidden, b_input, b_hidden = (torch.stack(part) for part in parts)
+    # What the norm multiplies by and adds goes into the weights.
+    bias = b_input + b_hidden + w_input @ norm.bias
+    gates = torch.cat([w_input * norm.weight, w_hidden], dim=-1)
+    last = linear.weight.unflatten(1, (len(gates), -1)).transpose(0, 1)
+    arguments = (_by_group(gates), _by_group(bias[..., None])[..., 0], last.contiguous(), linear.bias)
+    outputs: tuple[Tensor, Tensor, Tensor] = _ResidualLstm.apply(x, hidden, cell, *arguments, axis)  # type: ignore[no-untyped-call]
+    return outputs
 
 
-class _Direction(torch.autograd.Function):
+def _by_group(weight: Tensor) -> Tensor:
+    """``[directions, 4 H, K]``, torch's rows, to those of groups of as many units as a vector has floats."""
+    width = int(required_library().vector_width())
+    grouped: Tensor = weight.unflatten(1, (4, -1, width)).transpose(1, 2).flatten(1, 3)
+    return grouped
+
+
+class _ResidualLstm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x, hidden, cell, w_ih, w_hh, bias, reverse = inputs
-        x, hidden, cell = x.contiguous(), hidden.contiguous(), cell.contiguous()
-        steps, sequences, size = x.shape
-        units, width = w_hh.shape[1], _width()
-        y = x.new_empty(steps, sequences, units)
-        gates, cells = x.new_empty(steps, sequences, 4 * units), torch.empty_like(y)
-        ctx.sizes = _Sizes(steps, sequences, size, units, units, int(reverse), torch.get_num_threads())
-        packed = [_by_gates(weight, width) for weight in (w_ih, w_hh, bias[:, None])]
-        _call("lstm_forward", ctx.sizes, x, hidden, cell, *packed, y, gates, cells)
-        ctx.save_for_backward(x, hidden, cell, w_ih, w_hh, y, cells)
-        ctx.gates = gates
-        return y, cells[0 if reverse else -1].clone()
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, hidden, cell, gates, bias, linear, linear_bias, axis = inputs
+        x, hidden, cell, gates, bias = (tensor.contiguous() for tensor in (x, hidden, cell, gates, bias))
+        batch, frames, bins, channels = x.shape
+        directions, _, units = linear.shape
+        along_time = (frames, batch * bins, bins, frames * bins * channels, channels, bins * channels)
+        along_frequency = (bins, batch * frames, batch * frames, 0, bins * channels, channels)
+        layout = along_time if axis == TIME else along_frequency
+        sizes = _Sizes(*layout, channels, units, directions, torch.get_num_threads())
+        steps, sequences = sizes.steps, sizes.sequences
+        kept = [
+            x.new_empty(sequences * steps * channels),
+            x.new_empty(sequences * steps),
+            x.new_empty(directions * sequences * steps * 4 * units),
+            *(x.new_empty(directions * sequences * (steps + 1) * units) for _ in range(2)),
+        ]
+        weights = (gates, bias, linear, linear_bias)
+        outputs = torch.empty_like(x), torch.empty_like(hidden), torch.empty_like(cell)
+        required_library().lstm_forward(
+            ctypes.byref(sizes),
+            ctypes.byref(_Weights(*map(pointer, weights))),
+            ctypes.byref(_Kept(*map(pointer, kept))),
+            *(pointer(tensor) for tensor in (x, hidden, cell, *outputs)),
+        )
+        ctx.sizes, ctx.shape = sizes, x.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*weights, *kept)
+        return outputs
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, cell, w_ih, w_hh, y, cells = ctx.saved_tensors
-        dy, dcell = (gradient.contiguous() for gradient in gradients)
-        if ctx.gates is None:
-            raise RuntimeError("gradients of this LSTM were computed already, and what they need was given up")
-        sizes, gates, ctx.gates = ctx.sizes, ctx.gates, None
-        size, units, reverse = sizes.inputs, sizes.units, bool(sizes.reverse)
-        width = _width()
-        vectors = next(count for count in (4, 2, 1) if (size + units) % (count * width) == 0)
-        rows = torch.cat([w_ih, w_hh], dim=1).view(4, units // width, width, -1).transpose(0, 1).reshape(4 * units, -1)
-        blocks = rows.view(4 * units, -1, vectors * width).transpose(0, 1).contiguous()
-        dx, dhidden, dcell_start = torch.empty_like(x), torch.empty_like(hidden), torch.empty_like(cell)
-        _call("lstm_backward", sizes, dy, dcell, cell, blocks, vectors, cells, gates, dx, dhidden, dcell_start)
-        # The gates now hold the gradients of their sums.
-        before = torch.cat([y[1:], hidden[None]]) if reverse else torch.cat([hidden[None], y[:-1]])
-        flat = gates.flatten(0, 1)
-        dw_ih, dw_hh = _transposed_product(flat, x.flatten(0, 1)), _transposed_product(flat, before.flatten(0, 1))
-        dbias = flat.sum(0)[:, None]
-        return (
-            dx,
-            dhidden,
-            dcell_start,
-            *(_by_rows(dw, width) for dw in (dw_ih, dw_hh)),
-            _by_rows(dbias, width)[:, 0],
-            None,
+    def backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None) -> tuple[Tensor | None, ...]:
+        sizes, tensors = ctx.sizes, ctx.saved_tensors
+        weights, kept = tensors[:4], tensors[4:]
+        states = (sizes.directions, sizes.sequences, sizes.units)
+        dx, dh0, dc0 = weights[0].new_empty(ctx.shape), weights[0].new_empty(states), weights[0].new_empty(states)
+        dy = torch.zeros_like(dx) if dy is None else dy.contiguous()
+        given = [dy, *(each if each is None else each.contiguous() for each in (dhn, dcn))]
+        lengths = [weight.numel() for weight in weights]
+        by_thread = weights[0].new_zeros(sizes.threads, sum(lengths))
+        required_library().lstm_backward(
+            ctypes.byref(sizes),
+            ctypes.byref(_Weights(*map(pointer, weights))),
+            ctypes.byref(_Kept(*map(pointer, kept))),
+            ctypes.byref(_Gradients(*map(pointer, (*given, dx, dh0, dc0, by_thread)))),
         )
+        total = by_thread.sum(0).split(lengths)
+        return dx, dh0, dc0, *(part.view_as(weight) for part, weight in zip(total, weights, strict=True)), None
 
 
-def _by_gates(weight: Tensor, width: int) -> Tensor:
-    """``[4 H, K]``, torch's rows, to ``[H / width, K, 4, width]``."""
-    rows, depth = weight.shape
-    return weight.detach().view(4, rows // (4 * width), width, depth).permute(1, 3, 0, 2).contiguous()
+ResidualLstm: TypeAlias = Callable[
+    [Tensor, int, nn.LayerNorm, nn.LSTM, nn.Linear, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
+]
 
 
-def _by_rows(gradient: Tensor, width: int) -> Tensor:
-    """``[H / width * 4 * width, K]``, the gates' own order, to torch's rows ``[4 H, K]``."""
-    rows, depth = gradient.shape
-    return gradient.view(-1, 4, width, depth).transpose(0, 1).reshape(rows, depth)
+class FasterLstm:
+    """The faster of two ways to compute the same on this machine, measured once for every size."""
 
+    def __init__(self, ours: ResidualLstm, torchs: ResidualLstm) -> None:
+        self._ours, self._torchs = ours, torchs
+        self._speedups: dict[tuple[int, int], float] = {}
 
-def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a^T b`` of two matrices with far more rows than columns."""
-    product = a.new_zeros(a.shape[1], b.shape[1])
-    sizes = (ctypes.c_int64(len(a)), ctypes.c_int64(a.shape[1]), ctypes.c_int64(b.shape[1]))
-    strides = (ctypes.c_int64(a.shape[1]), ctypes.c_int64(b.shape[1]))
-    _compiled().transposed_product(
-        _pointer(a), strides[0], _pointer(b), strides[1], *sizes, _pointer(product), torch.get_num_threads()
-    )
-    return product
+    def __call__(
+        self, x: Tensor, axis: int, norm: nn.LayerNorm, lstm: nn.LSTM, linear: nn.Linear, hidden: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :func:`residual_lstm`; ours only where it :func:`fits` and there will be gradients."""
+        ours = torch.is_grad_enabled() and fits(x, lstm) and self.speedup(lstm.input_size, lstm.hidden_size) >= 1
+        return (self._ours if ours else self._torchs)(x, axis, norm, lstm, linear, hidden, cell)
 
+    def speedup(self, channels: int, units: int) -> float:
+        """How many times as fast as torch's ours is, forward and back on one core, where both can be used."""
+        if (channels, units) not in self._speedups:
+            self._speedups[channels, units] = self._measure(channels, units)
+        return self._speedups[channels, units]
 
-def _call(name: str, sizes: _Sizes, *arguments: Tensor | int) -> None:
-    passed = [_pointer(value) if isinstance(value, Tensor) else value for value in arguments]
-    getattr(_compiled(), name)(ctypes.byref(sizes), *passed)
+    def _measure(self, channels: int, units: int) -> float:
+        with torch.random.fork_rng(devices=()):  # what is trained draws as if nothing had been measured
+            modules = nn.LayerNorm(channels), nn.LSTM(channels, units), nn.Linear(units, channels)
+        x = torch.linspace(-1, 1, 32 * 96 * channels).view(1, 32, 96, channels).requires_grad_()
+        states = torch.zeros(2, 1, 96, units)
+        weights = [x, *(weight for module in modules for weight in module.parameters())]
 
+        def seconds(way: ResidualLstm) -> float:
+            started = time.thread_time()
+            with torch.enable_grad():
+                y, _, _ = way(x, TIME, *modules, *states)
+                torch.autograd.grad(y.sum(), weights)
+            return time.thread_time() - started
 
-def _width() -> int:
-    """Floats in a vector of the compiled part."""
-    return int(_compiled().vector_width())
-
-
-def _compiled() -> ctypes.CDLL:
-    found = library()
-    assert found is not None
-    return found
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    assert tensor.is_contiguous()
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def torch_lstm(
-    x: Tensor, hidden: Tensor, cell: Tensor, weights: Sequence[Sequence[Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, by torch: of what it has on a CPU, the fastest with gradients."""
-    flat = [weight for direction in weights for weight in direction]
-    with _without_onednn():  # which is two to seven times as fast without gradients, and four times slower with
-        return torch.lstm(x, (hidden, cell), flat, True, 1, 0.0, True, len(weights) == 2, False)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # the public switch sets more than this, and warns of it
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-
-
-Lstm: TypeAlias = Callable[[Tensor, Tensor, Tensor, Sequence[Sequence[Tensor]]], tuple[Tensor, Tensor, Tensor]]
-
-
-def measure_speedup(one: Lstm, other: Lstm, size: int, units: int) -> float:
-    """How many times as fast as the ``other`` the ``one`` is, forward and back, for inputs of a size and units."""
-    generator = torch.Generator().manual_seed(0)  # of its own: what is trained draws as if nothing had been measured
-    shapes = [
-        (32, 96, size),
-        (1, 96, units),
-        (1, 96, units),
-        (4 * units, size),
-        (4 * units, units),
-        *[(4 * units,)] * 2,
-    ]
-    tensors = [(torch.randn(shape, generator=generator) * 0.1).requires_grad_() for shape in shapes]
-
-    def seconds(lstm: Lstm) -> float:
-        started = time.thread_time()
-        with torch.enable_grad():
-            y, _, _ = lstm(*tensors[:3], [tensors[3:]])
-            torch.autograd.grad(y.sum(), tensors)
-        return time.thread_time() - started
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # whose processor time tells of no other process
-    try:
-        times = [(seconds(one), seconds(other)) for _ in range(4)]  # the first of them takes longer
-    finally:
-        torch.set_num_threads(threads)
-    return min(time for _, time in times) / min(time for time, _ in times)
-
-
-@functools.cache
-def speedup(size: int, units: int) -> float:
-    """How many times as fast as torch's own :func:`lstm` is on this machine; measured once, on one core."""
-    return measure_speedup(lstm, torch_lstm, size, units)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # whose processor time tells of no other process
+        try:
+            times = [(seconds(self._ours), seconds(self._torchs)) for _ in range(4)]  # the first of them takes longer
+        finally:
+            torch.set_num_threads(threads)
+        return min(time for _, time in times) / min(time for time, _ in times)
