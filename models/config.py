@@ -1,9 +1,17 @@
 """What a model is, in numbers: task, framing, network sizes, boosting. Needs no torch."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 SPEAKER_EMBEDDING_SIZE = 256
 
@@ -86,6 +94,18 @@ class ModelConfig(Strict):
     small: NetworkSize
     large: NetworkSize | None = None
     boosting: Boosting | None = None
+    running_level: Annotated[
+        bool,
+        Field(description="networks that hear every signal at one level, without offset; published ones do not"),
+    ] = False
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A bundle's id is a digest of this: what came later must not change the ids of bundles that do without it.
+        document: dict[str, Any] = handler(self)
+        if not self.running_level:
+            del document["running_level"]
+        return document
 
     @model_validator(mode="after")
     def _large_and_boosting_come_together(self) -> Self:

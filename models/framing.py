@@ -33,12 +33,18 @@ class Stft(nn.Module):
     head_gain: Tensor  # [lookahead], 1 / window sum where two frames overlap
     body_gain: Tensor  # [chunk - lookahead], 1 / window sum where one frame stands alone
 
-    def __init__(self, framing: Framing) -> None:
+    def __init__(self, framing: Framing, *, remove_offset: bool = False) -> None:
+        """Transforms of one framing; with ``remove_offset`` a constant in the samples has no part in their spectrum."""
         super().__init__()
         self.framing = framing
         window = torch.hamming_window(framing.n_fft, periodic=True, dtype=torch.float64)
         identity = torch.eye(framing.n_fft, dtype=torch.float64)
         basis = torch.fft.rfft(identity * window)
+        if remove_offset:
+            # A constant under a Hamming window is in bins 0 and 1 alone, in a fixed proportion.
+            constant = torch.fft.rfft(window)
+            basis[:, 1] -= basis[:, 0] * (constant[1] / constant[0])
+            basis[:, 0] = 0
         # The inverse transform is linear in (real, imaginary): its matrix is its value on each unit spectrum.
         units = torch.eye(2 * framing.bins, dtype=torch.float64).view(-1, framing.bins, 2)
         inverse = torch.fft.irfft(torch.view_as_complex(units), n=framing.n_fft) * window

@@ -12,6 +12,7 @@ Layouts are chosen so that nothing has to be transposed on the way: spectra and 
 ``[channels, F]``, features are ``[F, D]``.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from common.errors import Failure
 from models.config import SPEAKER_EMBEDDING_SIZE
 from models.layers import HintFusion
+from models.level import FLOOR, REFERENCE, SILENCE, RunningLevel
 from models.onnx_stream import OnnxStream, load_graph
 from models.pair import SmallModel
 from models.tfgridnet import GridNetBlock
@@ -99,6 +101,7 @@ def frame_graph(model: SmallModel) -> bytes:
 
     ===================  =======================  =======================================================
     ``window``           ``[M, n_fft]``           the frame's samples
+    ``level``            ``[1]``                  ``new_level`` of the frame before; of networks with a running level
     ``input_past``       ``[1, 2M, 2, F]``        ``input_new`` of the two frames before, the older first
     ``hidden_i``         ``[1, F, H]``            ``new_hidden_i`` of the frame before; ``cell_i`` likewise
     ``output_past``      ``[1, D, 2, F]``         as ``input_past``, of ``output_new``
@@ -132,6 +135,9 @@ def frame_graph(model: SmallModel) -> bytes:
 
     # Spectrum: [M, 2F] as [2M, F], whose channels are (real, imaginary) of every microphone.
     spectrum = graph.node("MatMul", graph.input("window", mics, framing.n_fft), graph.weight(model.stft.analysis))
+    gain = ""
+    if model.level is not None:
+        spectrum, gain = _running_level(graph, model.level, spectrum)
     new = graph.reshape(spectrum, 1, 2 * mics, 1, bins)
     graph.output(new, "input_new", 1, 2 * mics, 1, bins)
     past = graph.input("input_past", 1, 2 * mics, 2, bins)
@@ -169,7 +175,7 @@ def frame_graph(model: SmallModel) -> bytes:
     synthesis[:, framing.lookahead : framing.chunk] *= body
     synthesis[:, framing.chunk :] *= head
     frame = graph.node("MatMul", graph.reshape(embedding, signals, 2 * bins), graph.weight(synthesis))
-    graph.output(frame, "frame", signals, framing.n_fft)
+    graph.output(graph.node("Mul", frame, gain) if gain else frame, "frame", signals, framing.n_fft)
     return graph.file({"task": config.task, "delay": str(config.delay)})
 
 
@@ -201,6 +207,22 @@ def check_graph(graph: bytes, model: SmallModel) -> None:
             loudest = max(loudest, float(expected.abs().max()))
     if not worst <= 1e-4 * loudest:
         raise Failure(f"the exported graph differs from the network by {worst:.2g} (loudest sample {loudest:.2g})")
+
+
+def _running_level(graph: _Graph, level: RunningLevel, spectrum: str) -> tuple[str, str]:
+    """The spectrum ``[M, 2F]`` at the reference level, and the gain ``[1]`` of the estimate's frame."""
+
+    def constant(value: float) -> str:
+        return graph.weight(np.array([value], np.float32))
+
+    total = graph.reshape(graph.node("ReduceSumSquare", spectrum, keepdims=0), 1)
+    power = graph.node("Mul", total, constant(level.unit))
+    running = graph.node("Max", power, graph.node("Mul", graph.input("level", 1), constant(math.exp(-level.fading))))
+    graph.output(running, "new_level", 1)
+    running = graph.node("Max", running, constant(FLOOR))
+    scale = graph.node("Mul", graph.node("Sqrt", running), constant(1 / REFERENCE))
+    audible = graph.node("Div", power, graph.node("Add", power, graph.node("Mul", running, constant(SILENCE))))
+    return graph.node("Div", spectrum, scale), graph.node("Mul", scale, audible)
 
 
 def _conv(graph: _Graph, value: str, conv: nn.Conv2d, weight: Tensor) -> str:

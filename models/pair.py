@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig, NetworkSize
 from models.framing import Stft, pad_to_frames
 from models.layers import CausalConv2d
+from models.level import RunningLevel
 from models.tfgridnet import NetworkState, TFGridNet
 
 
@@ -22,6 +23,7 @@ class SmallState:
 
     network: NetworkState
     overlap: Tensor  # [B, S', lookahead]
+    level: Tensor | None = None  # [B], of networks with a running level
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class LargeState:
 
     network: NetworkState
     encoder: Tensor  # [B, 2, F, 2S']
+    level: Tensor | None = None  # [B], of networks with a running level
 
 
 def _network(config: ModelConfig, size: NetworkSize, *, hints: bool) -> TFGridNet:
@@ -50,13 +53,15 @@ class SmallModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.stft = Stft(config.framing)
+        self.stft = Stft(config.framing, remove_offset=config.running_level)
+        self.level = RunningLevel(config.framing, config.microphones) if config.running_level else None
         self.network = _network(config, config.small, hints=True)
 
     def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> SmallState:
         """The state at the start of ``batch`` streams; ``speaker_embedding`` ``[B, 256]`` for TSE."""
         overlap = self.stft.initial_overlap(batch, self.config.sources * self.config.microphones)
-        return SmallState(self.network.initial_state(batch, speaker_embedding), overlap)
+        level = overlap.new_zeros(batch) if self.level else None
+        return SmallState(self.network.initial_state(batch, speaker_embedding), overlap, level)
 
     def forward(self, samples: Tensor, state: SmallState, hints: Tensor | None = None) -> tuple[Tensor, SmallState]:
         """Run T >= 1 frames.
@@ -71,10 +76,15 @@ class SmallModel(nn.Module):
             Estimates ``[B, S, M, chunk T]``, and the state after the last frame.
         """
         late = hints.transpose(2, 3) if hints is not None else None
-        embedding, network = self.network(self.stft.analyse(samples), state.network, late)
-        estimate, overlap = self.stft.synthesise(embedding, state.overlap)
+        spectrum, level = self.stft.analyse(samples), state.level
+        gain: Tensor | None = None
+        if self.level is not None and level is not None:
+            levels = self.level(spectrum, level)
+            spectrum, gain, level = levels.spectrum, levels.gain, levels.power
+        embedding, network = self.network(spectrum, state.network, late)
+        estimate, overlap = self.stft.synthesise(embedding if gain is None else embedding * gain, state.overlap)
         estimate = estimate.view(len(estimate), self.config.sources, self.config.microphones, -1)
-        return estimate, SmallState(network, overlap)
+        return estimate, SmallState(network, overlap, level)
 
 
 class LargeModel(nn.Module):
@@ -85,16 +95,16 @@ class LargeModel(nn.Module):
             raise ValueError("this configuration has one network alone, and no large one")
         super().__init__()
         self.config = config
-        self.stft = Stft(config.framing)
+        self.stft = Stft(config.framing, remove_offset=config.running_level)
+        self.level = RunningLevel(config.framing, config.microphones) if config.running_level else None
         self.network = _network(config, config.large, hints=False)
         self.encoder = CausalConv2d(config.spectrum_channels, config.hint_channels)
 
     def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> LargeState:
         """The state at the start of ``batch`` streams; ``speaker_embedding`` ``[B, 256]`` for TSE."""
-        return LargeState(
-            self.network.initial_state(batch, speaker_embedding),
-            self.encoder.initial_past(batch, self.config.framing.bins),
-        )
+        past = self.encoder.initial_past(batch, self.config.framing.bins)
+        level = past.new_zeros(batch) if self.level else None
+        return LargeState(self.network.initial_state(batch, speaker_embedding), past, level)
 
     def forward(self, samples: Tensor, state: LargeState) -> tuple[Tensor, Tensor, LargeState]:
         """Run T >= 1 frames.
@@ -104,15 +114,21 @@ class LargeModel(nn.Module):
             state: of the frame before; used up.
 
         Returns:
-            Hints ``[B, T, hint channels, F]``, the embedding ``[B, T, F, 2S']`` they encode, and the state after the
-            last frame.
+            Hints ``[B, T, hint channels, F]``, the embedding ``[B, T, F, 2S']`` they encode, at the level of the
+            signal, and the state after the last frame. Hints of networks with a running level are at its reference.
         """
         # A frozen network (joint training may freeze it) runs several times as fast without autograd's records.
         frozen = not self.network.output_conv.conv.weight.requires_grad
+        spectrum, level = self.stft.analyse(samples), state.level
+        gain: Tensor | None = None
+        if self.level is not None and level is not None:
+            levels = self.level(spectrum, level)
+            spectrum, gain, level = levels.spectrum, levels.gain, levels.power
         with torch.no_grad() if frozen else nullcontext():
-            embedding, network = self.network(self.stft.analyse(samples), state.network)
+            embedding, network = self.network(spectrum, state.network)
         hints, encoder = self.encoder(embedding, state.encoder)
-        return hints.transpose(2, 3), embedding, LargeState(network, encoder)
+        embedding = embedding if gain is None else embedding * gain
+        return hints.transpose(2, 3), embedding, LargeState(network, encoder, level)
 
     def estimate(self, embedding: Tensor) -> Tensor:
         """What the large network itself makes of a whole signal: embedding ``[B, T, F, 2S']`` to ``[B, S, M, N]``."""
