@@ -41,12 +41,36 @@ class DynamicData(Strict):
         int, Field(ge=1, description="TSE: talkers drawn, of whom the one least like the first is the second")
     ] = 1
 
+    excluded_speakers: Annotated[
+        str | None, Field(description="file of names, a line each, of speakers who are kept for validation")
+    ] = None
+    noise: Annotated[str | None, Field(min_length=1, description="folder of recordings without voices")] = None
+    noise_db: Annotated[
+        tuple[float, float], Field(description="of the mixture of voices over the noise, drawn between the two")
+    ] = (15.0, 40.0)
+    pauses: Annotated[
+        float, Field(ge=0, le=1, description="share of mixtures in which one talker, or both at first, are silent")
+    ] = 0.0
+    ear_difference_db: Annotated[
+        float, Field(ge=0, description="of the left ear over the right one, drawn within plus or minus, mostly small")
+    ] = 0.0
+    level_change_db: Annotated[
+        float, Field(ge=0, description="from the start to the end of a mixture, drawn within plus or minus")
+    ] = 0.0
+
     @field_validator("level_dbfs")
     @classmethod
     def _is_a_range(cls, level: tuple[float, float]) -> tuple[float, float]:
         if not -100 <= level[0] <= level[1] <= 0:
             raise ValueError("must be [LOW, HIGH] with -100 <= LOW <= HIGH <= 0")
         return level
+
+    @field_validator("noise_db")
+    @classmethod
+    def _rises(cls, ratio: tuple[float, float]) -> tuple[float, float]:
+        if ratio[0] > ratio[1]:
+            raise ValueError("must be [LOW, HIGH] with LOW <= HIGH")
+        return ratio
 
 
 Data = Annotated[FolderData | DynamicData, Field(discriminator="kind")]
@@ -97,6 +121,13 @@ class TrainingConfig(Strict):
     hint_dropout: Annotated[float, Field(ge=0, le=1, description="share of examples without any hint")] = 0.0
     guidance: Annotated[
         float, Field(ge=0, description="weight of what tells fusion, or a network alone, what to listen for")
+    ] = 0.0
+    level_weight: Annotated[
+        float, Field(ge=0, description="weight in the loss of what an estimate's level is wrong by, dB")
+    ] = 0.0
+    averaging: Annotated[
+        float,
+        Field(ge=0, lt=1, description="decay of a running mean of the weights, which is what a run gives; 0: none"),
     ] = 0.0
     speaker_components: Annotated[
         int,

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from common.errors import InputError, reason
+from common.errors import InputError, existing_file, reason
 
 Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
@@ -121,6 +121,53 @@ def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
     if not found:
         raise InputError(f"{folder}: holds no usable speech; give a folder of WAV, FLAC, OGG or MP3 ({_LAYOUTS})")
     return Corpus(found, broken)
+
+
+def find_clips(folder: Path) -> tuple[Utterance, ...]:
+    """Recordings of noise in a folder, at any depth.
+
+    Raises:
+        InputError: no folder, or nothing in it.
+        BrokenFile: a file is not readable, not mono, below 16 kHz or empty.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give a folder of noise")
+    clips = tuple(
+        Utterance(path, path.relative_to(folder).as_posix(), _length(path))
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not clips:
+        raise InputError(f"{folder}: holds no recordings; give a folder of WAV, FLAC, OGG or MP3")
+    return clips
+
+
+def read_noise(rng: np.random.Generator, clip: Utterance, length: int) -> Samples:
+    """Samples ``[length]`` of a recording from a place drawn in it; a shorter one is repeated.
+
+    Raises:
+        BrokenFile: as :func:`read_segment`.
+    """
+    if clip.length >= length:
+        return read_segment(Segment(clip, int(rng.integers(clip.length - length + 1)), length))
+    whole = read_segment(Segment(clip, 0, clip.length))
+    return np.roll(np.resize(whole, length), int(rng.integers(length)))
+
+
+def read_names(path: Path) -> frozenset[str]:
+    """The names of speakers in a file, a line each; empty lines and those after # are passed over.
+
+    Raises:
+        InputError: the file cannot be read, or holds none.
+    """
+    try:
+        lines = existing_file(path, "a list of speakers").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as text ({reason(error)})") from None
+    names = frozenset(name for line in lines if (name := line.partition("#")[0].strip()))
+    if not names:
+        raise InputError(f"{path}: names no speaker")
+    return names
 
 
 def _speaker(folder: Path, name: Path) -> str:

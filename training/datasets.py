@@ -29,9 +29,12 @@ from training.corpus import (
     Samples,
     Segment,
     draw_segments,
+    find_clips,
     find_speech,
     find_talkers,
     mixture_speakers,
+    read_names,
+    read_noise,
     read_segment,
     read_speech,
     speaker_embedding,
@@ -54,7 +57,12 @@ class Batch(TypedDict):
     # Of dynamic mixing, before `render` makes mixture and sources of them:
     speech: NotRequired[Tensor]  # [B, 2, N], dry
     responses: NotRequired[Tensor]  # [B, 2, M, K]
-    level_difference_db: NotRequired[Tensor]  # [B]
+    noise: NotRequired[Tensor]  # [B, 2, N], from two places in a room of its own
+    noise_responses: NotRequired[Tensor]  # [B, 2, M, K]
+    noise_db: NotRequired[Tensor]  # [B], of the voices' mixture over it
+    level_difference_db: NotRequired[Tensor]  # [B], of talkers
+    ear_difference_db: NotRequired[Tensor]  # [B]
+    level_change_db: NotRequired[Tensor]  # [B]
     level_dbfs: NotRequired[Tensor]  # [B]
 
 
@@ -173,11 +181,17 @@ class DynamicMixing:
         for line in corpus.broken:
             warn(f"skipped: {line}")
         talkers = find_talkers(corpus, self._segment, self._enrollment)
+        if data.excluded_speakers is not None:
+            excluded = read_names(Path(data.excluded_speakers))
+            talkers = {name: talker for name, talker in talkers.items() if name not in excluded}
         self.speakers = frozenset(talkers)
         self._talkers = list(talkers.values())
         if len(self._talkers) < 2:
             raise InputError(f"{data.speech}: has {len(self._talkers)} speakers with enough speech, two are needed")
-        self._responses = read_bank(Path(data.responses))
+        self._bank = read_bank(Path(data.responses))
+        # Noise has a room of its own, with the same listener.
+        self._alike = {number: np.flatnonzero(self._bank.listeners == number) for number in set(self._bank.listeners)}
+        self._noise = find_clips(Path(data.noise)) if data.noise is not None else ()
         self._embeddings: dict[tuple[Segment, float], torch.Tensor] = {}
         if data.candidates > 1:
             if model.task != "tse" or data.candidates >= len(self._talkers):
@@ -221,19 +235,39 @@ class DynamicMixing:
         for (mixed, _), speed in zip(segments, speeds, strict=True):
             samples = _at_speed(read_speech(mixed), speed)
             speech.append(np.pad(samples, (0, max(0, self._length - len(samples))))[: self._length])
-        room = self._responses[rng.integers(len(self._responses))]
+        room = rng.integers(len(self._bank.responses))
         example = {
             "names": " + ".join(mixed.utterance.name for mixed, _ in segments),
             "speech": torch.from_numpy(np.stack(speech)),
-            "responses": torch.from_numpy(room[rng.permutation(2)]),
+            "responses": torch.from_numpy(self._bank.responses[room][rng.permutation(2)]),
             "level_difference_db": torch.tensor(self._data.level_difference_db * rng.uniform(-1, 1)),
         }
         example["level_dbfs"] = torch.tensor(rng.uniform(*self._data.level_dbfs))
+        example |= self._draw_conditions(rng, int(self._bank.listeners[room]))
+        if rng.uniform() < self._data.pauses:
+            _pause(rng, example["speech"])
         if self._model.task == "tse":
             example["speaker_embedding"] = torch.stack(
                 [self._embedding(*pair, speed) for pair, speed in zip(segments, speeds, strict=True)]
             )
         return example
+
+    def _draw_conditions(self, rng: np.random.Generator, listener: int) -> dict[str, Tensor]:
+        """What disturbs the mixture besides the room."""
+        data = self._data
+        drawn: dict[str, Tensor] = {}
+        if data.ear_difference_db:
+            drawn["ear_difference_db"] = torch.tensor(data.ear_difference_db * (rng.uniform() - rng.uniform()))
+        if data.level_change_db:
+            drawn["level_change_db"] = torch.tensor(data.level_change_db * rng.uniform(-1, 1))
+        if self._noise:
+            clip = self._noise[rng.integers(len(self._noise))]
+            places = [read_noise(rng, clip, self._length) for _ in range(2)]
+            room = rng.choice(self._alike[listener])
+            drawn["noise"] = torch.from_numpy(np.stack(places))
+            drawn["noise_responses"] = torch.from_numpy(self._bank.responses[room])
+            drawn["noise_db"] = torch.tensor(rng.uniform(*data.noise_db))
+        return drawn
 
     def speaker_embeddings(self) -> Tensor:
         """A d-vector of every talker, ``[talkers, 256]``, always the same; the mean where one has no speech."""
@@ -265,11 +299,37 @@ class DynamicMixing:
         return self._embeddings[enrollment, speed]
 
 
+_LEAST_SPEECH = 0.3  # share of a mixture that a talker speaks for, however long the pause
+
+
+def _pause(rng: np.random.Generator, speech: Tensor) -> None:
+    """Silence one talker's speech ``[2, N]`` for a while, or that of both at first, in place."""
+    length = speech.shape[-1]
+    pause = round(rng.uniform(0, 1 - _LEAST_SPEECH) * length)
+    if rng.uniform() < 0.25:
+        speech[:, :pause] = 0
+        return
+    start = int(rng.integers(-pause // 2, length - pause // 2))
+    speech[int(rng.integers(2)), max(start, 0) : start + pause] = 0
+
+
 def _at_speed(samples: Samples, speed: float) -> Samples:
     return soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE) if speed != 1 else samples
 
 
 _HEADROOM = 0.99
+
+
+def _gain(decibels: Tensor) -> Tensor:
+    return 10 ** (decibels / 20)
+
+
+def _heard(signals: Tensor, responses: Tensor) -> Tensor:
+    """Signals ``[B, 2, N]`` through responses ``[B, 2, M, K]``: ``[B, 2, M, N]``."""
+    length = signals.shape[-1]
+    size = length + responses.shape[-1] - 1
+    spectrum = torch.fft.rfft(signals, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
+    return torch.fft.irfft(spectrum, n=size)[..., :length]
 
 
 def render(batch: Batch) -> Batch:
@@ -279,17 +339,24 @@ def render(batch: Batch) -> Batch:
     """
     if "speech" not in batch:
         return batch
-    speech, responses = batch["speech"], batch["responses"]
-    length = speech.shape[-1]
-    size = length + responses.shape[-1] - 1
-    spectrum = torch.fft.rfft(speech, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
-    heard = torch.fft.irfft(spectrum, n=size)[..., :length]
+    heard = _heard(batch["speech"], batch["responses"])  # [B, 2, M, N]
     level = heard.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-8)
-    half = (batch["level_difference_db"] / 2)[:, None, None, None]
-    signs = torch.tensor([1.0, -1.0], device=half.device)[:, None, None]
-    sources = heard / level * 10 ** (half * signs / 20)
+    signs = torch.tensor([1.0, -1.0], device=heard.device)
+    sources = heard / level * _gain(batch["level_difference_db"][:, None] / 2 * signs)[..., None, None]
+    if "ear_difference_db" in batch:
+        sources = sources * _gain(batch["ear_difference_db"][:, None] / 2 * signs)[:, None, :, None]
     mixture = sources.sum(1)
-    gain = 10 ** (batch["level_dbfs"] / 20) / mixture.square().mean((-2, -1)).sqrt()
+    if "noise" in batch:
+        noise = _heard(batch["noise"], batch["noise_responses"]).sum(1)
+        if "ear_difference_db" in batch:
+            noise = noise * _gain(batch["ear_difference_db"][:, None] / 2 * signs)[..., None]
+        ratio = mixture.square().mean((-2, -1)) / noise.square().mean((-2, -1)).clamp_min(1e-16)
+        mixture = mixture + noise * (ratio.sqrt() * _gain(-batch["noise_db"]))[:, None, None]
+    if "level_change_db" in batch:
+        way = torch.linspace(-0.5, 0.5, mixture.shape[-1], device=mixture.device)
+        change = _gain(batch["level_change_db"][:, None] * way)[:, None]
+        mixture, sources = mixture * change, sources * change[:, None]
+    gain = _gain(batch["level_dbfs"]) / mixture.square().mean((-2, -1)).sqrt()
     peak = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1)))
     gain = torch.minimum(gain, _HEADROOM / peak)[:, None, None]
     sources, mixture = (sources * gain[:, None]).float(), (mixture * gain).float()

@@ -42,15 +42,20 @@ from training.corpus import (
 )
 from training.rooms import (
     BANK_FILE,
+    MICROPHONES,
+    MONO,
     RESPONSE_LENGTH,
     Range,
     Renderer,
     RoomRanges,
     check_range,
     check_sofa,
+    draw_listener,
     draw_room,
+    head_name,
     level_gains,
     render,
+    write_bank,
 )
 from training.workers import run_in_workers
 
@@ -96,10 +101,11 @@ class Mixtures:
         voices, broken = draw_voices(
             rng, self.talkers[split], self.length, self.enrollment, skip_broken=self.skip_broken
         )
-        responses = self.renderer.responses(room)
+        listener = draw_listener(rng, self.rooms, self.renderer.heads)
+        responses = self.renderer.responses(room, listener)
         sources = [render(voice.speech, own) for voice, own in zip(voices, responses, strict=True)]
         gains = level_gains(sources, difference, level)
-        record = {"item": _item_name(index), **room.record()}
+        record = {"item": _item_name(index), **listener.record(), **room.record()}
         for number, voice, source, gain in zip(("00", "01"), voices, sources, gains, strict=True):
             _write_wav(folder / f"source{number}.wav", gain * source)
             if voice.embedding is not None:
@@ -119,9 +125,11 @@ class Responses:
 
     def make(self, split: str, index: int, folder: Path) -> dict[Path, str]:
         """Write one room's responses; nothing can be broken."""
-        room = draw_room(np.random.default_rng([self.seed, _SPLIT_NUMBERS[split], index]), self.rooms)
-        write_by_memory(folder / _RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room)))
-        _write_record(folder, {"room": _item_name(index), **room.record()})
+        rng = np.random.default_rng([self.seed, _SPLIT_NUMBERS[split], index])
+        room = draw_room(rng, self.rooms)
+        listener = draw_listener(rng, self.rooms, self.renderer.heads)
+        write_by_memory(folder / _RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room, listener)))
+        _write_record(folder, {"room": _item_name(index), **listener.record(), **room.record()})
         return {}
 
 
@@ -220,7 +228,7 @@ def _check_root(root: Path, parameters: Mapping[str, object]) -> None:
         raise InputError(f"{path}: not readable ({reason(error)}); give another --output") from None
     for name, new in json.loads(json.dumps(parameters)).items():
         old = made_with.get(name)
-        if old != new:
+        if old != new and (name in made_with or new):
             flag = "--" + name.replace("_", "-")
             how = f"without {flag}" if old is None else f"with {flag} {_told(old)}"
             if "sha256:" in str(old) and "sha256:" in str(new):
@@ -295,10 +303,10 @@ def _write_metadata(folder: Path, items: Path, count: int) -> None:
         writer.writerows(records)
 
 
-def _make_bank(root: Path, sofa: Path, ranges: RoomRanges, rooms: int, seed: int, workers: int | None) -> None:
-    from safetensors.numpy import save_file
-
-    parameters = {"rooms": rooms, "seed": seed, **asdict(ranges), "sofa": file_digest(sofa)}
+def _make_bank(
+    root: Path, sofa: Sequence[Path], ranges: RoomRanges, rooms: int, seed: int, workers: int | None
+) -> None:
+    parameters = {"rooms": rooms, "seed": seed, **asdict(ranges), "sofa": _digests(sofa)}
     bank, items = root / BANK_FILE, root / _BANK
     if bank.exists():
         _check_root(root, parameters)
@@ -306,9 +314,11 @@ def _make_bank(root: Path, sofa: Path, ranges: RoomRanges, rooms: int, seed: int
     else:
         _make(root, parameters, {_BANK: rooms}, room_bytes(), lambda: Responses(Renderer(sofa), ranges, seed), workers)
         _write_metadata(root, items, rooms)
-        responses = np.stack([np.load(items / _item_name(index) / _RESPONSE_FILE) for index in range(rooms)])
+        folders = [items / _item_name(index) for index in range(rooms)]
+        responses = np.stack([np.load(folder / _RESPONSE_FILE) for folder in folders])
+        listeners = [str(_read_record(folder)["listener"]) for folder in folders]
         with atomic_file(bank) as temporary:
-            save_file({"responses": responses}, temporary)
+            write_bank(temporary, responses, listeners)
         print(f"{bank}: {rooms} rooms")
     shutil.rmtree(items, ignore_errors=True)
 
@@ -356,7 +366,10 @@ def _find_splits(
 @app.command()
 def make_dataset(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or to go on with.")],
-    sofa: Annotated[Path, typer.Option("--sofa", help="Head-related responses of two ears (SOFA file).")],
+    sofa: Annotated[
+        list[Path],
+        typer.Option("--sofa", help="Head-related responses of two ears (SOFA file); several are drawn from."),
+    ],
     speech: Annotated[
         Path | None,
         typer.Option("--speech", help="Mono speech of 16 kHz or more: <speaker>/… folders or <speaker>-… names."),
@@ -400,6 +413,13 @@ def make_dataset(
     separation: Annotated[
         float, typer.Option("--separation", min=0, max=90, help="Least difference of the two azimuths, degrees.")
     ] = _ROOMS.separation,
+    microphones: Annotated[
+        float, typer.Option("--microphones", min=0, max=1, help="Share of rooms with two microphones and no head.")
+    ] = _ROOMS.microphones,
+    mono: Annotated[
+        float,
+        typer.Option("--mono", min=0, max=1, help="Share of rooms with one microphone, whose signal comes twice."),
+    ] = _ROOMS.mono,
     responses_only: Annotated[
         bool, typer.Option("--responses-only", help="A bank of room responses for dynamic mixing, without speech.")
     ] = False,
@@ -413,7 +433,7 @@ def make_dataset(
     ] = False,
 ) -> None:
     """Mix two speakers in random rooms, as two ears hear them. The same command goes on with an interrupted run."""
-    ranges = RoomRanges(side, height, absorption, anechoic, distance, azimuth, elevation, separation)
+    ranges = RoomRanges(side, height, absorption, anechoic, distance, azimuth, elevation, separation, microphones, mono)
     counts = {split: count for split, count in (("train", train), ("val", val), ("test", test)) if count}
     if responses_only:
         if speech or valid_speech or task or counts:
@@ -421,7 +441,7 @@ def make_dataset(
         if not rooms:
             raise InputError("--responses-only needs --rooms, how many rooms the bank has")
         _check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
-        check_sofa(sofa)
+        _check_heads(sofa)
         _make_bank(output, sofa, ranges, rooms, seed, workers)
         return
     if rooms:
@@ -440,7 +460,7 @@ def make_dataset(
             raise InputError(f"{output}: lies in the speech folder {folder}; give another --output")
     needed = ("resemblyzer", "torch") if task is Task.TSE else ()
     _check_installed("netCDF4", "pyroomacoustics", "sofa", *needed)
-    check_sofa(sofa)
+    _check_heads(sofa)
     length = round(seconds * SAMPLE_RATE)
     enrollment = round(enrollment_seconds * SAMPLE_RATE) if task is Task.TSE else 0
     talkers, digests = _find_splits(folders, counts, length, enrollment, seed, skip_broken=skip_broken)
@@ -457,7 +477,7 @@ def make_dataset(
         **asdict(ranges),
         "speech": digests["speech"],
         "valid_speech": digests.get("valid_speech"),
-        "sofa": file_digest(sofa),
+        "sofa": _digests(sofa),
     }
 
     def prepare() -> Mixtures:
@@ -467,6 +487,20 @@ def make_dataset(
     for split, count in counts.items():
         _write_metadata(output / split, output / split, count)
         print(f"{output / split}: {count} items of {len(talkers[split])} speakers")
+
+
+def _check_heads(files: Sequence[Path]) -> None:
+    for sofa in files:
+        check_sofa(sofa)
+    names = [head_name(sofa) for sofa in files]
+    for name in names:
+        if names.count(name) > 1 or name in (MICROPHONES, MONO):
+            raise InputError(f"--sofa: two listeners would be called {name}; rename the file")
+
+
+def _digests(files: Sequence[Path]) -> str | list[str]:
+    digests = [file_digest(path) for path in files]
+    return digests[0] if len(digests) == 1 else digests
 
 
 def _check_installed(*modules: str) -> None:

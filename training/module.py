@@ -30,7 +30,7 @@ from training import metrics
 from training.config import TrainingConfig
 from training.datasets import Batch, render
 from training.guidance import Guidance, ideal_embedding, source_spectra
-from training.losses import match_sources, negative_si_sdr
+from training.losses import level_error, match_sources, negative_si_sdr
 from training.speaker_whitening import SpeakerWhitening
 
 MONITOR = "validation/si_sdri"
@@ -134,6 +134,10 @@ class TrainingModule(lightning.LightningModule):
         if not torch.isfinite(loss):
             raise Failure(f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(estimate))
+        if self.config.level_weight:
+            error = level_error(estimate.float(), batch["sources"])
+            self.log("train/level_error", error, batch_size=len(estimate))
+            loss = loss + self.config.level_weight * error
         if self.guidance is not None:
             stft = self._small.stft
             mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
@@ -144,8 +148,12 @@ class TrainingModule(lightning.LightningModule):
 
     def _with_ideal_hints(self, batch: Batch, mask: Tensor | None) -> Tensor:
         """The small network's estimates with hints of a large network that makes no mistakes."""
-        encoder = self._pair.large.encoder
-        embedding = ideal_embedding(source_spectra(self._pair.large.stft, batch["sources"]))
+        large = self._pair.large
+        encoder = large.encoder
+        embedding = ideal_embedding(source_spectra(large.stft, batch["sources"]))
+        if large.level is not None:
+            spectrum = large.stft.analyse(pad_to_frames(batch["mixture"], self.config.model.framing))
+            embedding = embedding / large.level(spectrum, spectrum.new_zeros(len(spectrum))).scale
         hints, _ = encoder(embedding, encoder.initial_past(len(embedding), embedding.shape[2]))
         return self._pair.hear(batch["mixture"], hints.transpose(2, 3), batch.get("speaker_embedding"), mask)
 
@@ -175,7 +183,8 @@ class TrainingModule(lightning.LightningModule):
             key = MONITOR if name == "small" else f"{MONITOR}_{name}"
             self.log(key, figure, prog_bar=True, sync_dist=True, batch_size=len(estimate))
             sources = match_sources(batch["sources"], estimate.float())
-            products = torch.stack([(estimate * sources).sum((0, 3)), estimate.square().sum((0, 3))])  # [2, S, M]
+            pairs = ((estimate, sources), (estimate, estimate), (sources, sources))
+            products = torch.stack([(one * other).sum((0, 3)) for one, other in pairs])  # [3, S, M]
             self._products[name] = self._products.get(name, torch.zeros_like(products)) + products
         if batch_idx == 0:
             self._log_audio(batch, estimates)
@@ -184,8 +193,9 @@ class TrainingModule(lightning.LightningModule):
         for name, products in self._products.items():
             gathered = self.all_gather(products)
             assert isinstance(gathered, Tensor)
-            with_source, with_itself = gathered.view(-1, *products.shape).sum(0).flatten(1)
-            gain = with_source / with_itself  # of least squares
+            with_source, estimated, wanted = gathered.view(-1, *products.shape).sum(0).flatten(1)
+            # Least squares would make an estimate quieter the worse it is.
+            gain = with_source.sign() * (wanted / estimated).sqrt()
             self.output_gain[name] = torch.where(gain.isfinite() & (gain != 0), gain, 1.0).tolist()
         self._products.clear()
 

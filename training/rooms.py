@@ -1,17 +1,19 @@
 """Rooms with a listener and two talkers, drawn at random, and what the listener's ears get from each talker.
 
-Shoebox rooms by the image-source method, heard through measured head-related responses (a SOFA file), with
-pyroomacoustics. Angles are degrees: azimuth counterclockwise from where the head faces (90 is left), elevation from the
-horizontal. Ear 0 is the left one.
+Shoebox rooms by the image-source method, with pyroomacoustics. The listener is a head, heard through its measured
+head-related responses (a SOFA file), two microphones a few centimetres apart as laptops and tablets have them, or one
+microphone, whose signal comes twice. Angles are degrees: azimuth counterclockwise from where the head faces (90 is
+left), elevation from the horizontal. Ear 0 is the left one.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import InputError, existing_file, reason
 from training.corpus import SAMPLE_RATE, Samples
@@ -46,6 +48,8 @@ class RoomRanges:
     azimuth: Range = (-180.0, 180.0)
     elevation: Range = (-15.0, 15.0)
     separation: float = 15.0  # least difference of the talkers' azimuths
+    microphones: float = 0.0  # share of rooms with two microphones and no head
+    mono: float = 0.0  # share of rooms with one microphone
 
     def __post_init__(self) -> None:
         check_range("--side", self.side, 2, 50)
@@ -56,6 +60,8 @@ class RoomRanges:
         check_range("--elevation", self.elevation, -60, 60)
         if self.azimuth[1] - self.azimuth[0] <= self.separation:
             raise InputError(f"--separation {self.separation:g}: does not fit into --azimuth; widen that range")
+        if not 0 <= self.microphones + self.mono <= 1:
+            raise InputError("--microphones, --mono: are shares of the rooms, together at most 1")
         if self.distance[0] > self.side[0] / 2 - _TALKER_MARGIN:
             raise InputError(
                 f"--distance {self.distance[0]:g} …: too far for a room with --side {self.side[0]:g}; "
@@ -71,6 +77,35 @@ def check_range(flag: str, values: Range, least: float, most: float) -> None:
     """
     if not least <= values[0] <= values[1] <= most:
         raise InputError(f"{flag} {values[0]:g} {values[1]:g}: give LOW HIGH, {least:g} <= LOW <= HIGH <= {most:g}")
+
+
+MICROPHONES, MONO = "microphones", "mono"
+_SPACING = (0.03, 0.2)  # m, of two microphones
+_UNEQUAL_DB = 6.0  # most that one of them is more sensitive than the other
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What hears a room."""
+
+    kind: str  # the name of a head, or MICROPHONES or MONO
+    spacing: float = 0.0  # m, between two microphones
+    difference: float = 0.0  # dB, sensitivity of the left one over the right one
+
+    def record(self) -> dict[str, str | float]:
+        """Every value by name and unit, the columns of ``metadata.csv``."""
+        return {"listener": self.kind, "spacing_m": self.spacing, "sensitivity_difference_db": self.difference}
+
+
+def draw_listener(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
+    """One of the heads, or microphones in their shares. Where only one head is possible nothing is drawn."""
+    if ranges.microphones or ranges.mono:
+        share = rng.uniform()
+        if share < ranges.mono:
+            return Listener(MONO)
+        if share < ranges.mono + ranges.microphones:
+            return Listener(MICROPHONES, rng.uniform(*_SPACING), rng.uniform(-_UNEQUAL_DB, _UNEQUAL_DB))
+    return Listener(heads[rng.integers(len(heads))] if len(heads) > 1 else heads[0])
 
 
 class Place(NamedTuple):
@@ -213,28 +248,22 @@ def _not_sofa(path: Path, why: str) -> str:
 
 
 class Renderer:
-    """Binaural room responses with the head-related responses of a SOFA file. Can be sent to another process."""
+    """Room responses as heads and microphones get them. Can be sent to another process."""
 
-    def __init__(self, sofa: Path) -> None:
-        """Read a SOFA file of two receivers (left ear, right ear), resampled to 16 kHz.
+    def __init__(self, heads: Sequence[Path]) -> None:
+        """Read SOFA files of two receivers (left ear, right ear) each, resampled to 16 kHz.
 
         Raises:
             InputError: as :func:`check_sofa`.
         """
-        check_sofa(sofa)
-        from pyroomacoustics.directivities import MeasuredDirectivityFile, Rotation3D
+        self._heads = {head_name(sofa): _read_ears(sofa) for sofa in heads}
 
-        try:
-            responses = MeasuredDirectivityFile(sofa, fs=SAMPLE_RATE)
-        except Exception as error:  # whatever python-sofa and pyroomacoustics say of a strange file
-            raise InputError(_not_sofa(sofa, reason(error, sofa))) from None
-        # Single precision halves the time, and is 139 dB below the response.
-        responses.impulse_responses = responses.impulse_responses.astype(np.float32)
-        # SOFA leaves it to the file which ear comes first; y points to the listener's left.
-        order = np.argsort(-responses.mic_locs[1], kind="stable")
-        self._ears = [responses.get_mic_directivity(int(ear), Rotation3D([0], "z")) for ear in order]
+    @property
+    def heads(self) -> list[str]:
+        """Names of the heads."""
+        return list(self._heads)
 
-    def responses(self, room: Room) -> Samples:
+    def responses(self, room: Room, listener: Listener) -> Samples:
         """Responses ``[2 talkers, 2 ears, 4096]`` at 16 kHz, from the talker's mouth to the ear.
 
         They begin when the sound leaves the talker, so that a farther one comes later and is weaker, and are faded
@@ -246,24 +275,48 @@ class Renderer:
         # These hold for the process. One thread, because the order of a sum must not depend on the machine's cores.
         pyroomacoustics.constants.set("num_threads", 1)
         pyroomacoustics.constants.set("frac_delay_length", _FRACTIONAL_DELAY)
-        for ear in self._ears:
+        ears = self._heads.get(listener.kind)
+        for ear in ears or ():
             ear.set_orientation(Rotation3D([room.facing], "z"))
         shoebox = pyroomacoustics.ShoeBox(
             room.size, SAMPLE_RATE, materials=pyroomacoustics.Material(float(room.absorption)), max_order=room.order
         )
         # Both ears at the head's centre: the measured responses hold the time between them.
-        centre = np.array([room.head, room.head]).T
-        shoebox.add_microphone_array(pyroomacoustics.MicrophoneArray(centre, SAMPLE_RATE, directivity=self._ears))
+        left = math.radians(room.facing + 90)
+        apart = listener.spacing / 2 * np.array([math.cos(left), math.sin(left), 0])
+        places = np.array([room.head + apart, room.head - apart]).T
+        shoebox.add_microphone_array(pyroomacoustics.MicrophoneArray(places, SAMPLE_RATE, directivity=ears))
         for talker in room.talkers:
             shoebox.add_source(talker.position)
         shoebox.compute_rir()
         responses = np.zeros((2, 2, RESPONSE_LENGTH), np.float32)
         for ear, row in enumerate(shoebox.rir):
+            gain = 10 ** ((listener.difference if ear == 0 else -listener.difference) / 40)
             for talker_index, response in enumerate(row):
                 kept = response[:RESPONSE_LENGTH]
-                responses[talker_index, ear, : len(kept)] = kept
+                responses[talker_index, ear, : len(kept)] = gain * kept
         responses[..., -_FADE:] *= 0.5 + 0.5 * np.cos(np.pi * (np.arange(_FADE, dtype=np.float32) + 0.5) / _FADE)
         return responses
+
+
+def head_name(sofa: Path) -> str:
+    """What the head of a SOFA file is called: the file's name."""
+    return sofa.stem
+
+
+def _read_ears(sofa: Path) -> list[Any]:
+    check_sofa(sofa)
+    from pyroomacoustics.directivities import MeasuredDirectivityFile, Rotation3D
+
+    try:
+        responses = MeasuredDirectivityFile(sofa, fs=SAMPLE_RATE)
+    except Exception as error:  # whatever python-sofa and pyroomacoustics say of a strange file
+        raise InputError(_not_sofa(sofa, reason(error, sofa))) from None
+    # Single precision halves the time, and is 139 dB below the response.
+    responses.impulse_responses = responses.impulse_responses.astype(np.float32)
+    # SOFA leaves it to the file which ear comes first; y points to the listener's left.
+    order = np.argsort(-responses.mic_locs[1], kind="stable")
+    return [responses.get_mic_directivity(int(ear), Rotation3D([0], "z")) for ear in order]
 
 
 def render(speech: Samples, responses: Samples) -> Samples:
@@ -293,8 +346,24 @@ def level_gains(sources: Sequence[Samples], difference: float, level: float) -> 
     return gain, gain * ratio
 
 
-def read_bank(path: Path) -> Samples:
-    """The responses ``[rooms, 2 talkers, 2 ears, K]`` at 16 kHz of a bank that ``--responses-only`` made.
+@dataclass(frozen=True)
+class Bank:
+    """Room responses for dynamic mixing."""
+
+    responses: Samples  # [rooms, 2 talkers, 2 ears, K] at 16 kHz
+    listeners: NDArray[np.int64]  # [rooms], a number for each kind of listener
+
+
+def write_bank(path: Path, responses: Samples, listeners: Sequence[str]) -> None:
+    """Write a bank of ``[rooms, 2, 2, K]`` responses as :func:`read_bank` reads it, with each room's listener."""
+    from safetensors.numpy import save_file
+
+    numbers = np.unique(np.array(listeners), return_inverse=True)[1].astype(np.int64)
+    save_file({"responses": responses, "listeners": numbers}, path)
+
+
+def read_bank(path: Path) -> Bank:
+    """A bank of room responses that ``--responses-only`` made.
 
     Raises:
         InputError: no such file, or not one of these.
@@ -304,7 +373,8 @@ def read_bank(path: Path) -> Samples:
     from safetensors.numpy import load_file
 
     try:
-        responses = load_file(path)["responses"]
+        content = load_file(path)
+        responses = content["responses"]
     except (SafetensorError, KeyError, OSError) as error:
         raise InputError(
             f"{path}: not a bank of room responses ({reason(error, path)}); make it with "
@@ -312,4 +382,8 @@ def read_bank(path: Path) -> Samples:
         ) from None
     if responses.dtype != np.float32 or responses.ndim != 4 or responses.shape[1:3] != (2, 2):
         raise InputError(f"{path}: holds {responses.dtype} {list(responses.shape)}, not float32 [rooms, 2, 2, samples]")
-    return responses
+    # Banks made before there were other listeners have one head.
+    listeners = content.get("listeners", np.zeros(len(responses), np.int64))
+    if listeners.dtype != np.int64 or listeners.shape != responses.shape[:1]:
+        raise InputError(f"{path}: does not tell every room's listener; make it again")
+    return Bank(responses, listeners)

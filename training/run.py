@@ -13,7 +13,13 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
@@ -116,6 +122,7 @@ def run_training(
                 save_top_k=5,
             ),
             LearningRateMonitor("step"),
+            *([EMAWeightAveraging(decay=settings.averaging, use_buffers=False)] if settings.averaging else []),
             interruption,
         ],
     )
