@@ -1,50 +1,137 @@
 """How every command line of the project behaves: one clear line for a user's mistake, and the exit codes.
 
-0 done; 2 the input or the call is at fault; 1 anything else (an interruption by Ctrl-C or SIGTERM included).
+0 done; 2 the input or the call is at fault; 1 anything else (an interruption by Ctrl-C, SIGTERM or SIGHUP, and a
+standard output that takes no more, included).
 """
 
+import errno
+import io
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from common.errors import Failure, InputError
+from common.errors import Failure, InputError, printable, reason
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from rich.console import Console
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
+_FAULTS_OF_PATHS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
-    # As an exception SIGTERM unwinds the stack, so that helpers are stopped and temporary files removed.
+    # As an exception a signal unwinds the stack, so that helpers are stopped and temporary files removed.
     raise SystemExit(1)
+
+
+def end_signals() -> list[signal.Signals]:
+    """The signals beside SIGINT that ask a command to end; SIGHUP is none if it is to be survived, as under nohup."""
+    numbers = [signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def run(app: typer.Typer, name: str) -> NoReturn:
     """Run a typer application as the command ``name`` and leave the process with its exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in end_signals():
+        signal.signal(number, _terminated)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as common.start leaves it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with _forgiving_output() as trouble:
+        code = _run(app, name)
+        sys.stdout.flush()
+        if trouble and code == 0:
+            code = _refuse(name, f"standard output: cannot write ({reason(trouble[0])}); all else is done", 1)
+    sys.exit(code)
+
+
+def _run(app: typer.Typer, name: str) -> int:
     try:
         code = app(prog_name=name, standalone_mode=False)
     except InputError as error:
-        _leave(name, str(error), 2)
+        return _refuse(name, str(error), 2)
     except typer.TyperException as error:
         # Without a message typer has printed the help already.
         message = error.format_message()
-        _leave(name, f"{message} (see '{name} --help')", 2) if message else sys.exit(2)
+        return _refuse(name, f"{message} (see '{name} --help')", 2) if message else 2
     except Failure as error:
-        _leave(name, str(error), 1)
+        return _refuse(name, str(error), 1)
     except (typer.Abort, KeyboardInterrupt):
-        _leave(name, "interrupted", 1)
-    if code == _INTERRUPTED:
-        _leave(name, "interrupted", 1)
-    sys.exit(code or 0)
+        return _refuse(name, "interrupted", 1)
+    except OSError as error:
+        if error.filename is None or error.errno not in _FAULTS_OF_PATHS:
+            raise
+        return _refuse(name, f"{error.filename}: cannot be used ({reason(error)})", 2)
+    return _refuse(name, "interrupted", 1) if code == _INTERRUPTED else int(code or 0)
 
 
-def _leave(name: str, message: str, code: int) -> NoReturn:
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+def _refuse(name: str, message: str, code: int) -> int:
+    print(f"{name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return code
 
 
 def warn(message: str) -> None:
     """Print one warning line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """Where tables and bars are printed: nothing in a text, such as a path with brackets, is taken for markup."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+class _Forgiving(io.FileIO):
+    """Takes what is written to a descriptor, also when it goes nowhere any more; ``trouble`` says why."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.trouble: list[OSError] = []
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        if not self.trouble:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.trouble.append(error)
+        return memoryview(data).nbytes
+
+
+@contextmanager
+def _forgiving_output() -> Iterator[list[OSError]]:
+    """In this block printing never fails: no command loses its files for a closed pipe, a full disk or a strange name.
+
+    Yields what went wrong with standard output.
+    """
+    before, found = (sys.stdout, sys.stderr), list[_Forgiving]()
+    try:
+        if sys.platform != "win32":  # whose terminals take no bytes
+            found = [_Forgiving(stream.fileno()) for stream in before]
+    except (AttributeError, OSError):
+        pass  # closed, or none that this process was given
+    if not found:
+        yield []
+        return
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=bool(stream.line_buffering),
+            write_through=stream is before[1],
+        )
+        for raw, stream in zip(found, before, strict=True)
+    )
+    try:
+        yield found[0].trouble
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before

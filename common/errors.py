@@ -1,12 +1,14 @@
 """The errors that a person is meant to read."""
 
+import os
+import stat
 from pathlib import Path
 
 
 class InputError(Exception):
     """Something the user gave (file, flag, configuration, message, checkpoint) cannot be used.
 
-    The message is one line that names the thing and says how to mend it; commands print it and exit with 2.
+    The message is one line that names the thing and says how to fix it; commands print it and exit with 2.
     """
 
 
@@ -26,10 +28,22 @@ def existing_file(path: Path, what: str) -> Path:
     """The path again if it is a readable file.
 
     Raises:
-        InputError: there is nothing at the path, or it is a folder.
+        InputError: there is nothing at the path that can be opened, or it is a folder.
     """
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file; give the path of {what}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)}); give the path of {what}") from None
+    if stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a folder; {what} must be a file")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the path of {what}")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is no file; give the path of {what}")
     return path
+
+
+def printable(path: object) -> str:
+    """A text as every output can hold it: bytes that are no UTF-8, and control characters, are shown as codes."""
+    text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

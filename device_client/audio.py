@@ -1,6 +1,11 @@
-"""Audio files in and out, at the rate a bundle works at."""
+"""Sound files in and out, block by block, at the rate a bundle works at."""
 
-from collections.abc import Iterator
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,8 +14,9 @@ import numpy as np
 import soundfile
 import soxr
 
+from common import sound_files
 from common.errors import InputError, existing_file, reason
-from common.files import atomic_file
+from common.files import atomic_file, is_stream, open_stream
 from protos.codec import ENROLLMENT_RATE, ENROLLMENT_SECONDS, Samples
 
 SampleFormat = Literal["s16", "float"]
@@ -26,79 +32,114 @@ class Recording:
     rate: int
 
 
-def read_audio(path: Path) -> Recording:
-    """An audio file (WAV, FLAC, OGG and whatever else libsndfile reads) as it is.
+@dataclass(frozen=True)
+class AudioFile:
+    """A sound file of which all samples have been looked at once."""
+
+    path: Path  # as it was given
+    rate: int
+    channels: int
+    length: int  # samples a channel
+    floating: bool  # whether its samples are floating point
+    _place: Path  # of its bytes
+
+    def blocks(self) -> Iterator[Samples]:
+        """All samples, ``[channels, n]`` at a time.
+
+        Raises:
+            InputError: the file has changed since it was looked at.
+        """
+        left = self.length
+        with _named(self.path), sound_files.open_sound(self._place) as sound:
+            for block in sound_files.blocks(sound):
+                yield np.ascontiguousarray(block[:left].T)
+                left -= len(block)
+                if left <= 0:
+                    return
+        raise InputError(f"{self.path}: has become shorter while it was read; start again when it is written")
+
+    def heard(self, microphones: int, rate: int) -> Iterator[Samples]:
+        """All samples as a network of ``microphones`` hears them at its rate, ``[microphones, n]`` at a time.
+
+        At least one sample comes, however short the file is. A single channel is heard by all microphones.
+        """
+        resampler, heard = StreamResampler(self.rate, rate, microphones), 0
+        for block in self.blocks():
+            samples = block if len(block) == microphones else np.repeat(block, microphones, axis=0)
+            yield (converted := resampler(samples))
+            heard += converted.shape[1]
+        yield (rest := resampler.rest())
+        if not heard + rest.shape[1]:
+            yield np.zeros((microphones, 1), np.float32)
+
+
+@contextmanager
+def open_audio(path: Path, longest: float = np.inf) -> Iterator[AudioFile]:
+    """An audio file (WAV, FLAC, OGG and whatever else libsndfile reads), looked at from end to end.
+
+    Standard input (``-``) and pipes are kept in a temporary file for as long as the block lasts.
+
+    Args:
+        longest: seconds beyond which it is not looked at any further.
 
     Raises:
-        InputError: no such file, not readable as audio, cut short, empty, or with samples that are not finite.
+        InputError: no such file, not readable as audio, cut short, empty, or with samples that cannot be computed with.
     """
-    existing_file(path, "an audio file")
+    if not is_stream(path):
+        yield _looked_at(path, existing_file(path, "an audio file"), longest)
+        return
+    if path == Path("-") and sys.stdin is not None and sys.stdin.isatty():
+        raise InputError("-: standard input is a terminal; send it a sound file, or give the name of one")
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "stream"
+        try:
+            with open_stream(path, "rb") as source, kept.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+        yield _looked_at(path, kept, longest)
+
+
+def _looked_at(path: Path, place: Path, longest: float) -> AudioFile:
+    with _named(path), sound_files.open_sound(place) as sound:
+        length = sound_files.promised(sound)
+        if length <= longest * sound.samplerate:
+            length = 0
+            for block in sound_files.blocks(sound):
+                length += len(block)
+                if length > longest * sound.samplerate:
+                    break
+        floating = sound.subtype in ("FLOAT", "DOUBLE")
+        return AudioFile(path, sound.samplerate, sound.channels, length, floating, place)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong with a sound file becomes an error that names it."""
     try:
-        with soundfile.SoundFile(path) as file:
-            samples = file.read(dtype="float32", always_2d=True)
-            promised, rate = file.frames, file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: not readable as audio ({reason(error).rstrip('.')}); give WAV, FLAC or OGG"
-        ) from None
-    promised = max(promised, _promised_frames(path))
-    if not promised:
-        raise InputError(f"{path}: holds no samples")
-    if len(samples) < promised:
-        raise InputError(f"{path}: cut short, {len(samples)} of {promised} samples are there; copy it again")
-    if not np.isfinite(samples).all():
-        raise InputError(f"{path}: has samples that are NaN or infinite; write it again without them")
-    return Recording(np.ascontiguousarray(samples.T), rate)
+        yield
+    except sound_files.UnusableSound as error:
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
 
 
-def _wav_chunks(path: Path) -> Iterator[tuple[bytes, int, int]]:
-    """Identifier, position and size of every chunk of a RIFF/WAVE file; nothing for other files."""
-    with path.open("rb") as file:
-        riff = file.read(12)
-        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
-            return
-        while len(head := file.read(8)) == 8:
-            size = int.from_bytes(head[4:], "little")
-            yield head[:4], file.tell(), size
-            file.seek(size + size % 2, 1)
+def read_audio(file: AudioFile) -> Recording:
+    """All samples of a file at once."""
+    return Recording(np.concatenate(list(file.blocks()), axis=1), file.rate)
 
 
-def _promised_frames(path: Path) -> int:
-    """Frames that a WAV header promises; 0 for other files. libsndfile takes what is there without a word."""
-    block = 0
-    for name, position, size in _wav_chunks(path):
-        if name == b"fmt ":
-            with path.open("rb") as file:
-                file.seek(position + 12)
-                block = int.from_bytes(file.read(2), "little")
-        if name == b"data":
-            # Programs that write to a pipe leave the size open, as all ones or nothing.
-            return size // block if block and size < 0xFFFFFF00 else 0
-    return 0
-
-
-def erase_time(path: Path) -> None:
-    """Take the time of writing out of a WAV file, where libsndfile puts it beside the peaks of float samples."""
-    for name, position, _ in _wav_chunks(path):
-        if name == b"PEAK":
-            with path.open("r+b") as file:
-                file.seek(position + 4)
-                file.write(bytes(4))
-
-
-def to_microphones(recording: Recording, microphones: int, path: Path) -> tuple[Samples, str | None]:
-    """Samples ``[M, N]`` for a network of M microphones; mono is duplicated, which a warning line tells.
+def check_channels(file: AudioFile, microphones: int) -> str | None:
+    """Whether a network of M microphones can hear a file; the warning that a mono one gets.
 
     Raises:
         InputError: more channels than microphones, or fewer but more than one.
     """
-    channels = len(recording.samples)
-    if channels == microphones:
-        return recording.samples, None
-    if channels == 1:
-        copies = np.repeat(recording.samples, microphones, axis=0)
-        return copies, f"{path}: is mono; its channel is used for all {microphones} microphones"
-    raise InputError(f"{path}: has {channels} channels; give {microphones} (binaural: left, right) or one")
+    if file.channels == microphones:
+        return None
+    if file.channels == 1:
+        return f"{file.path}: is mono; its channel is used for all {microphones} microphones"
+    raise InputError(f"{file.path}: has {file.channels} channels; give {microphones} (binaural: left, right) or one")
 
 
 def resample(samples: Samples, rate: int, target: int) -> Samples:
@@ -110,69 +151,164 @@ def resample(samples: Samples, rate: int, target: int) -> Samples:
     return np.ascontiguousarray(converted.T, dtype=np.float32).reshape(*samples.shape[:-1], -1)
 
 
+class StreamResampler:
+    """:func:`resample` for samples that come one after another: the same values, to the last bit."""
+
+    def __init__(self, rate: int, target: int, channels: int) -> None:
+        self._stream = None
+        if rate != target:
+            self._stream = soxr.ResampleStream(rate, target, channels, dtype="float32", quality="VHQ")
+        self._channels = channels
+
+    def __call__(self, samples: Samples) -> Samples:
+        """The next samples ``[channels, n]`` at the target rate, as far as they are known."""
+        if self._stream is None:
+            return samples
+        return np.ascontiguousarray(self._stream.resample_chunk(np.ascontiguousarray(samples.T)).T)
+
+    def rest(self) -> Samples:
+        """What is left when no more samples come, ``[channels, n]``."""
+        nothing = np.zeros((0, self._channels), np.float32)
+        if self._stream is None:
+            return nothing.T
+        return np.ascontiguousarray(self._stream.resample_chunk(nothing, last=True).T)
+
+
 def read_speech(path: Path, shortest: float = ENROLLMENT_SECONDS[0]) -> Samples:
     """Enrollment speech ``[N]`` at 16 kHz, of ``shortest`` to 30 seconds.
 
     Raises:
         InputError: the file cannot be used.
     """
-    recording = read_audio(path)
-    speech = resample(recording.samples.mean(axis=0), recording.rate, ENROLLMENT_RATE)
     longest = ENROLLMENT_SECONDS[1]
-    if not shortest <= len(speech) / ENROLLMENT_RATE <= longest:
-        raise InputError(
-            f"{path}: has {len(speech) / ENROLLMENT_RATE:.1f} s; give {shortest:g} to {longest:g} s of speech"
-        )
-    return speech
-
-
-def fit_length(samples: Samples, length: int) -> Samples:
-    """Samples ``[..., N]`` cut, or extended by zeros, to ``length``."""
-    missing = length - samples.shape[-1]
-    if missing > 0:
-        return np.pad(samples, [(0, 0)] * (samples.ndim - 1) + [(0, missing)])
-    return samples[..., :length]
+    with open_audio(path, longest) as file:
+        seconds = file.length / file.rate
+        if not shortest <= seconds <= longest:
+            raise InputError(f"{path}: has {seconds:.1f} s; give {shortest:g} to {longest:g} s of speech")
+        recording = read_audio(file)
+    return resample(recording.samples.mean(axis=0), recording.rate, ENROLLMENT_RATE)
 
 
 def check_output(path: Path, sample_format: SampleFormat) -> None:
-    """Whether a file of that name and sample format can be written at all.
+    """Whether a file of that name can hold samples of that format; that it can be written is for ``check_files``.
 
     Raises:
-        InputError: unknown suffix, a folder that does not exist, or a format that cannot hold the samples.
+        InputError: unknown suffix, or a format that cannot hold the samples.
     """
-    if path.suffix not in _FORMATS:
+    if not is_stream(path) and path.suffix.lower() not in _FORMATS:
         raise InputError(f"{path}: output files must end in {' or '.join(_FORMATS)}")
-    if not soundfile.check_format(_FORMATS[path.suffix], _SUBTYPES[sample_format]):
+    if sample_format == "float" and not holds_floats(path):
         raise InputError(f"{path}: {path.suffix} files cannot hold {sample_format} samples; use .wav")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: no folder {path.parent}; make it first")
 
 
-def write_audio(path: Path, samples: Samples, rate: int, sample_format: SampleFormat, comment: str | None) -> int:
-    """Write samples ``[channels, N]``, whole or not at all.
+def holds_floats(path: Path) -> bool:
+    """Whether a file of that name can hold floating-point samples."""
+    return bool(soundfile.check_format(_format(path), _SUBTYPES["float"]))
+
+
+def _format(path: Path) -> str:
+    # A pipe may have any name.
+    return _FORMATS.get(path.suffix.lower(), "WAV")
+
+
+class SoundWriter:
+    """A sound file that is being written."""
+
+    def __init__(self, path: Path, file: soundfile.SoundFile, descriptor: int, sample_format: SampleFormat) -> None:
+        self._path, self._file, self._descriptor, self._limit = path, file, descriptor, sample_format == "s16"
+        self.clipped = 0  # samples that exceeded full scale, and were clipped; always 0 for float
+
+    def write(self, samples: Samples) -> None:
+        """Write the next samples ``[channels, n]``.
+
+        Raises:
+            InputError: they cannot be written.
+        """
+        if self._limit:
+            self.clipped += int((np.abs(samples) > 1).sum())
+            samples = np.clip(samples, -1, 1)
+        try:
+            self._file.write(samples.T)
+        except (soundfile.LibsndfileError, RuntimeError, AssertionError) as error:
+            raise InputError(f"{self._path}: cannot write ({self._why() or reason(error)})") from None
+
+    def _why(self) -> str | None:
+        """What the system says when it is asked for more room; libsndfile does not pass it on."""
+        size = os.fstat(self._descriptor).st_size
+        try:
+            os.pwrite(self._descriptor, bytes(1 << 16), size)
+        except OSError as error:
+            return reason(error)
+        finally:
+            os.ftruncate(self._descriptor, size)
+        return None
+
+
+@contextmanager
+def write_sound(
+    path: Path, rate: int, channels: int, sample_format: SampleFormat, comment: str | None = None
+) -> Iterator[SoundWriter]:
+    """A sound file that appears, whole, when the block ends without an error.
 
     Args:
         comment: kept in the file's header, where the format has room for one.
 
-    Returns:
-        How many samples exceeded full scale and were clipped; always 0 for float.
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with atomic_file(path) as temporary, temporary.open("r+b", buffering=0) as handle:
+        try:
+            with soundfile.SoundFile(
+                handle.fileno(), "w", rate, channels, _SUBTYPES[sample_format], format=_format(path), closefd=False
+            ) as file:
+                if comment:
+                    file.comment = comment
+                yield SoundWriter(path, file, handle.fileno(), sample_format)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise InputError(f"{path}: cannot write ({reason(error)})") from None
+        # Equal runs write equal files.
+        sound_files.erase_time(handle)
+
+
+def write_audio(path: Path, samples: Samples, rate: int, sample_format: SampleFormat) -> None:
+    """Write samples ``[channels, N]``, whole or not at all.
 
     Raises:
         InputError: the file cannot be written.
     """
-    clipped = 0
-    if sample_format == "s16":
-        clipped = int((np.abs(samples) > 1).sum())
-        samples = np.clip(samples, -1, 1)
-    with atomic_file(path) as temporary:
-        try:
-            form, subtype = _FORMATS[path.suffix], _SUBTYPES[sample_format]
-            with soundfile.SoundFile(temporary, "w", rate, len(samples), subtype, format=form) as file:
-                if comment:
-                    file.comment = comment
-                file.write(samples.T)
-            # Equal runs write equal files.
-            erase_time(temporary)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise InputError(f"{path}: cannot write ({reason(error)})") from None
-    return clipped
+    with write_sound(path, rate, len(samples), sample_format) as file:
+        file.write(samples)
+
+
+class OutputStream:
+    """What a network makes of a recording, brought to the recording's rate and length, and handed on."""
+
+    def __init__(self, shape: tuple[int, ...], rate: int, file: AudioFile) -> None:
+        """An output of signals ``[*shape, N]`` at ``rate``, for what was made of ``file``."""
+        self._shape, self._resampler = shape, StreamResampler(rate, file.rate, int(np.prod(shape)))
+        self._left, self._gathered, self._size = file.length, list[Samples](), 0
+
+    def add(self, samples: Samples) -> Iterable[Samples]:
+        """What is known of the output ``[*shape, n]`` when ``samples`` come next; in pieces of some frames."""
+        self._gathered.append(samples)
+        self._size += samples.shape[-1]
+        return self._convert() if self._size >= sound_files.BLOCK else ()
+
+    def finish(self, *, whole: bool = True) -> Iterable[Samples]:
+        """What is left, and if the ``whole`` recording was run, zeros up to its length."""
+        if self._gathered:
+            yield from self._convert()
+        yield from self._fit(self._resampler.rest())
+        while whole and self._left:
+            silence = np.zeros((int(np.prod(self._shape)), min(self._left, sound_files.BLOCK)), np.float32)
+            yield from self._fit(silence)
+
+    def _convert(self) -> Iterable[Samples]:
+        samples = np.concatenate(self._gathered, axis=-1)
+        self._gathered, self._size = [], 0
+        return self._fit(self._resampler(samples.reshape(-1, samples.shape[-1])))
+
+    def _fit(self, flat: Samples) -> Iterable[Samples]:
+        flat = flat[:, : self._left]
+        self._left -= flat.shape[1]
+        return (flat.reshape(*self._shape, -1),) if flat.shape[1] else ()

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from common.cli import console
 from common.errors import InputError
-from common.files import atomic_file
+from common.files import atomic_file, check_files, is_standard_output
 from device_client.engine import EngineName, Model, load_model
 from models.config import SPEAKER_EMBEDDING_SIZE
 from models.manifest import find_bundle, shipped_bundles
@@ -38,9 +38,10 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
     names = list(bundles) or [manifest.name for manifest in shipped_bundles()]
     if not names:
         raise InputError("no bundle is installed; give --bundle a path, or make one with kb-export")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"{output}: no folder {output.parent}; make it first")
-    models = {name: load_model(find_bundle(name), engine) for name in names}
+    folders = {name: find_bundle(name) for name in names}
+    if output is not None:
+        check_files([file for folder in folders.values() for file in folder.iterdir()], [output])
+    models = {name: load_model(folder, engine) for name, folder in folders.items()}
     title = f"Time per frame in ms, {frames} frames, {engine} engine"
     table = Table("bundle", *(f"p{percentile}" for percentile in _PERCENTILES), "real-time factor", title=title)
     figures, verdicts = {}, []
@@ -56,12 +57,12 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
             "real_time_factor": round(factor, 4),
         }
     memory = _peak_memory_mib()
-    console = Console()
-    console.print(table)
+    terminal = console(stderr=output is not None and is_standard_output(output))
+    terminal.print(table)
     if memory is not None:
-        console.print(f"Most memory this process has had: {memory:.0f} MiB.")
+        terminal.print(f"Most memory this process has had: {memory:.0f} MiB.")
     for verdict in verdicts:
-        console.print(verdict)
+        terminal.print(verdict)
     if output is not None:
         content = {"engine": engine, "frames": frames, "peak_memory_mib": memory, "bundles": figures}
         with atomic_file(output) as temporary:

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import InputError, reason
 from common.files import atomic_file
 from device_client import audio
-from device_client.plot import draw_spectrogram, spectrogram
+from device_client.plot import Spectrogram, any_glyphs, draw_spectrogram
 from models.manifest import shipped_bundles
 from protos.codec import Samples
 
@@ -20,6 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PICTURE = "comparison.png"
+_MIXTURE = "mixture.wav"
 System = Literal["alone", "boosted", "large", "reference"]
 _TITLES: dict[System, str] = {
     "alone": "small network alone",
@@ -41,6 +43,17 @@ class Comparison:
     title: str
 
 
+def file_names(sources: int) -> list[str]:
+    """The names of all files that a comparison can have."""
+    return [_MIXTURE, PICTURE, *(name for system in _TITLES for name in _voice_names(system, sources))]
+
+
+def _voice_names(system: System, sources: int) -> list[str]:
+    if sources == 1:
+        return [f"{system}.wav"]
+    return [f"{system}-speaker{number}.wav" for number in range(1, sources + 1)]
+
+
 def write_comparison(folder: Path, comparison: Comparison) -> None:
     """Write ``mixture.wav``, a file for every system and voice, and the picture.
 
@@ -53,11 +66,10 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot make the folder ({reason(error)}); give another --compare") from None
-    audio.write_audio(folder / "mixture.wav", comparison.mixture, comparison.rate, "s16", None)
+    audio.write_audio(folder / _MIXTURE, comparison.mixture, comparison.rate, "s16")
     for name, voices in comparison.systems.items():
-        for number, voice in enumerate(voices, start=1):
-            path = folder / (f"{name}-speaker{number}.wav" if len(voices) > 1 else f"{name}.wav")
-            audio.write_audio(path, voice, comparison.rate, "s16", None)
+        for file_name, voice in zip(_voice_names(name, len(voices)), voices, strict=True):
+            audio.write_audio(folder / file_name, voice, comparison.rate, "s16")
     _draw(folder / PICTURE, comparison)
 
 
@@ -69,7 +81,7 @@ def _draw(path: Path, comparison: Comparison) -> None:
         voice = ", speaker 1" if len(voices) > 1 else ""
         gain = f": {gains[system]:+.1f} dB SI-SDRi{' (all speakers)' if voice else ''}" if system in gains else ""
         shown[_TITLES[system] + voice + gain] = voices[0, 0]
-    levels = {title: spectrogram(samples, comparison.rate) for title, samples in shown.items()}
+    levels = {title: _levels(samples, comparison.rate) for title, samples in shown.items()}
     top = max(float(level.max()) for level, _ in levels.values())
     rows = len(shown)
     figure = plt.figure(figsize=(15 if curve else 10, 1.75 * rows + 0.8), layout="constrained")
@@ -83,11 +95,17 @@ def _draw(path: Path, comparison: Comparison) -> None:
         axis.set_xlabel("time, s")
         if curve:
             _draw_curve(figure.add_subplot(grid[:, 1]), curve)
-        figure.suptitle(comparison.title, fontsize=12)
-        with atomic_file(path) as temporary:
+        figure.suptitle(comparison.title, fontsize=12, parse_math=False)
+        with atomic_file(path) as temporary, any_glyphs():
             figure.savefig(temporary, dpi=100)
     finally:
         plt.close(figure)
+
+
+def _levels(samples: Samples, rate: int) -> tuple[NDArray[np.float64], tuple[float, ...]]:
+    spectrogram = Spectrogram(rate, len(samples))
+    spectrogram.add(samples)
+    return spectrogram.levels()
 
 
 def _quality_by_delay(task: str) -> dict[str, list[tuple[float, float]]]:

@@ -77,18 +77,29 @@ def list_devices() -> list[Device]:
     ]
 
 
+def _of(devices: list[Device], way: Way) -> list[Device]:
+    return [device for device in devices if (device.inputs if way == "input" else device.outputs)]
+
+
+def default_device(devices: list[Device], way: Way) -> Device | None:
+    """The device that is picked where none is asked for; None where there is none."""
+    usable = _of(devices, way)
+    default = _portaudio().default.device[0 if way == "input" else 1]
+    return next((device for device in usable if device.index == default), usable[0] if usable else None)
+
+
 def find_device(wanted: str | None, way: Way) -> Device:
     """The device with an index, or whose name holds a text (in full, or as the only one); None: the default.
 
     Raises:
         InputError: there is none, or the text is in several names.
     """
-    devices = [device for device in list_devices() if (device.inputs if way == "input" else device.outputs)]
-    if not devices:
+    found = list_devices()
+    default, devices = default_device(found, way), _of(found, way)
+    if default is None:
         raise InputError(f"--{way}: there is no {way} device here; see 'kb-client devices'")
     if wanted is None:
-        default = _portaudio().default.device[0 if way == "input" else 1]
-        return next((device for device in devices if device.index == default), devices[0])
+        return default
     if wanted.isdecimal():
         found = [device for device in devices if device.index == int(wanted)]
     else:

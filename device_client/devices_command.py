@@ -1,21 +1,43 @@
 """``kb-client devices``: what there is to hear from and to play to."""
 
-from rich.console import Console
 from rich.table import Table
 
-from device_client.device_audio import find_device, list_devices
+from common.cli import console, warn
+from device_client.device_audio import Device, Way, default_device, list_devices
+
+_NONE = {
+    "input": "there is no microphone here that can be heard; live needs one, or else sound files",
+    "output": "there is no loudspeaker here that can be played to; live needs one, or else sound files",
+}
 
 
 def print_devices() -> None:
     """Print all devices, and mark the ones that ``kb-client live`` picks if it is not told any.
 
     Raises:
-        InputError: PortAudio is missing, or there is no device to hear from or to play to.
+        InputError: PortAudio is missing.
     """
-    devices, source, target = list_devices(), find_device(None, "input"), find_device(None, "output")
+    devices = list_devices()
+    ways: tuple[Way, Way] = ("input", "output")
+    chosen = {way: default_device(devices, way) for way in ways}
+    if devices:
+        console().print(_table(devices, chosen))
+    else:
+        print("no sound devices")
+    missing = [way for way, device in chosen.items() if device is None]
+    for way in missing:
+        warn(_NONE[way])
+    if missing:
+        warn(
+            "plug a device in, or on Linux install a sound server and its ALSA plug-in: "
+            "apt-get install pulseaudio libasound2-plugins"
+        )
+
+
+def _table(devices: list[Device], chosen: dict[Way, Device | None]) -> Table:
     table = Table("index", "name", "system", "inputs", "outputs", "Hz", "picked for")
     for device in devices:
-        picked = [way for way, choice in (("input", source), ("output", target)) if choice == device]
+        picked = [way for way, choice in chosen.items() if choice == device]
         channels = str(device.inputs), str(device.outputs)
         table.add_row(str(device.index), device.name, device.system, *channels, str(device.rate), ", ".join(picked))
-    Console().print(table)
+    return table

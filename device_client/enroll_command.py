@@ -39,7 +39,7 @@ def enroll_speaker(
         InputError: the name, the file, the device or the speech cannot be used.
         Failure: the server does not start.
     """
-    speakers.check_name(name)
+    speakers.check_name(name, speech_file)
     directory = find_bundle(bundle)
     if speech_file is not None:
         speech = audio.read_speech(speech_file, SHORTEST)

@@ -1,4 +1,4 @@
-"""Where live audio comes from and goes to: a recording's file here, a sound card in ``device_audio``."""
+"""Where live audio comes from and goes to: sound files here, a sound card in ``device_audio``."""
 
 import time
 from collections.abc import Iterator
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import soundfile
 
-from common.errors import InputError, reason
-from common.files import atomic_file
+from common.cli import warn
+from common.errors import Failure, InputError
 from device_client import audio
 from models.config import Framing
 from protos.codec import Samples
@@ -40,38 +39,74 @@ class LiveAudio(Protocol):
 
 
 class FileAudio:
-    """A recording as if it were captured now, in real time; what would be played goes to a file."""
+    """A recording as if it were captured now, in real time; what would be played goes to a file of its rate."""
 
-    def __init__(self, samples: Samples, framing: Framing, file: soundfile.SoundFile) -> None:
-        """Audio of the samples ``[M, N]``, padded with zeros to whole frames."""
-        length = framing.frames(samples.shape[1]) * framing.chunk + framing.lookahead
-        self._samples, self._framing, self._file = audio.fit_length(samples, length), framing, file
+    def __init__(self, source: audio.AudioFile, framing: Framing, microphones: int, target: audio.SoundWriter) -> None:
+        """Audio of a recording, padded with zeros to whole frames."""
+        self._framing, self._target = framing, target
+        self._blocks = source.heard(microphones, framing.sample_rate)
+        self._waiting = np.zeros((microphones, 0), np.float32)
+        self._output = audio.OutputStream((microphones,), framing.sample_rate, source)
         self._captured = self._played = self._started_at = 0
+        self._left: int | None = None  # samples to come, once that is known
         self._stopped = False
         self.underruns = 0
         self.overruns = 0
+        self.trouble: str | None = None
 
     def start(self) -> None:
         self._started_at = time.perf_counter_ns()
 
     def read(self, samples: Samples) -> bool:
-        end = self._captured + samples.shape[1]
-        if self._stopped or end > self._samples.shape[1]:
+        count = samples.shape[1]
+        if self._stopped or not self._fetch(count):
             return False
-        while (left := end / self._framing.sample_rate - self._elapsed()) > 0:
+        while (left := (self._captured + count) / self._framing.sample_rate - self._elapsed()) > 0:
             time.sleep(left)
-        samples[:] = self._samples[:, self._captured : end]
-        self._captured = end
+        samples[:] = self._waiting[:, :count]
+        self._waiting = self._waiting[:, count:]
+        self._captured += count
         return True
+
+    def _fetch(self, count: int) -> bool:
+        """Whether there are as many samples, zeros after the last ones included."""
+        while self._waiting.shape[1] < count and self._left is None:
+            block = next(self._blocks, None)
+            if block is not None:
+                self._waiting = np.concatenate([self._waiting, block], axis=1)
+                continue
+            heard = self._captured + self._waiting.shape[1]
+            length = self._framing.frames(heard) * self._framing.chunk + self._framing.lookahead
+            self._waiting = np.pad(self._waiting, ((0, 0), (0, length - heard)))
+            self._left = length
+        return self._waiting.shape[1] >= count
 
     def write(self, samples: Samples) -> None:
         # A sound card would begin to play this when the next chunk has been captured.
         due = (self._played + samples.shape[1] + self._framing.n_fft) / self._framing.sample_rate
         self.underruns += self._elapsed() > due
         self._played += samples.shape[1]
-        self._file.write(samples.T)
+        try:
+            for converted in self._output.add(samples):
+                self._target.write(converted)
+        except InputError as error:
+            self._give_up(error)
+
+    def finish(self) -> None:
+        """Write what is left; the whole recording's length if it was run to its end."""
+        if self.trouble is None:
+            try:
+                for converted in self._output.finish(whole=not self._stopped):
+                    self._target.write(converted)
+            except InputError as error:
+                self._give_up(error)
 
     def stop(self) -> None:
+        self._stopped = True
+
+    def _give_up(self, error: InputError) -> None:
+        # A session cannot be had again: what was written of it stays.
+        self.trouble = f"{error}; what was played before is kept"
         self._stopped = True
 
     def _elapsed(self) -> float:
@@ -80,19 +115,23 @@ class FileAudio:
 
 @contextmanager
 def open_file_audio(source: Path, target: Path, framing: Framing, microphones: int) -> Iterator[FileAudio]:
-    """A recording as live audio. The output file appears, with float samples, when the block ends without an error.
+    """A recording as live audio. The output appears, at the recording's rate, when the block ends without an error.
+
+    Its samples are floating point if the recording's are and the file can hold them, else 16 bits.
 
     Raises:
         InputError: a file cannot be used.
+        Failure: the output could not be written to its end; what could is there.
     """
-    audio.check_output(target, "float")
-    recording = audio.read_audio(source)
-    samples, _ = audio.to_microphones(recording, microphones, source)
-    samples = audio.resample(samples, recording.rate, framing.sample_rate)
-    with atomic_file(target) as temporary:
-        try:
-            with soundfile.SoundFile(temporary, "w", framing.sample_rate, microphones, "FLOAT", format="WAV") as file:
-                yield FileAudio(np.ascontiguousarray(samples), framing, file)
-            audio.erase_time(temporary)
-        except soundfile.LibsndfileError as error:
-            raise InputError(f"{target}: cannot write ({reason(error)})") from None
+    with audio.open_audio(source) as recording:
+        if (warning := audio.check_channels(recording, microphones)) is not None:
+            warn(warning)
+        sample_format: audio.SampleFormat = "float" if recording.floating and audio.holds_floats(target) else "s16"
+        with audio.write_sound(target, recording.rate, microphones, sample_format) as file:
+            opened = FileAudio(recording, framing, microphones, file)
+            yield opened
+            opened.finish()
+    if file.clipped:
+        warn(f"{file.clipped} samples exceed full scale and were clipped; an input with float samples keeps them")
+    if opened.trouble is not None:
+        raise Failure(opened.trouble)

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
-from rich.console import Console
 from rich.live import Live
 
 from common.call_credentials import Credentials
-from common.cli import warn
-from common.errors import InputError
-from device_client import live_view, speakers
+from common.cli import console, end_signals, warn
+from common.errors import Failure, InputError
+from common.files import check_files, is_standard_output, is_stream
+from device_client import audio, live_view, speakers
 from device_client.device_audio import DeviceAudio, open_device_audio
 from device_client.engine import EngineName, load_model
 from device_client.hint_stream import Encodings
@@ -25,7 +26,7 @@ from device_client.live import LiveLoop
 from device_client.live_audio import LiveAudio, open_file_audio
 from device_client.live_hints import LiveHints, ServerEvent
 from device_client.mixer import Mixer, Play
-from device_client.recording import Recorder, check_folder
+from device_client.recording import FILES, Recorder, check_folder
 from device_client.virtual_mic import OUTPUT_DEVICE, virtual_mic
 from models.manifest import UNTRAINED_NOTICE, Manifest, find_bundle, read_manifest
 from protos.codec import Samples
@@ -34,7 +35,9 @@ from protos.codec import Samples
 _SWITCH_INTERVAL = 0.0005  # seconds
 _COLLECT_EVERY = 10.0  # seconds
 _VOICE_KEYS: dict[str, Play] = {"1": "1", "2": "2", "b": "both"}
-_FILES = (".wav", ".flac", ".ogg")
+# Names that end so mean files, also such as cannot be read or written; a device has no suffix.
+_FILES = frozenset({".aac", ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg"})
+_FILES |= {".opus", ".rf64", ".snd", ".w64", ".wav", ".webm", ".wma"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class LiveOptions:
     engine: EngineName
     servers: tuple[str, ...]
     credentials: Credentials
+    secrets: tuple[Path, ...]  # files that the credentials are from
     source: str | None
     target: str | None
     rate: int | None
@@ -68,7 +72,7 @@ def live(options: LiveOptions) -> None:
     directory = find_bundle(options.bundle)
     manifest = read_manifest(directory)
     speaker = _speaker_embedding(options, manifest)
-    _check_call(options, manifest)
+    _check_call(options, directory, manifest)
     hints = None
     if options.servers:
         hints = LiveHints(
@@ -79,24 +83,24 @@ def live(options: LiveOptions) -> None:
             speaker_embedding=speaker,
         )
     model = load_model(directory, options.engine)
+    recorder = None
     with ExitStack() as stack:
         if hints is not None:
             hints.start()
             stack.callback(hints.close)
             hints.settle()
-        audio = _open_audio(options, manifest, stack)
-        recorder = None
+        sound = _open_audio(options, manifest, stack)
         if options.record is not None:
             recorder = Recorder(options.record, manifest, speaker, options.play)
             stack.callback(recorder.close)
-        loop = LiveLoop(model.session(speaker), manifest.model, audio, hints, options.play, recorder)
+        loop = LiveLoop(model.session(speaker), manifest.model, sound, hints, options.play, recorder)
         if manifest.untrained:
             warn(UNTRAINED_NOTICE)
         if manifest.model.boosting is not None and hints is None:
             warn("no --server was given: the small network works alone")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: audio.stop()))
-        session = _Session(manifest, loop, audio, hints)
+        for number in (signal.SIGINT, *end_signals()):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: sound.stop()))
+        session = _Session(manifest, loop, sound, hints)
         stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(_SWITCH_INTERVAL)
         # What is there now is there to stay; collections look at what has come since, and this thread says when.
@@ -105,18 +109,24 @@ def live(options: LiveOptions) -> None:
         gc.disable()
         stack.callback(gc.unfreeze)
         stack.callback(gc.enable)
+        # What is played may go to standard output.
+        told_to = sys.stderr if is_standard_output(Path(options.target or "")) else sys.stdout
         session.start()
         try:
             if sys.stdin.isatty() and sys.stdout.isatty() and not options.json_lines:
                 _show_view(session)
             else:
-                _show_lines(session, options.json_lines)
+                _show_lines(session, options.json_lines, told_to)
         finally:
             session.end()
         now = session.figures()
-        print(json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else live_view.log_line(now))
+        told = json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else live_view.log_line(now)
+        print(told, file=told_to)
         if (slow := live_view.too_slow(now)) is not None:
             warn(slow)
+    # Only now, so that no other file of the session is lost for it.
+    if recorder is not None and recorder.trouble is not None:
+        raise Failure(recorder.trouble)
 
 
 class _Session:
@@ -161,7 +171,7 @@ class _Session:
             self._trouble = error
 
 
-def _show_lines(session: _Session, as_json: bool) -> None:
+def _show_lines(session: _Session, as_json: bool, file: TextIO) -> None:
     """A line now and then, until the loop has ended."""
     every = 1.0 if as_json else 10.0
     next_line = time.monotonic() + every
@@ -169,15 +179,16 @@ def _show_lines(session: _Session, as_json: bool) -> None:
         time.sleep(0.1)
         for event in session.news():
             if as_json:
-                print(json.dumps({"event": "server", **asdict(event)}), flush=True)
+                print(json.dumps({"event": "server", **asdict(event)}), file=file, flush=True)
             elif event.connected:
-                print(event.text, flush=True)
+                print(event.text, file=file, flush=True)
             else:
                 warn(event.text)
         if time.monotonic() >= next_line:
             next_line += every
             now = session.figures()
-            print(json.dumps({"event": "figures", **asdict(now)}) if as_json else live_view.log_line(now), flush=True)
+            line = json.dumps({"event": "figures", **asdict(now)}) if as_json else live_view.log_line(now)
+            print(line, file=file, flush=True)
 
 
 def _show_view(session: _Session) -> None:
@@ -192,7 +203,7 @@ def _show_view(session: _Session) -> None:
     frame = live_view.Frame(f"kb-client live   {session.manifest.label}", latency, budget_ms, loop.choices)
     voice: Play = loop.play if loop.play != "bypass" else "1"
     last_event = ""
-    with live_view.keyboard() as key, Live(console=Console(), screen=True, auto_refresh=False) as screen:
+    with live_view.keyboard() as key, Live(console=console(), screen=True, auto_refresh=False) as screen:
         while session.running():
             pressed = key(0.1).lower()
             if pressed == "q":
@@ -208,7 +219,7 @@ def _show_view(session: _Session) -> None:
             screen.update(live_view.view(session.figures(), frame, last_event), refresh=True)
 
 
-def _check_call(options: LiveOptions, manifest: Manifest) -> None:
+def _check_call(options: LiveOptions, bundle: Path, manifest: Manifest) -> None:
     """Whether the flags fit each other and the bundle."""
     model, name = manifest.model, options.bundle
     if options.servers and model.boosting is None:
@@ -216,18 +227,28 @@ def _check_call(options: LiveOptions, manifest: Manifest) -> None:
     choices = Mixer(model.sources, model.microphones, "bypass").choices
     if options.play not in choices:
         raise InputError(f"--play {options.play}: with {name} it can be {', '.join(choices)}")
-    if _is_file(options.source) != _is_file(options.target):
-        raise InputError("--input and --output must both be devices, or both be files")
-    if _is_file(options.source) and options.rate is not None:
+    files = _is_file(options.source), _is_file(options.target)
+    if files == (True, False):
+        raise InputError(f"--input {options.source}: is a file, no device; give --output a file too, such as out.wav")
+    if files == (False, True):
+        raise InputError(f"--output {options.target}: is a file, no device; give --input a sound file too")
+    if all(files) and options.rate is not None:
         raise InputError("--rate is for devices; a file says its rate itself")
     if options.virtual_mic is not None and options.target is not None:
         raise InputError("--virtual-mic plays to the microphone of that name; leave out --output")
     if options.record is not None:
         check_folder(options.record)
+    reads, writes = list(options.secrets), []
+    if all(files) and options.source is not None and options.target is not None:
+        audio.check_output(Path(options.target), "s16")
+        reads, writes = [*reads, Path(options.source)], [Path(options.target)]
+    if options.speaker is not None and options.speaker.endswith(".npy"):
+        reads.append(Path(options.speaker))
+    check_files([*reads, *bundle.iterdir()], writes, {options.record: FILES} if options.record is not None else {})
 
 
 def _is_file(name: str | None) -> bool:
-    return name is not None and Path(name).suffix.lower() in _FILES
+    return name is not None and (Path(name).suffix.lower() in _FILES or is_stream(Path(name)))
 
 
 def _speaker_embedding(options: LiveOptions, manifest: Manifest) -> Samples | None:

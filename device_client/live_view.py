@@ -6,7 +6,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,11 +194,15 @@ def keyboard() -> Iterator[Callable[[float], str]]:
 
         def key(seconds: float) -> str:
             if select.select([sys.stdin], [], [], seconds)[0]:
-                return os.read(sys.stdin.fileno(), 1).decode(errors="replace")
+                with suppress(OSError):  # the terminal is gone
+                    if pressed := os.read(sys.stdin.fileno(), 1):
+                        return pressed.decode(errors="replace")
+                time.sleep(seconds)
             return ""
 
         try:
             tty.setcbreak(sys.stdin)
             yield key
         finally:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+            with suppress(termios.error):
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

@@ -159,6 +159,7 @@ def replay(
                 tls_key=tls_key,
                 token_file=token_file,
             ),
+            secrets=tuple(path for path in (tls_ca, tls_cert, tls_key, token_file) if path is not None),
             enrollment=enrollment,
             frame_log=frame_log,
             references=tuple(reference or ()),
@@ -241,6 +242,7 @@ def live(
             credentials=read_credentials(
                 server or [], tls=tls, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file
             ),
+            secrets=tuple(path for path in (tls_ca, tls_cert, tls_key, token_file) if path is not None),
             source=source,
             target=target,
             rate=rate,

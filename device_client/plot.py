@@ -1,5 +1,8 @@
 """The picture of a replay: spectrograms of mixture and output, and every hint's age."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +20,24 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 FORMATS = (".png", ".pdf", ".svg")
+_MOST_COLUMNS = 2000  # more than a picture has points
+_FRAMES_AT_ONCE = 256
 
 
 def check_plot(path: Path) -> None:
     """Whether a picture of that name can be written.
 
     Raises:
-        InputError: the suffix is none of ``FORMATS``, or the folder does not exist.
+        InputError: the suffix is none of ``FORMATS``.
     """
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: a plot must end in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: no folder {path.parent}; make it first")
 
 
 def plot_replay(
     path: Path,
     title: str,
-    signals: dict[str, Samples],
-    rate: int,
+    signals: "dict[str, Spectrogram]",
     log: HintLog | None,
     ended_at: int,
     budget_ms: float,
@@ -43,7 +45,7 @@ def plot_replay(
     """Draw and write the picture, whole or not at all.
 
     Args:
-        signals: by name, ``[M, N]`` each; the first microphone is drawn.
+        signals: by name.
         log: of the hints; None for a network alone.
         budget_ms: age at which a hint is due.
 
@@ -54,7 +56,7 @@ def plot_replay(
     figure, axes = plt.subplots(
         rows, 1, figsize=(11, 2.3 * rows + 0.6), sharex=True, layout="constrained", squeeze=False
     )
-    levels = {name: spectrogram(samples[0], rate) for name, samples in signals.items()}
+    levels = {name: signal.levels() for name, signal in signals.items()}
     top = max(float(level.max()) for level, _ in levels.values())
     for axis, (name, (level, extent)) in zip(axes[:, 0], levels.items(), strict=False):
         image = draw_spectrogram(axis, name, level, extent, top)
@@ -62,8 +64,8 @@ def plot_replay(
     if log is not None:
         _plot_ages(axes[-1, 0], log, ended_at, budget_ms)
     axes[-1, 0].set_xlabel("time, s")
-    figure.suptitle(title, fontsize=11)
-    with atomic_file(path) as temporary:
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    with atomic_file(path) as temporary, any_glyphs():
         try:
             figure.savefig(temporary, dpi=110)
         except ValueError as error:
@@ -93,14 +95,51 @@ def draw_spectrogram(axis: Any, title: str, level: NDArray[np.float64], extent: 
     """Draw a spectrogram, 80 dB down from ``top``; returns the image."""
     image = axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top, cmap="magma")
     axis.set_ylabel("kHz")
-    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_title(title, loc="left", fontsize=10, parse_math=False)
     return image
 
 
-def spectrogram(signal: NDArray[np.float32], rate: int) -> tuple[NDArray[np.float64], tuple[float, ...]]:
-    """Level in dB ``[F, T]`` of 32 ms frames, and its extent in seconds and kHz."""
-    size = round(0.032 * rate)
-    padded = np.pad(signal.astype(np.float64), (0, max(size - len(signal), 0)))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 4]
-    spectrum = np.abs(np.fft.rfft(frames * np.hanning(size), axis=1)) / (size / 4)
-    return 20 * np.log10(spectrum.T + 1e-7), (0.0, len(padded) / rate, 0.0, rate / 2000)
+@contextmanager
+def any_glyphs() -> Iterator[None]:
+    """In this block letters that the font lacks are drawn as boxes, and nothing is said of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
+        yield
+
+
+class Spectrogram:
+    """Level of 32 ms frames, of a signal that comes in pieces; long ones are drawn by the mean power of several."""
+
+    def __init__(self, rate: int, length: int) -> None:
+        """A picture of a signal of ``length`` samples."""
+        self._rate, self._size = rate, round(0.032 * rate)
+        self._hop = self._size // 4
+        self._length = max(length, self._size)
+        frames = (self._length - self._size) // self._hop + 1
+        self._frames_each = -(-frames // _MOST_COLUMNS)
+        self._power = np.zeros((-(-frames // self._frames_each), self._size // 2 + 1))
+        self._frames, self._done = frames, 0
+        self._rest = np.zeros(0, np.float32)
+
+    def add(self, signal: Samples) -> None:
+        """The next samples ``[n]``."""
+        self._rest = np.concatenate([self._rest, signal])
+        if len(self._rest) >= self._size:
+            frames = np.lib.stride_tricks.sliding_window_view(self._rest, self._size)[:: self._hop]
+            for first in range(0, len(frames), _FRAMES_AT_ONCE):
+                self._count(frames[first : first + _FRAMES_AT_ONCE])
+            self._rest = self._rest[len(frames) * self._hop :]
+
+    def _count(self, frames: NDArray[np.float32]) -> None:
+        spectrum = np.abs(np.fft.rfft(frames.astype(np.float64) * np.hanning(self._size), axis=1)) / (self._size / 4)
+        columns = np.arange(self._done, self._done + len(frames)) // self._frames_each
+        np.add.at(self._power, columns, np.square(spectrum))
+        self._done += len(frames)
+
+    def levels(self) -> tuple[NDArray[np.float64], tuple[float, ...]]:
+        """Level in dB ``[F, T]``, and its extent in seconds and kHz."""
+        if not self._done:
+            self.add(np.zeros(self._size - len(self._rest), np.float32))
+        counts = np.bincount(np.arange(self._frames) // self._frames_each)
+        level = 20 * np.log10(np.sqrt(self._power / counts[:, None]).T + 1e-7)
+        return level, (0.0, self._length / self._rate, 0.0, self._rate / 2000)

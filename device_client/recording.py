@@ -5,8 +5,11 @@ rate; ``frames.csv``, a line a frame; ``hints.f32``, the hints that were fused, 
 """
 
 import csv
+import os
 import queue
+import tempfile
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,15 +17,19 @@ import numpy as np
 import soundfile
 from pydantic import ValidationError
 
-from common.errors import Failure, InputError, existing_file, reason
+from common import sound_files
+from common.errors import InputError, existing_file, reason
+from common.files import check_files, check_new_folder
 from device_client import audio
 from device_client.engine import Model
 from device_client.mixer import Mixer, Play
+from device_client.replay import windows
 from models.config import Strict
 from models.manifest import Manifest, read_json
 from protos.codec import Samples
 
 _MOST_WAITING = 1250  # frames that may wait for the disk
+FILES = ("input.wav", "output.wav", "frames.csv", "hints.f32", "session.json")
 _COLUMNS = ("frame", "hint", "age_ms", "compute_ms", "play")
 
 
@@ -62,58 +69,93 @@ class Recorder:
         self._rows = csv.writer(self._table)
         self._rows.writerow(_COLUMNS)
         self._folder = folder
+        self._chunk, self._lookahead = framing.chunk, framing.lookahead
+        self._hint_size = 4 * manifest.model.hint_channels * framing.bins
         self._frames: queue.SimpleQueue[tuple[Samples, Samples, Samples | None, np.void, Play] | None]
         self._frames = queue.SimpleQueue()
-        self._trouble: str | None = None
+        self.trouble: str | None = None
         self._thread = threading.Thread(target=self._write, name="kb-recorder", daemon=True)
         self._thread.start()
 
     def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: Play) -> None:
         """Take down the next frame."""
-        if self._trouble is None and self._frames.qsize() >= _MOST_WAITING:
-            self._trouble = "the disk is too slow"
-        if self._trouble is None:
+        if self.trouble is None and self._frames.qsize() >= _MOST_WAITING:
+            self.trouble = "the disk is too slow"
+        if self.trouble is None:
             self._frames.put((fresh, played, hint, record, play))
 
     def close(self) -> None:
-        """Write what is left.
-
-        Raises:
-            Failure: the recording ends before the session did.
-        """
+        """Write what is left. ``trouble`` then says why the recording ends before the session did, if it does."""
         self._frames.put(None)
         self._thread.join()
+        for file in (self._input, self._output, self._hints, self._table):
+            try:
+                file.close()
+            except (OSError, soundfile.LibsndfileError) as error:
+                self.trouble = self.trouble or reason(error)
+        if self.trouble is not None:
+            kept = self._cut()
+            self.trouble = f"{self._folder}: the recording is cut short after {kept} frames ({self.trouble})"
         for name in ("input.wav", "output.wav"):
-            audio.erase_time(self._folder / name)
-        if self._trouble is not None:
-            raise Failure(f"{self._folder}: the recording is cut short ({self._trouble})")
+            with (self._folder / name).open("r+b", buffering=0) as file:
+                sound_files.erase_time(file)
 
     def _write(self) -> None:
         number = 0
         try:
-            with self._input, self._output, self._hints, self._table:
-                while (item := self._frames.get()) is not None:
-                    fresh, played, hint, record, play = item
-                    self._input.write(fresh.T)
-                    self._output.write(played.T)
-                    age = ""
-                    if hint is not None:
-                        self._hints.write(hint.astype("<f4").tobytes())
-                        age = f"{record['age_ms']:.3f}"
-                    self._rows.writerow([number, int(hint is not None), age, f"{record['compute_ms']:.3f}", play])
-                    number += 1
-        except (OSError, soundfile.LibsndfileError) as error:
-            self._trouble = reason(error)
+            while (item := self._frames.get()) is not None:
+                fresh, played, hint, record, play = item
+                self._input.write(fresh.T)
+                self._output.write(played.T)
+                age = ""
+                if hint is not None:
+                    self._hints.write(hint.astype("<f4").tobytes())
+                    age = f"{record['age_ms']:.3f}"
+                self._rows.writerow([number, int(hint is not None), age, f"{record['compute_ms']:.3f}", play])
+                number += 1
+        except (OSError, soundfile.LibsndfileError, AssertionError) as error:
+            self.trouble = self._disk() or reason(error)
+
+    def _disk(self) -> str | None:
+        """What the system says of another file there; libsndfile does not pass it on."""
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as probe:
+                probe.write(bytes(1 << 20))
+        except OSError as error:
+            return reason(error)
+        return None
+
+    def _cut(self) -> int:
+        """Cut all files to the frames of which everything is there, so that these can be run again; how many."""
+        table = self._folder / "frames.csv"
+        head, *rows = table.read_bytes().splitlines(keepends=True) or [b""]
+        sounds = [
+            (self._folder / name, lookahead) for name, lookahead in (("input.wav", self._lookahead), ("output.wav", 0))
+        ]
+        fused = (self._folder / "hints.f32").stat().st_size // self._hint_size
+        kept, used = len(rows) - (not rows[-1].endswith(b"\n")) if rows else 0, 0
+        for path, lookahead in sounds:
+            kept = min(kept, max(0, soundfile.info(path).frames - lookahead) // self._chunk)
+        for number, row in enumerate(rows[:kept]):
+            used += row.split(b",")[1] == b"1"
+            if used > fused:
+                kept, used = number, fused
+                break
+        for path, lookahead in sounds:
+            with soundfile.SoundFile(path, "r+") as file:
+                file.truncate(kept * self._chunk + lookahead)
+        os.truncate(self._folder / "hints.f32", used * self._hint_size)
+        os.truncate(table, len(head) + sum(map(len, rows[:kept])))
+        return kept
 
 
 def check_folder(folder: Path) -> None:
     """Whether a recording can go there.
 
     Raises:
-        InputError: something is there already.
+        InputError: something is there already, or it cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already; choose another name or remove it first")
+    check_new_folder(folder)
 
 
 class FrameLog:
@@ -149,23 +191,21 @@ class FrameLog:
         self._hints = hints
         self._shape = model.hint_channels, model.framing.bins
 
-    def run(self, model: Model, samples: Samples) -> Samples:
-        """What was played ``[M, N]`` when the input was ``samples``."""
+    def run(self, model: Model, samples: Iterable[Samples]) -> Iterator[Samples]:
+        """What was played, ``[M, chunk]`` at a time, when the input was ``samples``, ``[M, n]`` at a time."""
         config, session = model.manifest.model, self.session
         framing = config.framing
         speaker = np.array(session.speaker_embedding, np.float32) if session.speaker_embedding is not None else None
         engine, mixer = model.session(speaker), Mixer(config.sources, config.microphones, session.play)
-        played = []
         with self._hints.open("rb") as file:
-            for frame, (used, play) in enumerate(zip(self.used, self.play, strict=True)):
-                window = np.ascontiguousarray(samples[:, framing.chunk * frame :][:, : framing.n_fft])
+            # What the input has beyond the last frame is its lookahead.
+            for used, play, (window, _) in zip(self.used, self.play, windows(samples, framing), strict=False):
                 hint = None
                 if used:
                     values = np.fromfile(file, "<f4", self._shape[0] * self._shape[1])
                     hint = values.astype(np.float32).reshape(self._shape)
                 estimate = engine.step(window, hint)
-                played.append(mixer.mix(play, window[:, : framing.chunk], estimate))
-        return np.concatenate(played, axis=1)
+                yield mixer.mix(play, window[:, : framing.chunk], estimate)
 
 
 def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -> None:
@@ -177,11 +217,12 @@ def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -
     manifest = model.manifest
     framing, microphones = manifest.model.framing, manifest.model.microphones
     audio.check_output(target, "float")
-    if target.resolve() == source.resolve():
-        raise InputError(f"{target}: would overwrite an input; choose another name")
+    check_files([source, *(log_file.parent / name for name in FILES)], [target])
     log = FrameLog(log_file, manifest)
-    recording = audio.read_audio(source)
-    length = framing.chunk * len(log.play) + framing.lookahead
-    if recording.rate != framing.sample_rate or recording.samples.shape != (microphones, length):
-        raise InputError(f"{source}: is not the input.wav that was recorded with {log_file}")
-    audio.write_audio(target, log.run(model, recording.samples), framing.sample_rate, "float", None)
+    with audio.open_audio(source) as file:
+        length = framing.chunk * len(log.play) + framing.lookahead
+        if (file.rate, file.channels, file.length) != (framing.sample_rate, microphones, length):
+            raise InputError(f"{source}: is not the input.wav that was recorded with {log_file}")
+        with audio.write_sound(target, framing.sample_rate, microphones, "float") as written:
+            for played in log.run(model, file.blocks()):
+                written.write(played)

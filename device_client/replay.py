@@ -3,36 +3,42 @@
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from device_client.engine import Engine
 from device_client.hint_buffer import HintBuffer, HintLog
 from device_client.hint_stream import HintStream, ReceivedHint, StreamEnd
 from device_client.simulated_network import Link
+from device_client.tally import Tally
 from models.config import Framing
 from protos.codec import Samples
 
 
 @dataclass
 class Run:
-    """What a pass over a recording gave."""
+    """What a pass over a recording gave, beside the estimate."""
 
-    output: Samples  # [S, M, N]
-    compute_ns: NDArray[np.int64]  # [T] the small network's time for each frame
-    late_start_ns: NDArray[np.int64]  # [T] how long after its window was complete a frame was started
     log: HintLog
-    ended_at: int  # stream time, ns
+    compute: Tally = field(default_factory=Tally)  # the small network's time for each frame
+    frames_behind: int = 0  # that were started more than a chunk after their windows were complete
+    ended_at: int = 0  # stream time, ns
     hints_received: int = 0
-    server_queue_us: list[int] = field(default_factory=list)
-    server_compute_us: list[int] = field(default_factory=list)
+    server_queue: Tally = field(default_factory=Tally)
+    server_compute: Tally = field(default_factory=Tally)
     bytes_up: int = 0
     bytes_down: int = 0
     lost: StreamEnd | None = None  # why hints ended before the audio did
+
+    def count(self, hint: ReceivedHint) -> None:
+        """A hint has come."""
+        self.hints_received += 1
+        self.server_queue.add(hint.queue_us)
+        self.server_compute.add(hint.compute_us)
 
 
 class Hints(Protocol):
@@ -50,53 +56,69 @@ class Hints(Protocol):
         """The hint of a frame if it is there."""
         ...
 
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         """No more frames: write into the run what became of the hints."""
         ...
 
 
 def run_frames(
     engine: Engine,
-    mixture: Samples,
+    mixture: Iterable[Samples],
     framing: Framing,
     delay: int,
     hints: Hints | None,
-    log: HintLog,
+    run: Run,
+    write: Callable[[Samples], None],
     progress: Callable[[], None],
-) -> Run:
-    """Run a whole mixture ``[M, N]`` frame by frame.
+) -> None:
+    """Run a mixture frame by frame.
 
     Args:
+        mixture: its samples, ``[M, n]`` at a time.
         hints: None for a network alone, or one whose hints are all withheld.
-        log: of these frames.
+        run: where it is written down what happens; the log has room for all frames.
+        write: called with every chunk of the estimate, ``[S, M, n]``; together they are as long as the mixture.
         progress: called after every frame.
     """
-    length = mixture.shape[1]
-    frames, chunk, n_fft = framing.frames(length), framing.chunk, framing.n_fft
-    padded = np.pad(mixture, ((0, 0), (0, frames * chunk + framing.lookahead - length)))
-    compute, late_start = np.zeros(frames, np.int64), np.zeros(frames, np.int64)
-    output = []
-    now = 0
-    for frame in range(frames):
-        window = np.ascontiguousarray(padded[:, frame * chunk : frame * chunk + n_fft])
+    chunk, log, frame = framing.chunk, run.log, 0
+    chunk_ns = round(framing.chunk_seconds * 1e9)
+    for window, length in windows(mixture, framing):
         complete = round(framing.complete_at(frame) * 1e9)
         log.captured_at[frame] = complete
-        hint = None
+        hint, now = None, 0
         if hints is not None:
             now = hints.wait_until(complete)
             hints.send(frame, window if frame == 0 else window[:, -chunk:], now)
             if frame >= delay:
                 hint = hints.take(frame - delay, now)
                 log.used[frame - delay] = hint is not None
-        late_start[frame] = now - complete
+            run.frames_behind += now - complete > chunk_ns
+        run.ended_at = now
         started = time.perf_counter_ns()
-        output.append(engine.step(window, hint))
-        compute[frame] = time.perf_counter_ns() - started
+        estimate = engine.step(window, hint)
+        run.compute.add((time.perf_counter_ns() - started + 500) // 1000)
+        write(estimate[..., :length])
+        frame += 1
         progress()
-    run = Run(np.concatenate(output, axis=-1)[..., :length], compute, late_start, log, ended_at=now)
+    log.end(frame)
     if hints is not None:
-        hints.finish(run)
-    return run
+        hints.finish()
+
+
+def windows(mixture: Iterable[Samples], framing: Framing) -> Iterator[tuple[Samples, int]]:
+    """The window of every frame ``[M, n_fft]``, and how many of its chunk's samples are the mixture's."""
+    chunk, n_fft, rest = framing.chunk, framing.n_fft, np.zeros((0, 0), np.float32)
+    for samples in mixture:
+        rest = np.concatenate([rest, samples], axis=1) if rest.size else samples
+        first = 0
+        while first + n_fft <= rest.shape[1]:
+            yield np.ascontiguousarray(rest[:, first : first + n_fft]), chunk
+            first += chunk
+        rest = rest[:, first:]
+    frames = framing.frames(rest.shape[1])
+    padded = np.pad(rest, ((0, 0), (0, frames * chunk + framing.lookahead - rest.shape[1])))
+    for first in range(0, frames * chunk, chunk):
+        yield np.ascontiguousarray(padded[:, first : first + n_fft]), min(chunk, rest.shape[1] - first)
 
 
 class VirtualHints:
@@ -109,7 +131,7 @@ class VirtualHints:
         self,
         stream: HintStream,
         delay: int,
-        log: HintLog,
+        run: Run,
         *,
         uplink: Link,
         downlink: Link,
@@ -122,58 +144,61 @@ class VirtualHints:
             server_ns: time the server takes for a frame.
             sample_bytes: size of one sample of all channels on the wire.
         """
-        self._stream, self._log = stream, log
+        self._stream, self._run = stream, run
         self._buffer = HintBuffer(delay)
         self._uplink, self._downlink = uplink, downlink
         self._server_ns, self._sample_bytes = server_ns, sample_bytes
-        self._computed_at: list[int] = []
-        self._received: list[ReceivedHint] = []
+        self._sent = 0
+        self._free_at = 0  # the server, ns
+        self._computed_at: deque[int] = deque()  # of the hints that have not been received
 
     def wait_until(self, time_ns: int) -> int:
         return time_ns
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
+        self._sent += 1
+        if self._stream.ended is not None:
+            return  # nobody takes it any more
         self._stream.send(frame, samples)
         reached = self._uplink.arrival(now, samples.shape[1] * self._sample_bytes)
-        free = self._computed_at[-1] if self._computed_at else 0
-        self._computed_at.append(max(reached, free) + self._server_ns)
+        self._free_at = max(reached, self._free_at) + self._server_ns
+        self._computed_at.append(self._free_at)
 
     def take(self, frame: int, now: int) -> Samples | None:
         # Waiting for the hint even if it will be late keeps the server from falling behind without bound.
-        while len(self._received) <= frame and self._receive():
+        while self._run.hints_received <= frame and self._receive():
             pass
         return self._buffer.take(frame, now)
 
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         if self._stream.ended is None:
             self._stream.finish()
             while self._receive():
                 pass
-        if len(self._received) < len(self._log.used):
-            run.lost = self._stream.ended
-        _account(run, self._stream, self._received)
+        if self._run.hints_received < self._sent:
+            self._run.lost = self._stream.ended
+        self._run.bytes_up, self._run.bytes_down = self._stream.bytes_up, self._stream.bytes_down
 
     def _receive(self) -> bool:
         received = self._stream.receive()
         if received is None:
             return False
-        arrival = self._downlink.arrival(self._computed_at[received.frame], received.payload_bytes)
-        self._log.arrived_at[received.frame] = arrival
+        arrival = self._downlink.arrival(self._computed_at.popleft(), received.payload_bytes)
+        self._run.log.arrived_at[received.frame] = arrival
         assert received.hint is not None  # this session has no deadline
         self._buffer.put(received.frame, received.hint, arrival)
-        self._received.append(received)
+        self._run.count(received)
         return True
 
 
 class RealHints:
     """Hints on the real clock: frames are paced, simulated delays really pass, deadlines are met or missed."""
 
-    def __init__(self, delay: int, log: HintLog, *, uplink: Link, downlink: Link) -> None:
-        self._log = log
+    def __init__(self, delay: int, run: Run, *, uplink: Link, downlink: Link) -> None:
+        self._run = run
         self._buffer = HintBuffer(delay)
         self._uplink, self._downlink = uplink, downlink
         self._sent_at: dict[int, int] = {}
-        self._received: list[ReceivedHint] = []
         self._on_the_way: queue.SimpleQueue[tuple[int, ReceivedHint] | None] = queue.SimpleQueue()
         self._stream: HintStream | None = None
         self._threads = [
@@ -200,20 +225,21 @@ class RealHints:
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
         assert self._stream is not None
-        self._sent_at[frame] = now
-        self._stream.send(frame, samples)
+        if self._stream.ended is None:  # else nobody takes it any more
+            self._sent_at[frame] = now
+            self._stream.send(frame, samples)
 
     def take(self, frame: int, now: int) -> Samples | None:
         return self._buffer.take(frame, now)
 
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         assert self._stream is not None
-        run.ended_at = self._now()
-        run.lost = self._stream.ended
+        self._run.ended_at = self._now()
+        self._run.lost = self._stream.ended
         self._stream.close()
         for thread in self._threads:
             thread.join()
-        _account(run, self._stream, self._received)
+        self._run.bytes_up, self._run.bytes_down = self._stream.bytes_up, self._stream.bytes_down
 
     def _now(self) -> int:
         return time.perf_counter_ns() - self._started_at
@@ -221,7 +247,7 @@ class RealHints:
     def _receive(self) -> None:
         assert self._stream is not None
         while (received := self._stream.receive()) is not None:
-            self._received.append(received)
+            self._run.count(received)
             self._on_the_way.put((self._downlink.arrival(self._now(), received.payload_bytes), received))
         self._on_the_way.put(None)
 
@@ -231,11 +257,4 @@ class RealHints:
             now = self.wait_until(arrival)
             assert received.hint is not None  # this session has no deadline
             self._buffer.put(received.frame, received.hint, now)
-            self._log.arrived_at[received.frame] = now
-
-
-def _account(run: Run, stream: HintStream, received: list[ReceivedHint]) -> None:
-    run.hints_received = len(received)
-    run.server_queue_us = [hint.queue_us for hint in received]
-    run.server_compute_us = [hint.compute_us for hint in received]
-    run.bytes_up, run.bytes_down = stream.bytes_up, stream.bytes_down
+            self._run.log.arrived_at[received.frame] = now

@@ -1,19 +1,20 @@
 """``kb-client replay``: from files to files."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from common.call_credentials import Credentials
-from common.cli import warn
-from common.errors import Failure, InputError
+from common.cli import console, warn
+from common.errors import Failure, InputError, printable
+from common.files import check_files, is_standard_output, is_stream
 from device_client import audio, simulated_network
 from device_client import report as reporting
 from device_client.engine import EngineName, Model, load_model, needs_torch
@@ -28,6 +29,9 @@ from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from models.manifest import Manifest, find_bundle, read_manifest
 from protos.codec import Samples
 
+if TYPE_CHECKING:
+    from device_client.plot import Spectrogram
+
 
 @dataclass(frozen=True)
 class ReplayOptions:
@@ -39,6 +43,7 @@ class ReplayOptions:
     engine: EngineName
     server: str | None
     credentials: Credentials
+    secrets: tuple[Path, ...]  # files that the credentials are from
     enrollment: Path | None
     frame_log: Path | None
     references: tuple[Path, ...]
@@ -63,14 +68,11 @@ class ReplayOptions:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What the files hold, checked."""
+class _Measured:
+    """What figures and comparisons are made of: whole signals, at the file's rate."""
 
-    samples: Samples  # [M, N] at the file's rate
-    rate: int
-    mixture: Samples  # [M, N] at the bundle's rate
-    references: Samples | None  # [S, M, N] at the file's rate
-    enrollment: Samples | None  # speech [N] at ENROLLMENT_RATE, or an embedding [256]
+    mixture: Samples  # [M, N]
+    references: Samples  # [S, M, N]
 
 
 def replay_file(options: ReplayOptions) -> None:
@@ -87,6 +89,7 @@ def replay_file(options: ReplayOptions) -> None:
         replay_recording(options.frame_log, options.input_file, options.output, load_model(directory, options.engine))
         return
     manifest = read_manifest(directory)
+    config = manifest.model
     _check_call(options, manifest)
     conditions = simulated_network.conditions_of(
         options.network,
@@ -96,90 +99,122 @@ def replay_file(options: ReplayOptions) -> None:
         bandwidth_mbit=options.bandwidth_mbit,
     )
     trace = simulated_network.read_trace(options.trace) if options.trace is not None else None
-    outputs = _output_paths(options, manifest.model)
-    inputs = _read_inputs(options, manifest.model)
-    model = load_model(directory, options.engine)
-    baseline = None
-    if options.alone is not None:
-        baseline = _load_baseline(options.alone, options.engine, manifest.model)
-
+    outputs = _output_paths(options, directory, config)
     with ExitStack() as stack:
+        source = stack.enter_context(audio.open_audio(options.input_file))
+        if (warning := audio.check_channels(source, config.microphones)) is not None:
+            warn(warning)
+        measured = _read_measured(options, source, config) if options.references else None
+        enrollment = _read_enrollment(options.enrollment) if options.enrollment is not None else None
+        model = load_model(directory, options.engine)
+        baseline = _load_baseline(options.alone, options.engine, config) if options.alone is not None else None
         server = None
-        if manifest.model.boosting is not None:
+        if config.boosting is not None:
             server = options.server or stack.enter_context(local_server(directory))
-        embedding = _speaker_embedding(inputs.enrollment, server, options.credentials)
-        log = _new_log(inputs.mixture, manifest.model)
-        hints = None
-        if server is not None:
-            hints = _open_hints(options, manifest, server, embedding, log, conditions, trace, stack)
-        run = _run_frames("replay", model, inputs.mixture, embedding, hints, log)
-    if run.lost is not None:
-        what = f"the server was lost after {run.hints_received} hints ({run.lost.status}: {run.lost.detail})"
-        if options.require_server:
-            raise Failure(f"{what}; nothing was written")
-        warn(f"{what}; the rest ran on the small network alone")
+        embedding = _speaker_embedding(enrollment, server, options.credentials)
 
-    estimates = {"boosted" if hints is not None else "small_without_hints": run.output}
-    if inputs.references is not None and hints is not None:
-        alone_log = _new_log(inputs.mixture, manifest.model)
-        alone = _run_frames("without hints", model, inputs.mixture, embedding, None, alone_log)
-        estimates["small_without_hints"] = alone.output
-    if baseline is not None:
-        estimates["alone"] = _run_frames(
-            "alone", baseline, inputs.mixture, embedding, None, _new_log(inputs.mixture, baseline.manifest.model)
-        ).output
-    if options.with_large:
-        estimates["large"] = _large_estimate(options.bundle, inputs.mixture, embedding)
-    length = inputs.samples.shape[1]
-    at_file_rate = {
-        name: audio.fit_length(audio.resample(estimate, manifest.model.framing.sample_rate, inputs.rate), length)
-        for name, estimate in estimates.items()
-    }
-    sources = at_file_rate["boosted" if hints is not None else "small_without_hints"]
+        run = _new_run(source, config)
+        pictures = _pictures(options, source, config)
+        kept: dict[str, list[Samples]] = {}
+        system = "boosted" if server is not None else "small_without_hints"
+        with ExitStack() as files:
+            comment = f"bundle {manifest.label}" if manifest.untrained else None
+            writers = [
+                files.enter_context(
+                    audio.write_sound(
+                        path,
+                        source.rate,
+                        config.sources * config.microphones // len(outputs),
+                        options.output_format,
+                        comment,
+                    )
+                )
+                for path in outputs
+            ]
 
-    comment = f"bundle {manifest.label}" if manifest.untrained else None
-    clipped = sum(
-        audio.write_audio(path, source, inputs.rate, options.output_format, comment)
-        for path, source in zip(outputs, sources, strict=True)
-    )
-    if clipped:
-        warn(f"{clipped} samples exceed full scale and were clipped; --output-format float keeps them")
-    seconds = length / inputs.rate
+            def take(estimate: Samples) -> None:
+                for writer, samples in zip(writers, estimate.reshape(len(writers), -1, estimate.shape[2]), strict=True):
+                    writer.write(samples)
+                for picture, samples in zip(pictures[1:], estimate, strict=False):
+                    picture.add(samples[0])
+                if measured is not None:
+                    kept.setdefault(system, []).append(estimate)
+
+            with ExitStack() as session:
+                hints = None
+                if server is not None:
+                    hints = _open_hints(options, manifest, server, embedding, run, conditions, trace, session)
+                _run_frames("replay", model, source, embedding, hints, run, take)
+            if run.lost is not None:
+                what = f"the server was lost after {run.hints_received} hints ({run.lost.status}: {run.lost.detail})"
+                if options.require_server:
+                    raise Failure(f"{what}; nothing was written")
+                warn(f"{what}; the rest ran on the small network alone")
+        clipped = sum(writer.clipped for writer in writers)
+        if clipped:
+            warn(f"{clipped} samples exceed full scale and were clipped; --output-format float keeps them")
+
+        if measured is not None:
+            others = {"without hints": ("small_without_hints", model)} if server is not None else {}
+            if baseline is not None:
+                others["alone"] = "alone", baseline
+            for label, (name, other) in others.items():
+                keep = kept.setdefault(name, []).append
+                _run_frames(label, other, source, embedding, None, _new_run(source, config), keep)
+            if options.with_large:
+                kept["large"] = _large_estimate(options.bundle, source, config, embedding)
+        estimates = {name: np.concatenate(parts, axis=-1) for name, parts in kept.items()}
+        kept.clear()
+        if pictures:
+            for block in source.blocks():
+                pictures[0].add(block[0])
+
+    seconds = source.length / source.rate
     network = reporting.network_report(
         conditions,
-        trace=str(options.trace) if options.trace is not None else None,
+        trace=printable(options.trace) if options.trace is not None else None,
         server_ms=None if options.real_clock else options.server_ms or 0,
         pcm=options.pcm_encoding,
         hints=options.hint_encoding,
     )
     report = reporting.Report(
         bundle=reporting.bundle_report(manifest),
-        input=str(options.input_file),
+        input=printable(options.input_file),
         seconds=round(seconds, 6),
-        sample_rate=inputs.rate,
-        outputs=[str(path) for path in outputs],
+        sample_rate=source.rate,
+        outputs=[printable(path) for path in outputs],
         clipped_samples=clipped,
         clock="real" if options.real_clock else "virtual",
         seed=options.seed,
-        network=network if hints is not None else None,
-        frames=len(log.used),
-        hints=reporting.hint_report(run, seconds) if hints is not None else None,
+        network=network if server is not None else None,
+        frames=len(run.log.used),
+        hints=reporting.hint_report(run, seconds) if server is not None else None,
         server_lost=reporting.lost_report(run),
-        quality=_quality(inputs.samples, at_file_rate, inputs.references),
+        quality=_quality(measured, estimates) if measured is not None else {},
         timing=reporting.timing(
             run,
-            manifest.model,
-            server="none" if hints is None else options.server or "local",
+            config,
+            server="none" if server is None else options.server or "local",
             wall_seconds=time.perf_counter() - began,
         ),
     )
     if options.report is not None:
         reporting.write_report(options.report, report)
-    if options.compare is not None and inputs.references is not None:
-        _compare(options.compare, options.input_file, manifest, inputs, at_file_rate, report.quality)
+    if options.compare is not None and measured is not None:
+        _compare(options, manifest, source.rate, measured, estimates, report.quality)
     if options.plot is not None:
-        _plot(options.plot, options.input_file, manifest, inputs, sources, run)
-    Console().print(reporting.table(report))
+        _plot(options.plot, options.input_file, manifest, pictures, run)
+    aside = any(path is not None and is_standard_output(path) for path in (*outputs, options.report, options.plot))
+    console(stderr=aside).print(reporting.table(report))
+
+
+def _pictures(options: ReplayOptions, source: audio.AudioFile, config: ModelConfig) -> "list[Spectrogram]":
+    """Of the mixture and every output; none without ``--plot``."""
+    if options.plot is None:
+        return []
+    from device_client.plot import Spectrogram
+
+    return [Spectrogram(source.rate, source.length) for _ in range(1 + config.sources)]
 
 
 def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model:
@@ -196,10 +231,15 @@ def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model
     return load_model(find_bundle(bundle), engine)
 
 
-def _large_estimate(bundle: str, mixture: Samples, embedding: Samples | None) -> Samples:
+def _large_estimate(
+    bundle: str, source: audio.AudioFile, config: ModelConfig, embedding: Samples | None
+) -> list[Samples]:
     with needs_torch("--with-large"):
         from device_client.torch_engine import large_estimate
-    return large_estimate(bundle, mixture, embedding)
+    rate = config.framing.sample_rate
+    estimate = large_estimate(bundle, np.concatenate(list(source.heard(config.microphones, rate)), axis=1), embedding)
+    stream = audio.OutputStream(estimate.shape[:2], rate, source)
+    return [*stream.add(estimate), *stream.finish()]
 
 
 def _check_call(options: ReplayOptions, manifest: Manifest) -> None:
@@ -238,59 +278,54 @@ def _check_frame_log_call(options: ReplayOptions) -> None:
         raise InputError("--frame-log runs a recorded session again: give only --output, --bundle and --engine with it")
 
 
-def _output_paths(options: ReplayOptions, model: ModelConfig) -> list[Path]:
-    """Where the estimates go, one file a source; all files to be written have been checked."""
+def _output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> list[Path]:
+    """Where the estimates go, one file a source, or all into one stream; all that is to be written has been checked."""
     outputs = [options.output]
-    if model.sources > 1:
+    if model.sources > 1 and not is_stream(options.output):
         stem = options.output.stem
         outputs = [options.output.with_stem(f"{stem}-speaker{number}") for number in range(1, model.sources + 1)]
-    read = [path for path in (options.input_file, *options.references, options.enrollment) if path is not None]
-    for path in (*outputs, options.report, options.plot):
-        if path is not None and path.resolve() in [other.resolve() for other in read]:
-            raise InputError(f"{path}: would overwrite an input; choose another name")
     for path in outputs:
         audio.check_output(path, options.output_format)
-    if options.report is not None and not options.report.parent.is_dir():
-        raise InputError(f"{options.report}: no folder {options.report.parent}; make it first")
+    made: dict[Path, Sequence[str]] = {}
     if options.plot is not None:
         from device_client.plot import check_plot
 
         check_plot(options.plot)
-    if options.compare is not None and options.compare.exists() and not options.compare.is_dir():
-        raise InputError(f"{options.compare}: is a file; give --compare a folder")
-    if options.compare is not None and any(path.resolve().parent == options.compare.resolve() for path in read):
-        raise InputError(
-            f"{options.compare}: holds an input, which could be overwritten; give --compare another folder"
-        )
+    if options.compare is not None:
+        from device_client.comparison import file_names
+
+        made[options.compare] = file_names(model.sources)
+    reads = (
+        *(options.input_file, *options.references, options.enrollment, options.trace, *options.secrets),
+        *bundle.iterdir(),
+    )
+    check_files(
+        [path for path in reads if path is not None],
+        [path for path in (*outputs, options.report, options.plot) if path is not None],
+        made,
+    )
     return outputs
 
 
-def _read_inputs(options: ReplayOptions, model: ModelConfig) -> _Inputs:
-    recording = audio.read_audio(options.input_file)
-    samples, warning = audio.to_microphones(recording, model.microphones, options.input_file)
-    if warning:
-        warn(warning)
-    references = None
-    if options.references:
-        if len(options.references) != model.sources:
-            raise InputError(f"--reference: give it {model.sources} times for this bundle, once for each source")
-        references = np.stack(
-            [_read_reference(path, recording, model.microphones, options.input_file) for path in options.references]
-        )
-    return _Inputs(
-        samples=samples,
-        rate=recording.rate,
-        mixture=audio.resample(samples, recording.rate, model.framing.sample_rate),
-        references=references,
-        enrollment=_read_enrollment(options.enrollment) if options.enrollment is not None else None,
+def _read_measured(options: ReplayOptions, source: audio.AudioFile, model: ModelConfig) -> _Measured:
+    if len(options.references) != model.sources:
+        raise InputError(f"--reference: give it {model.sources} times for this bundle, once for each source")
+    return _Measured(
+        _microphones(source, model.microphones),
+        np.stack([_read_reference(path, source, model.microphones) for path in options.references]),
     )
 
 
-def _read_reference(path: Path, mixture: audio.Recording, microphones: int, mixture_path: Path) -> Samples:
-    recording = audio.read_audio(path)
-    if recording.rate != mixture.rate or recording.samples.shape[1] != mixture.samples.shape[1]:
-        raise InputError(f"{path}: must have the sample rate and the length of {mixture_path}")
-    samples, _ = audio.to_microphones(recording, microphones, path)
+def _microphones(file: audio.AudioFile, microphones: int) -> Samples:
+    return np.concatenate(list(file.heard(microphones, file.rate)), axis=1)
+
+
+def _read_reference(path: Path, mixture: audio.AudioFile, microphones: int) -> Samples:
+    with audio.open_audio(path) as file:
+        if (file.rate, file.length) != (mixture.rate, mixture.length):
+            raise InputError(f"{path}: must have the sample rate and the length of {mixture.path}")
+        audio.check_channels(file, microphones)
+        samples = _microphones(file, microphones)
     if not np.ptp(samples, axis=1).all():
         raise InputError(f"{path}: is silent, nothing can be measured against it")
     return samples
@@ -311,8 +346,10 @@ def _speaker_embedding(enrollment: Samples | None, server: str | None, credentia
     return enroll(server, enrollment, credentials)
 
 
-def _new_log(mixture: Samples, model: ModelConfig) -> HintLog:
-    return HintLog(model.framing.frames(mixture.shape[1]), model.delay)
+def _new_run(source: audio.AudioFile, model: ModelConfig) -> Run:
+    # Resampling rounds the length to the nearest sample, and the least is one.
+    most = source.length * model.framing.sample_rate // source.rate + 2
+    return Run(HintLog(model.framing.frames(most), model.delay))
 
 
 def _open_hints(
@@ -320,7 +357,7 @@ def _open_hints(
     manifest: Manifest,
     server: str,
     embedding: Samples | None,
-    log: HintLog,
+    run: Run,
     conditions: simulated_network.NetworkConditions,
     trace: simulated_network.Trace | None,
     stack: ExitStack,
@@ -339,7 +376,7 @@ def _open_hints(
         speaker_embedding=embedding,
     )
     if options.real_clock:
-        real = RealHints(model.delay, log, uplink=uplink, downlink=downlink)
+        real = RealHints(model.delay, run, uplink=uplink, downlink=downlink)
         stream = open_stream(hold=real.hold)
         stack.callback(stream.close)
         real.start(stream)
@@ -349,7 +386,7 @@ def _open_hints(
     return VirtualHints(
         stream,
         model.delay,
-        log,
+        run,
         uplink=uplink,
         downlink=downlink,
         server_ns=round((options.server_ms or 0) * 1e6),
@@ -358,22 +395,38 @@ def _open_hints(
 
 
 def _run_frames(
-    label: str, model: Model, mixture: Samples, embedding: Samples | None, hints: Hints | None, log: HintLog
-) -> Run:
+    label: str,
+    model: Model,
+    source: audio.AudioFile,
+    embedding: Samples | None,
+    hints: Hints | None,
+    run: Run,
+    take: Callable[[Samples], None],
+) -> None:
+    """Run a recording, and hand on what came of it at the recording's rate, ``[S, M, n]`` at a time."""
     config = model.manifest.model
-    engine = model.session(embedding)
-    with _progress(label, len(log.used)) as advance:
-        return run_frames(engine, mixture, config.framing, config.delay, hints, log, advance)
+    rate = config.framing.sample_rate
+    engine, stream = model.session(embedding), audio.OutputStream((config.sources, config.microphones), rate, source)
+
+    def write(estimate: Samples) -> None:
+        for samples in stream.add(estimate):
+            take(samples)
+
+    with _progress(label, len(run.log.used)) as advance:
+        mixture = source.heard(config.microphones, rate)
+        run_frames(engine, mixture, config.framing, config.delay, hints, run, write, advance)
+    for samples in stream.finish():
+        take(samples)
 
 
 @contextmanager
 def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A function to call once a frame; a bar appears on a terminal after two seconds."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    terminal = console(stderr=True)
+    if not terminal.is_terminal:
         yield lambda: None
         return
-    bar = Progress(console=console, transient=True)
+    bar = Progress(console=terminal, transient=True)
     task = bar.add_task(label, total=total)
     began, done = time.monotonic(), 0
 
@@ -391,11 +444,8 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         bar.stop()
 
 
-def _quality(
-    mixture: Samples, estimates: dict[str, Samples], references: Samples | None
-) -> dict[str, reporting.Quality]:
-    if references is None:
-        return {}
+def _quality(measured: _Measured, estimates: dict[str, Samples]) -> dict[str, reporting.Quality]:
+    mixture, references = measured.mixture, measured.references
     before = si_sdr(mixture, references).mean(), snr(mixture, references).mean()
     quality = {"mixture": reporting.Quality(si_sdr=round(float(before[0]), 3), si_sdri=0, snri=0)}
     for name in ("alone", "small_without_hints", "boosted", "large"):
@@ -411,35 +461,34 @@ def _quality(
 
 
 def _compare(
-    folder: Path,
-    input_file: Path,
+    options: ReplayOptions,
     manifest: Manifest,
-    inputs: _Inputs,
+    rate: int,
+    measured: _Measured,
     estimates: dict[str, Samples],
     quality: dict[str, reporting.Quality],
 ) -> None:
     from device_client.comparison import Comparison, System, write_comparison
 
-    assert inputs.references is not None
+    assert options.compare is not None
     systems: dict[System, Samples] = {}
     for name in ("alone", "boosted", "large"):
         if name in estimates:
             # Separated voices come in any order: here all in that of the references.
-            systems[name] = estimates[name][list(match_sources(estimates[name], inputs.references))]
+            systems[name] = estimates[name][list(match_sources(estimates[name], measured.references))]
     gains = {name: quality[name].si_sdri for name in systems}
-    systems["reference"] = inputs.references
-    title = f"{input_file.name}, bundle {manifest.label}"
-    comparison = Comparison(inputs.samples, systems, gains, inputs.rate, manifest.model.task, title)
-    write_comparison(folder, comparison)
+    systems["reference"] = measured.references
+    title = f"{printable(options.input_file.name)}, bundle {manifest.label}"
+    comparison = Comparison(measured.mixture, systems, gains, rate, manifest.model.task, title)
+    write_comparison(options.compare, comparison)
 
 
-def _plot(path: Path, input_file: Path, manifest: Manifest, inputs: _Inputs, sources: Samples, run: Run) -> None:
+def _plot(path: Path, input_file: Path, manifest: Manifest, pictures: "list[Spectrogram]", run: Run) -> None:
     from device_client.plot import plot_replay
 
-    shown = {"mixture": inputs.samples}
-    for number, source in enumerate(sources, start=1):
-        shown[f"output, speaker {number}" if len(sources) > 1 else "output"] = source
+    names = [f"output, speaker {number}" for number in range(1, len(pictures))] if len(pictures) > 2 else ["output"]
+    shown = dict(zip(["mixture", *names], pictures, strict=True))
     notice = " - UNTRAINED, random weights" if manifest.untrained else ""
-    title = f"{input_file.name}, bundle {manifest.name}{notice}"
+    title = f"{printable(input_file.name)}, bundle {manifest.name}{notice}"
     budget_ms = 1000 * manifest.model.delay * manifest.model.framing.chunk_seconds
-    plot_replay(path, title, shown, inputs.rate, run.log if manifest.model.boosting else None, run.ended_at, budget_ms)
+    plot_replay(path, title, shown, run.log if manifest.model.boosting else None, run.ended_at, budget_ms)

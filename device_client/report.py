@@ -1,6 +1,6 @@
 """What a replay tells: the JSON report (``docs/report.md`` describes it) and the table for the terminal."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from common.files import atomic_file
 from device_client.replay import Run
 from device_client.simulated_network import NetworkConditions
+from device_client.tally import Tally
 from models.config import ModelConfig
 from models.manifest import UNTRAINED_NOTICE, Manifest
 
@@ -33,13 +34,11 @@ class Percentiles(Record):
     max: float | None
 
     @classmethod
-    def of(cls, values: NDArray[np.float64] | Sequence[float]) -> "Percentiles":
-        """Percentiles of the values that are numbers, rounded to a thousandth."""
-        numbers = np.asarray(values, np.float64)
-        numbers = numbers[~np.isnan(numbers)]
-        if not numbers.size:
+    def of(cls, times: Tally) -> "Percentiles":
+        """Percentiles of times, in milliseconds."""
+        if not times:
             return cls(p50=None, p95=None, p99=None, max=None)
-        p50, p95, p99, top = (round(float(np.percentile(numbers, q)), 3) for q in (50, 95, 99, 100))
+        p50, p95, p99, top = (round(times.percentile_ms(q), 3) for q in (50, 95, 99, 100))
         return cls(p50=p50, p95=p95, p99=p99, max=top)
 
 
@@ -169,7 +168,7 @@ def network_report(
 def hint_report(run: Run, seconds: float) -> HintReport:
     """The report's part on the hints."""
     on_time, late, missing = run.log.classify(run.ended_at)
-    ages = run.log.ages_ms(run.ended_at)
+    ages = run.log.tally(run.ended_at)
     return HintReport(
         due=len(on_time),
         on_time=int(on_time.sum()),
@@ -201,15 +200,15 @@ def lost_report(run: Run) -> ServerLost | None:
 
 def timing(run: Run, model: ModelConfig, *, server: str, wall_seconds: float) -> Timing:
     """The report's part on time."""
-    chunk_ns = model.framing.chunk_seconds * 1e9
+    frames = max(len(run.compute), 1)
     return Timing(
         server=server,
         wall_seconds=round(wall_seconds, 3),
-        compute_ms=Percentiles.of(run.compute_ns / 1e6),
-        real_time_factor=round(float(run.compute_ns.mean() / chunk_ns), 4),
-        frames_behind=int((run.late_start_ns > chunk_ns).sum()),
-        server_queue_ms=Percentiles.of([value / 1e3 for value in run.server_queue_us]),
-        server_compute_ms=Percentiles.of([value / 1e3 for value in run.server_compute_us]),
+        compute_ms=Percentiles.of(run.compute),
+        real_time_factor=round(run.compute.total / frames / (1e6 * model.framing.chunk_seconds), 4),
+        frames_behind=run.frames_behind,
+        server_queue_ms=Percentiles.of(run.server_queue),
+        server_compute_ms=Percentiles.of(run.server_compute),
     )
 
 
@@ -287,12 +286,12 @@ def _ranges(flags: NDArray[np.bool_]) -> list[FrameRange]:
     return [(int(first), int(end) - 1) for first, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _histogram(ages: NDArray[np.float64]) -> dict[str, int]:
+def _histogram(ages: Tally) -> dict[str, int]:
     edges = [4, 8, 16, 24, 32, 40, 48, 64, 96, 128, 256, 512, 1024]
-    classes = np.searchsorted(edges, ages[~np.isnan(ages)])
-    counts = np.bincount(classes, minlength=len(edges) + 1)
-    labels = [*(str(edge) for edge in edges), "inf"]
-    return {label: int(count) for label, count in zip(labels, counts, strict=True)}
+    classes = [0] * (len(edges) + 1)
+    for microseconds, count in ages.counts.items():
+        classes[bisect_left(edges, microseconds / 1e3)] += count
+    return dict(zip([*map(str, edges), "inf"], classes, strict=True))
 
 
 def write_report(path: Path, report: Report) -> None:

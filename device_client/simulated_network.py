@@ -124,7 +124,7 @@ def read_trace(path: Path) -> Trace:
     """
     existing_file(path, "a trace")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: not readable as CSV ({reason(error)})") from None

@@ -6,7 +6,7 @@ import numpy as np
 from platformdirs import user_config_path
 
 from common.errors import InputError, existing_file, reason
-from common.files import atomic_file
+from common.files import atomic_file, check_files
 from models.config import SPEAKER_EMBEDDING_SIZE
 from protos.codec import Samples
 
@@ -18,10 +18,7 @@ def save(name: str, embedding: Samples) -> Path:
         InputError: the name cannot be a file's, or the folder cannot be written.
     """
     path = _path(name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot make that folder ({reason(error)})") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         np.save(temporary, embedding)
     return path
@@ -51,7 +48,7 @@ def read_embedding(path: Path) -> Samples:
     existing_file(path, "a speaker embedding")
     try:
         embedding = np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, EOFError) as error:
         raise InputError(f"{path}: not readable as an array ({reason(error)})") from None
     if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all():
         raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} finite numbers")
@@ -62,16 +59,17 @@ def read_embedding(path: Path) -> Samples:
     return np.ascontiguousarray(embedding)
 
 
-def check_name(name: str) -> None:
-    """Whether somebody can be enrolled under that name.
+def check_name(name: str, speech: Path | None) -> None:
+    """Whether somebody can be enrolled under that name, by the speech of a file if there is one.
 
     Raises:
-        InputError: not.
+        InputError: it is no name, or its file cannot be written.
     """
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise InputError(f"{name}: must be of letters, digits, - and _, to be the name of a speaker")
+    path = _path(name)
+    check_files([speech] if speech is not None else [], [], {path.parent: [path.name]})
 
 
 def _path(name: str) -> Path:
-    check_name(name)
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise InputError(f"{name}: must be of letters, digits, - and _, to be the name of a speaker")
     return user_config_path("knowledge-boosting", appauthor=False) / "speakers" / f"{name}.npy"

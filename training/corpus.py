@@ -13,7 +13,8 @@ import hashlib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from common import sound_files
 from common.errors import InputError, existing_file, reason
 
 Samples = npt.NDArray[np.float32]
@@ -183,21 +185,29 @@ def _speaker(folder: Path, name: Path) -> str:
 
 
 def _length(path: Path) -> int:
+    with _speech(path) as header:
+        if header.samplerate < SAMPLE_RATE:
+            raise BrokenFile(path, f"sampled at {header.samplerate} Hz; at least {SAMPLE_RATE} Hz is needed")
+        if header.channels != 1:
+            raise BrokenFile(path, f"has {header.channels} channels; speech must be mono")
+        if not header.seekable():
+            raise BrokenFile(path, f"is {header.subtype_info} sound, of which no part can be found; give it as FLAC")
+        frames = sound_files.promised(header)
+        if not frames:
+            raise BrokenFile(path, "holds no samples")
+        return frames * SAMPLE_RATE // int(header.samplerate)
+
+
+@contextmanager
+def _speech(path: Path) -> Iterator[soundfile.SoundFile]:
+    """A file of speech, open; what is wrong with it becomes a :class:`BrokenFile`."""
     try:
-        header = soundfile.info(path)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _unreadable(path, error) from None
-    if header.samplerate < SAMPLE_RATE:
-        raise BrokenFile(path, f"sampled at {header.samplerate} Hz; at least {SAMPLE_RATE} Hz is needed")
-    if header.channels != 1:
-        raise BrokenFile(path, f"has {header.channels} channels; speech must be mono")
-    if not header.frames:
-        raise BrokenFile(path, "holds no samples")
-    return int(header.frames) * SAMPLE_RATE // int(header.samplerate)
-
-
-def _unreadable(path: Path, error: Exception) -> BrokenFile:
-    return BrokenFile(path, f"not readable as audio ({reason(error).rstrip('.')}); copy it again")
+        with sound_files.open_sound(path) as sound:
+            yield sound
+    except sound_files.UnusableSound as error:
+        raise BrokenFile(path, str(error)) from None
+    except (OSError, soundfile.LibsndfileError, RuntimeError) as error:
+        raise BrokenFile(path, f"not readable as audio ({reason(error).rstrip('.')}); copy it again") from None
 
 
 def read_segment(segment: Segment) -> Samples:
@@ -207,19 +217,15 @@ def read_segment(segment: Segment) -> Samples:
         BrokenFile: the file is damaged, cut short, or has samples that are not finite.
     """
     path = segment.utterance.path
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            start = segment.start * rate // SAMPLE_RATE
-            wanted = min(-(-segment.length * rate // SAMPLE_RATE), file.frames - start)
-            file.seek(start)
-            samples = file.read(wanted, dtype="float32")
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _unreadable(path, error) from None
+    with _speech(path) as file:
+        rate = file.samplerate
+        start = segment.start * rate // SAMPLE_RATE
+        wanted = min(-(-segment.length * rate // SAMPLE_RATE), file.frames - start)
+        file.seek(start)
+        samples = file.read(wanted, dtype="float32")
+        sound_files.check_samples(samples)
     if len(samples) < wanted:
         raise BrokenFile(path, "cut short; copy it again")
-    if not np.isfinite(samples).all():
-        raise BrokenFile(path, "has samples that are NaN or infinite; write it again without them")
     if rate != SAMPLE_RATE:
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="VHQ")
     # Resampling rounds the length to the nearest sample.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common import sound_files
 from common.cli import warn
 from common.errors import InputError, reason
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
@@ -137,8 +138,12 @@ def _read_source(path: Path, microphones: int) -> Tensor:
     if not path.is_file():
         raise InputError(f"{path}: no such file; the item is incomplete")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+        with sound_files.open_sound(path) as sound:
+            samples = sound.read(sound_files.promised(sound), dtype="float32", always_2d=True)
+            rate = sound.samplerate
+    except sound_files.UnusableSound as error:
+        raise InputError(f"{path}: {error}") from None
+    except (OSError, soundfile.LibsndfileError, RuntimeError) as error:
         raise InputError(f"{path}: not readable as audio ({reason(error).rstrip('.')})") from None
     if rate != SAMPLE_RATE or samples.shape[1] != microphones:
         raise InputError(

@@ -48,7 +48,7 @@ def samples_of(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
 def test_a_session_tells_what_it_did(recorded: tuple[Path, list[dict[str, object]]], ss_server: Server) -> None:
     folder, told = recorded
     frames = -(-len(samples_of(folder / "mixture.wav")) // 128)
-    assert len(samples_of(folder / "played.wav")) == 128 * frames
+    assert len(samples_of(folder / "played.wav")) == len(samples_of(folder / "mixture.wav"))
     assert any(line["event"] == "server" and line["server"] == ss_server.address for line in told)
     last = told[-1]
     assert (last["event"], last["frames"], last["play"]) == ("ended", frames, "both")
@@ -68,7 +68,7 @@ def test_what_was_recorded_is_what_was_heard_and_played(recorded: tuple[Path, li
     np.testing.assert_array_equal(heard[: len(mixture)], mixture)
     assert not heard[len(mixture) :].any()
     played = samples_of(folder / "recording" / "output.wav")
-    np.testing.assert_array_equal(played, samples_of(folder / "played.wav"))
+    np.testing.assert_array_equal(played[: len(mixture)], samples_of(folder / "played.wav"))
 
 
 def test_a_recorded_session_runs_again_bit_for_bit(
@@ -136,7 +136,7 @@ def test_a_call_that_cannot_be_run(
         ([*files, "--bundle", tse, "--speaker", "../x"], "must be of letters"),
         ([*files, "--bundle", ss, "--record", tmp_path / "bare"], "exists already"),
         ([*files, "--bundle", ss, "--rate", 48000], "--rate is for devices"),
-        ([*files[:2], "--bundle", ss], "must both be"),
+        ([*files[:2], "--bundle", ss], "is a file, no device; give --output a file too"),
         ([*files[:2], "--bundle", ss, "--output", tmp_path / "o.ogg"], "must end in .wav"),
         (["--bundle", ss, "--virtual-mic", "m", "--output", "x"], "leave out --output"),
     ]
@@ -174,4 +174,4 @@ def test_without_a_sound_system_it_says_what_to_install(
     files = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav"]
     result = call_without(missing, tmp_path, "live", "--bundle", golden_bundle(SS), *files)
     assert result.returncode == 0, result.stderr
-    assert len(samples_of(tmp_path / "out.wav")) == 1664
+    assert len(samples_of(tmp_path / "out.wav")) == 1600

@@ -1,0 +1,48 @@
+"""Where every installed command begins: Ctrl-C ends it quietly also while its modules are still being read."""
+
+import importlib
+import signal
+from typing import NoReturn
+
+
+def _start(module: str) -> NoReturn:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # There is nothing to clean up yet; common.cli takes over.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    importlib.import_module(module).main()
+    raise AssertionError("commands leave by themselves")
+
+
+def kb_client() -> NoReturn:
+    """``kb-client``."""
+    _start("device_client.main")
+
+
+def kb_evaluate() -> NoReturn:
+    """``kb-evaluate``."""
+    _start("training.evaluation")
+
+
+def kb_export() -> NoReturn:
+    """``kb-export``."""
+    _start("models.export")
+
+
+def kb_make_dataset() -> NoReturn:
+    """``kb-make-dataset``."""
+    _start("training.make_dataset")
+
+
+def kb_make_voices() -> NoReturn:
+    """``kb-make-voices``."""
+    _start("training.voices")
+
+
+def kb_server() -> NoReturn:
+    """``kb-server``."""
+    _start("remote_server.main")
+
+
+def kb_train() -> NoReturn:
+    """``kb-train``."""
+    _start("training.trainer")
