@@ -102,7 +102,7 @@ def _draw(path: Path, comparison: Comparison) -> None:
         plt.close(figure)
 
 
-def _levels(samples: Samples, rate: int) -> tuple[NDArray[np.float64], tuple[float, ...]]:
+def _levels(samples: Samples, rate: int) -> tuple[NDArray[np.float32], tuple[float, ...]]:
     spectrogram = Spectrogram(rate, len(samples))
     spectrogram.add(samples)
     return spectrogram.levels()

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 FORMATS = (".png", ".pdf", ".svg")
-_MOST_COLUMNS = 2000  # more than a picture has points
+_MOST_COLUMNS = 1200  # about as many as the picture has points
 _FRAMES_AT_ONCE = 256
 
 
@@ -91,7 +91,7 @@ def _plot_ages(axis: Any, log: HintLog, ended_at: int, budget_ms: float) -> None
     axis.legend(loc="upper right", ncols=4, fontsize=8)
 
 
-def draw_spectrogram(axis: Any, title: str, level: NDArray[np.float64], extent: tuple[float, ...], top: float) -> Any:
+def draw_spectrogram(axis: Any, title: str, level: NDArray[np.float32], extent: tuple[float, ...], top: float) -> Any:
     """Draw a spectrogram, 80 dB down from ``top``; returns the image."""
     image = axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top, cmap="magma")
     axis.set_ylabel("kHz")
@@ -136,10 +136,10 @@ class Spectrogram:
         np.add.at(self._power, columns, np.square(spectrum))
         self._done += len(frames)
 
-    def levels(self) -> tuple[NDArray[np.float64], tuple[float, ...]]:
+    def levels(self) -> tuple[NDArray[np.float32], tuple[float, ...]]:
         """Level in dB ``[F, T]``, and its extent in seconds and kHz."""
         if not self._done:
             self.add(np.zeros(self._size - len(self._rest), np.float32))
         counts = np.bincount(np.arange(self._frames) // self._frames_each)
         level = 20 * np.log10(np.sqrt(self._power / counts[:, None]).T + 1e-7)
-        return level, (0.0, self._length / self._rate, 0.0, self._rate / 2000)
+        return level.astype(np.float32), (0.0, self._length / self._rate, 0.0, self._rate / 2000)
