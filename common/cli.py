@@ -82,11 +82,11 @@ def warn(message: str) -> None:
     print(f"warning: {printable(message)}", file=sys.stderr)
 
 
-def console(*, stderr: bool = False) -> "Console":
+def console(*, stderr: bool = False, width: int | None = None) -> "Console":
     """Where tables and bars are printed: nothing in a text, such as a path with brackets, is taken for markup."""
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
 class _Forgiving(io.FileIO):
@@ -125,8 +125,8 @@ def _forgiving_output() -> Iterator[list[OSError]]:
             io.BufferedWriter(raw),
             encoding=stream.encoding,
             errors="backslashreplace",
-            line_buffering=bool(stream.line_buffering),
-            write_through=stream is before[1],
+            # As it was, PYTHONUNBUFFERED included.
+            line_buffering=bool(stream.line_buffering or stream.write_through),
         )
         for raw, stream in zip(found, before, strict=True)
     )

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from common.errors import InputError, reason
 from common.files import atomic_file
+from common.pictures import any_words
 from device_client import audio
-from device_client.plot import Spectrogram, any_glyphs, draw_spectrogram
+from device_client.plot import Spectrogram, draw_spectrogram
 from models.manifest import shipped_bundles
 from protos.codec import Samples
 
@@ -73,6 +74,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
     _draw(folder / PICTURE, comparison)
 
 
+@any_words()
 def _draw(path: Path, comparison: Comparison) -> None:
     curve = _quality_by_delay(comparison.task)
     gains = comparison.gains
@@ -95,8 +97,8 @@ def _draw(path: Path, comparison: Comparison) -> None:
         axis.set_xlabel("time, s")
         if curve:
             _draw_curve(figure.add_subplot(grid[:, 1]), curve)
-        figure.suptitle(comparison.title, fontsize=12, parse_math=False)
-        with atomic_file(path) as temporary, any_glyphs():
+        figure.suptitle(comparison.title, fontsize=12)
+        with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=100)
     finally:
         plt.close(figure)

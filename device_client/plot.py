@@ -1,8 +1,5 @@
 """The picture of a replay: spectrograms of mixture and output, and every hint's age."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ from numpy.typing import NDArray
 
 from common.errors import InputError, reason
 from common.files import atomic_file
+from common.pictures import any_words
 from device_client.hint_buffer import HintLog
 from protos.codec import Samples
 
@@ -34,6 +32,7 @@ def check_plot(path: Path) -> None:
         raise InputError(f"{path}: a plot must end in {', '.join(FORMATS)}")
 
 
+@any_words()
 def plot_replay(
     path: Path,
     title: str,
@@ -64,8 +63,8 @@ def plot_replay(
     if log is not None:
         _plot_ages(axes[-1, 0], log, ended_at, budget_ms)
     axes[-1, 0].set_xlabel("time, s")
-    figure.suptitle(title, fontsize=11, parse_math=False)
-    with atomic_file(path) as temporary, any_glyphs():
+    figure.suptitle(title, fontsize=11)
+    with atomic_file(path) as temporary:
         try:
             figure.savefig(temporary, dpi=110)
         except ValueError as error:
@@ -95,16 +94,8 @@ def draw_spectrogram(axis: Any, title: str, level: NDArray[np.float32], extent: 
     """Draw a spectrogram, 80 dB down from ``top``; returns the image."""
     image = axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top, cmap="magma")
     axis.set_ylabel("kHz")
-    axis.set_title(title, loc="left", fontsize=10, parse_math=False)
+    axis.set_title(title, loc="left", fontsize=10)
     return image
-
-
-@contextmanager
-def any_glyphs() -> Iterator[None]:
-    """In this block letters that the font lacks are drawn as boxes, and nothing is said of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
-        yield
 
 
 class Spectrogram:

@@ -89,10 +89,6 @@ def serve(
     if context.invoked_subcommand is not None:
         return
     prepare_grpc()
-    if hasattr(signal, "SIGHUP"):
-        # Until bundles can be looked at again; untouched, the signal would end the process.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
     if workers > 1 and worker is None:
         from remote_server.workers import run_workers
 
@@ -174,6 +170,9 @@ def _session_count(value: str) -> int | None:
 
 def main() -> None:
     """Entry point of ``kb-server``."""
+    if hasattr(signal, "SIGHUP"):
+        # Until bundles can be looked at again; untouched, the signal would end the process.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     common.cli.run(app, "kb-server")
 
 

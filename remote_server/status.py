@@ -2,10 +2,10 @@
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.console import Console
 from rich.table import Table
 
 from common.call_credentials import Credentials
+from common.cli import console
 from common.connection import call_failed, connect
 from protos import hints_pb2 as pb
 from protos.codec import SERVICE_NAME
@@ -47,5 +47,5 @@ def print_status(server: str, credentials: Credentials) -> bool:
     words = "serving" if serving else "shutting down: takes no new sessions"
     enrolls = "enrolls speakers" if first.enrolls else "enrolls no speakers"
     print(f"{server}: {words}; protocol {first.protocol_version}; {enrolls}")
-    Console(highlight=False).print(table)
+    console().print(table)
     return serving

@@ -20,6 +20,7 @@ COMMANDS = {
     "kb-evaluate": "training.evaluation",
     "kb-export": "models.export",
     "kb-make-dataset": "training.make_dataset",
+    "kb-make-voices": "training.voices",
     "kb-server": "remote_server.main",
     "kb-train": "training.trainer",
 }
@@ -107,16 +108,30 @@ def descriptors(pid: int) -> int:
 
 @contextmanager
 def running_server(bundle: Path, *arguments: object) -> Iterator[Server]:
-    """A server on a free port of loopback, stopped at the end."""
+    """A server on a free port of loopback, stopped at the end, also that of this process, however it comes."""
     process = subprocess.Popen(
         # How many sessions a busy machine carries is not what most tests ask.
-        command("kb-server", "--bundle", bundle, "--port", 0, "--device", "cpu", "--max-sessions", 16, *arguments),
+        command(
+            "kb-server",
+            "--bundle",
+            bundle,
+            "--port",
+            0,
+            "--device",
+            "cpu",
+            "--max-sessions",
+            16,
+            "--until-stdin-ends",
+            *arguments,
+        ),
         env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
+    assert process.stdin is not None
     assert process.stderr is not None
     server = Server(process, "")
     reader = threading.Thread(target=lambda: server.log.extend(iter(process.stderr.readline, "")), daemon=True)  # type: ignore[union-attr]
@@ -136,8 +151,8 @@ def running_server(bundle: Path, *arguments: object) -> Iterator[Server]:
                 process.kill()
                 process.wait()
         reader.join(timeout=5)
-        process.stdout.close()
-        process.stderr.close()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()
 
 
 def environment() -> dict[str, str]:

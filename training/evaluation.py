@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import common.cli
@@ -497,7 +496,7 @@ def _measure(
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
     """A function to call once an item and model; a bar appears on a terminal only."""
-    console = Console(stderr=True)
+    console = common.cli.console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=total)
@@ -698,10 +697,10 @@ def evaluate(
         write_results(output, results, names, figures)
         if record:
             _record_quality(results)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
-    console.print(table(results, console.width))
+    terminal = common.cli.console()
+    if not terminal.is_terminal:
+        terminal = common.cli.console(width=_FILE_WIDTH)
+    terminal.print(table(results, terminal.width))
     print(f"{output}: {', '.join(RESULT_FILES)}")
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from common.errors import InputError, reason
 from common.files import atomic_file
+from common.pictures import any_words
 from models.config import Strict
 
 SCHEMA_VERSION: Final = 1
@@ -387,6 +388,7 @@ _MARKERS: dict[System, str] = {
 }
 
 
+@any_words()
 def _draw(path: Path, results: Results) -> None:
     import matplotlib
 

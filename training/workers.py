@@ -12,6 +12,7 @@ from itertools import islice
 from multiprocessing import connection
 from typing import Any, TypeVar
 
+from common.cli import console
 from common.errors import Failure
 
 Result = TypeVar("Result")
@@ -39,17 +40,16 @@ def run_in_workers(
     Raises:
         Failure: a worker process died. What the function raises comes as it is; the calls not begun are dropped.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     count = max(1, min(workers or os.cpu_count() or 1, len(calls)))
-    console = Console(stderr=True)
+    terminal = console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
     with (
         _one_thread_each(),
         ProcessPoolExecutor(count, context, _start, (start, arguments)) as pool,
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress,
     ):
         bar = progress.add_task("", total=len(calls))
         waiting = iter(calls)

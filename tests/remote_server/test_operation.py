@@ -145,8 +145,9 @@ def test_a_session_that_comes_as_the_server_begins_to_drain_is_refused(
 
 def test_a_hang_up_while_it_loads_does_not_end_a_server(golden_bundle: Callable[[str], Path]) -> None:
     process = subprocess.Popen(
-        command("kb-server", "--bundle", golden_bundle(SS), "--port", 0, "--device", "cpu"),
+        command("kb-server", "--bundle", golden_bundle(SS), "--port", 0, "--device", "cpu", "--until-stdin-ends"),
         env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
