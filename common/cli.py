@@ -6,6 +6,7 @@ standard output that takes no more, included).
 
 import errno
 import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -111,12 +112,19 @@ def _forgiving_output() -> Iterator[list[OSError]]:
 
     Yields what went wrong with standard output.
     """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed; the next file that is opened would be taken for it
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.BytesIO())
     before, found = (sys.stdout, sys.stderr), list[_Forgiving]()
     try:
         if sys.platform != "win32":  # whose terminals take no bytes
             found = [_Forgiving(stream.fileno()) for stream in before]
-    except (AttributeError, OSError):
-        pass  # closed, or none that this process was given
+    except OSError:
+        pass  # a test's
     if not found:
         yield []
         return

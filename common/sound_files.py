@@ -41,8 +41,20 @@ class _Container:
     left_open: tuple[int, Order] | None = None  # place and byte order of a length, 4 bytes, that nobody came back to
 
 
+class Sound(soundfile.SoundFile):  # type: ignore[misc] # it has no types
+    """A sound file that is read from one place on. ``read`` must be told how many samples are wanted."""
+
+    def seekable(self) -> bool:
+        # Else every block that is read ends with a search for where it ends, which some files do not survive.
+        return False
+
+    def can_seek(self) -> bool:
+        """Whether reading can begin anywhere."""
+        return bool(super().seekable())
+
+
 @contextmanager
-def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
+def open_sound(path: Path) -> Iterator[Sound]:
     """A sound file, open for reading.
 
     Raises:
@@ -58,7 +70,7 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
         source = _Mended(file, size, container.left_open) if container.left_open is not None else file.fileno()
         try:
             # Given open, a file may have any name: neither its suffix nor bytes that are no UTF-8 matter.
-            sound = soundfile.SoundFile(source, closefd=False)
+            sound = Sound(source, closefd=False)
         except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
             raise _unreadable(error) from None
         with sound:
@@ -67,7 +79,7 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
             yield sound
 
 
-def blocks(sound: soundfile.SoundFile) -> Iterator[Samples]:
+def blocks(sound: Sound) -> Iterator[Samples]:
     """The samples from where the file stands to its end, ``[n, channels]`` with n up to ``BLOCK``.
 
     Raises:
@@ -78,7 +90,7 @@ def blocks(sound: soundfile.SoundFile) -> Iterator[Samples]:
         try:
             block = sound.read(BLOCK, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise _unreadable(error) from None
+            raise UnusableSound(f"cut short or damaged after {done} samples ({_words(error)}); copy it again") from None
         if not len(block):
             break
         check_samples(block)
@@ -90,7 +102,7 @@ def blocks(sound: soundfile.SoundFile) -> Iterator[Samples]:
         raise UnusableSound("holds no samples")
 
 
-def promised(sound: soundfile.SoundFile) -> int:
+def promised(sound: Sound) -> int:
     """Samples a channel that the header speaks of; 0 if it does not say."""
     return int(sound.frames) if sound.frames < _UNKNOWN_LENGTH else 0
 
@@ -121,8 +133,12 @@ def erase_time(file: io.FileIO) -> None:
 
 
 def _unreadable(error: Exception) -> UnusableSound:
+    return UnusableSound(f"not readable as audio ({_words(error)}); give WAV, FLAC or OGG")
+
+
+def _words(error: Exception) -> str:
     text = error.error_string if isinstance(error, soundfile.LibsndfileError) else reason(error)
-    return UnusableSound(f"not readable as audio ({text.rstrip('.')}); give WAV, FLAC or OGG")
+    return str(text).removeprefix("Error : ").rstrip(".")
 
 
 class _Mended(io.RawIOBase):

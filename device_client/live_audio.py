@@ -48,7 +48,7 @@ class FileAudio:
         self._waiting = np.zeros((microphones, 0), np.float32)
         self._output = audio.OutputStream((microphones,), framing.sample_rate, source)
         self._captured = self._played = self._started_at = 0
-        self._left: int | None = None  # samples to come, once that is known
+        self._length: int | None = None  # samples of the recording, once that is known
         self._stopped = False
         self.underruns = 0
         self.overruns = 0
@@ -70,21 +70,22 @@ class FileAudio:
 
     def _fetch(self, count: int) -> bool:
         """Whether there are as many samples, zeros after the last ones included."""
-        while self._waiting.shape[1] < count and self._left is None:
+        while self._waiting.shape[1] < count and self._length is None:
             block = next(self._blocks, None)
             if block is not None:
                 self._waiting = np.concatenate([self._waiting, block], axis=1)
                 continue
-            heard = self._captured + self._waiting.shape[1]
-            length = self._framing.frames(heard) * self._framing.chunk + self._framing.lookahead
-            self._waiting = np.pad(self._waiting, ((0, 0), (0, length - heard)))
-            self._left = length
+            self._length = self._captured + self._waiting.shape[1]
+            whole = self._framing.frames(self._length) * self._framing.chunk + self._framing.lookahead
+            self._waiting = np.pad(self._waiting, ((0, 0), (0, whole - self._length)))
         return self._waiting.shape[1] >= count
 
     def write(self, samples: Samples) -> None:
         # A sound card would begin to play this when the next chunk has been captured.
         due = (self._played + samples.shape[1] + self._framing.n_fft) / self._framing.sample_rate
         self.underruns += self._elapsed() > due
+        if self._length is not None:
+            samples = samples[:, : self._length - self._played]
         self._played += samples.shape[1]
         try:
             for converted in self._output.add(samples):

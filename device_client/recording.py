@@ -132,7 +132,7 @@ class Recorder:
         sounds = [
             (self._folder / name, lookahead) for name, lookahead in (("input.wav", self._lookahead), ("output.wav", 0))
         ]
-        fused = (self._folder / "hints.f32").stat().st_size // self._hint_size
+        fused = (self._folder / "hints.f32").stat().st_size // max(self._hint_size, 1)
         kept, used = len(rows) - (not rows[-1].endswith(b"\n")) if rows else 0, 0
         for path, lookahead in sounds:
             kept = min(kept, max(0, soundfile.info(path).frames - lookahead) // self._chunk)

@@ -190,7 +190,7 @@ def _length(path: Path) -> int:
             raise BrokenFile(path, f"sampled at {header.samplerate} Hz; at least {SAMPLE_RATE} Hz is needed")
         if header.channels != 1:
             raise BrokenFile(path, f"has {header.channels} channels; speech must be mono")
-        if not header.seekable():
+        if not header.can_seek():
             raise BrokenFile(path, f"is {header.subtype_info} sound, of which no part can be found; give it as FLAC")
         frames = sound_files.promised(header)
         if not frames:
@@ -199,7 +199,7 @@ def _length(path: Path) -> int:
 
 
 @contextmanager
-def _speech(path: Path) -> Iterator[soundfile.SoundFile]:
+def _speech(path: Path) -> Iterator[sound_files.Sound]:
     """A file of speech, open; what is wrong with it becomes a :class:`BrokenFile`."""
     try:
         with sound_files.open_sound(path) as sound:

@@ -1,11 +1,13 @@
 """Files that are whole or not there."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from common.errors import InputError
-from common.files import atomic_directory, atomic_file
+from common.files import atomic_directory, atomic_file, check_files
 
 
 def test_a_file_appears_only_when_all_of_it_is_written(tmp_path: Path) -> None:
@@ -21,8 +23,6 @@ def test_a_file_appears_only_when_all_of_it_is_written(tmp_path: Path) -> None:
 
 
 def _umask() -> int:
-    import os
-
     value = os.umask(0)
     os.umask(value)
     return value
@@ -54,3 +54,98 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "new" / "d") as directory:
         (directory / "a").touch()
     assert (tmp_path / "new" / "d" / "a").exists()
+
+
+def check(reads: list[Path], writes: list[Path], folders: dict[Path, list[str]] | None = None) -> str:
+    """What a call that reads and writes these files is told; nothing if it may run."""
+    try:
+        check_files(reads, writes, folders)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_no_call_may_write_over_its_inputs_or_twice_to_one_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    a, b = tmp_path / "a.wav", tmp_path / "b.wav"
+    a.write_text("a")
+    (tmp_path / "soft.wav").symlink_to(a)
+    (tmp_path / "dangling.wav").symlink_to(b)
+    (tmp_path / "hard.wav").hardlink_to(a)
+    (tmp_path / "folder").symlink_to(tmp_path)
+    same = [
+        a,
+        tmp_path / "soft.wav",
+        tmp_path / "hard.wav",
+        tmp_path / "sub" / ".." / "a.wav",
+        tmp_path / "folder/a.wav",
+    ]
+    for path in same:
+        assert "would overwrite an input" in check([a], [path]), path
+        assert "would overwrite an input" in check([path], [a]), path
+        assert path == a or "is written twice" in check([], [a, path]), path
+    # Neither is there yet.
+    for path in (b, tmp_path / "dangling.wav", tmp_path / "sub" / ".." / "b.wav", tmp_path / "folder" / "b.wav"):
+        assert "is written twice" in check([], [b, path]), path
+    # Files that a folder gets.
+    assert "would overwrite an input" in check([a], [], {tmp_path: ["a.wav"]})
+    assert "is written twice" in check([], [b], {tmp_path / "folder": ["c.wav", "b.wav"]})
+    assert "is written twice" in check(
+        [], [], {tmp_path / "new": ["c.wav"], tmp_path / "sub" / ".." / "new": ["c.wav"]}
+    )
+    assert not check([a], [b, tmp_path / "c.wav"], {tmp_path / "new" / "deep": ["a.wav", "b.wav"]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.wav",
+        "dangling.wav",
+        "folder",
+        "hard.wav",
+        "soft.wav",
+        "sub",
+    ]
+
+
+def test_what_cannot_be_written_is_found_out_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    long = "n" * 300
+    cases = [
+        ([tmp_path / "no" / "a.wav"], {}, "no folder"),
+        ([tmp_path], {}, "is a folder"),
+        ([tmp_path / f"{long}.wav"], {}, "File name too long"),
+        ([tmp_path / "file" / "a.wav"], {}, "no folder"),
+        ([], {tmp_path / "file" / "d": ["a"]}, "is a file"),
+        ([], {tmp_path / "file": ["a"]}, "is a file"),
+        ([], {tmp_path / long: ["a"]}, "File name too long"),
+        ([Path("/proc/a.wav")], {}, "cannot write there"),
+        ([], {Path("/proc/d"): ["a"]}, "cannot write there"),
+    ]
+    for writes, folders, expected in cases:
+        assert expected in check([], writes, folders), writes or folders
+    # The longest name that the file system takes.
+    longest = tmp_path / f"{'é' * 125}.wav"
+    assert not check([], [longest], {tmp_path / ("n" * 255): ["a"]})
+    with atomic_file(longest) as temporary:
+        temporary.write_text("all of it")
+    assert longest.read_text() == "all of it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", longest.name]
+
+
+def test_a_pipe_is_written_to_and_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.wav"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as reader:
+        content = reader.submit(pipe.read_bytes)
+        with atomic_file(pipe) as temporary:
+            temporary.write_bytes(b"whole")
+        assert content.result() == b"whole"
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "a").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "a")
+    with atomic_file(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far" / "a").read_text() == "new"

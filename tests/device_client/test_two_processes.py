@@ -246,7 +246,9 @@ def servers_of(bundle: Path) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGKILL, -9)]
+)
 def test_its_own_server_ends_with_it(
     number: signal.Signals, code: int, golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
