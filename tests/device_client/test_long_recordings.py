@@ -1,0 +1,142 @@
+"""Recordings of any length: no more memory than for short ones, and the same samples as all at once."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from device_client.audio import OutputStream, open_audio
+from device_client.plot import Spectrogram
+from device_client.replay import windows
+from device_client.tally import Tally
+from models.bundle import write_bundle
+from models.checkpoint import build
+from models.config import Framing, ModelConfig, NetworkSize
+from protos.codec import Samples
+from tests.processes import command, environment
+
+TINY = ModelConfig(task="ss", framing=Framing(), small=NetworkSize(channels=4, hidden=4, blocks=1))
+
+
+@pytest.fixture(scope="module")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that takes hardly any time."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny"
+    write_bundle(path, build(TINY), TINY, untrained=True, source="random", configuration="test")
+    return path
+
+
+def write_noise(path: Path, seconds: float, rate: int = 48000) -> Path:
+    rng = np.random.default_rng(0)
+    with soundfile.SoundFile(path, "w", rate, 2, "PCM_16") as file:
+        for first in range(0, round(seconds * rate), 10 * rate):
+            file.write(rng.uniform(-0.3, 0.3, (min(10 * rate, round(seconds * rate) - first), 2)))
+    return path
+
+
+def replay(source: Path, bundle: Path, *flags: object) -> float:
+    """Run a replay; the most memory that it had, MiB."""
+    target = source.with_name(f"{source.stem}-out.wav")
+    call = command("kb-client", "replay", source, "-o", target, "--bundle", bundle, *flags)
+    process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss / 1024
+
+
+@pytest.mark.parametrize(
+    ("rate", "length"), [(16000, 30011), (44100, 50021), (8000, 9973), (48000, 3), (192_000, 11), (16000, 1)]
+)
+def test_blocks_give_the_very_samples_of_a_whole_signal(rate: int, length: int, tmp_path: Path) -> None:
+    """There and back through resampling, against one call each of the resampler and NumPy."""
+    samples = np.random.default_rng(2).uniform(-0.9, 0.9, (length, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "in.wav", samples, rate, subtype="FLOAT")
+    whole = soxr.resample(samples, rate, 16000, quality="VHQ") if rate != 16000 else samples
+    if not len(whole):
+        whole = np.zeros((1, 2), np.float32)
+    frames = -(-len(whole) // 128)
+    padded = np.pad(whole, ((0, 128 * frames + 64 - len(whole)), (0, 0)))
+    with open_audio(tmp_path / "in.wav") as file:
+        stream, out, count = OutputStream((3, 2), 16000, file), [], 0
+        for number, (window, valid) in enumerate(windows(file.heard(2, 16000), Framing())):
+            np.testing.assert_array_equal(window, padded[128 * number :][:192].T)
+            made = np.stack([window, 2 * window, -window])[..., :valid]
+            out += stream.add(made)
+            count += 1
+        out += stream.finish()
+    assert count == frames
+    result = np.concatenate(out, axis=-1)
+    six = np.concatenate([whole, 2 * whole, -whole], axis=1)
+    back = soxr.resample(six, 16000, rate, quality="VHQ") if rate != 16000 else six
+    expected = np.zeros((length, 6), np.float32)
+    expected[: len(back)] = back[:length]
+    np.testing.assert_array_equal(result.reshape(6, -1).T, expected)
+
+
+def test_memory_does_not_grow_with_the_recording(tiny_bundle: Path, tmp_path: Path) -> None:
+    short, long = (
+        replay(write_noise(tmp_path / f"{s}.wav", s), tiny_bundle, "--report", tmp_path / "r") for s in (2, 90)
+    )
+    # 90 seconds of 48 kHz are 33 MiB of samples, which were held many times over.
+    assert long < short + 8
+
+
+@pytest.mark.long
+def test_an_hour_takes_at_most_300_mb_and_is_its_first_minutes_and_more(tiny_bundle: Path, tmp_path: Path) -> None:
+    hour, minutes = write_noise(tmp_path / "hour.wav", 3600), write_noise(tmp_path / "minutes.wav", 600)
+    most = replay(hour, tiny_bundle, "--report", tmp_path / "report.json")
+    print(f"an hour: {most:.0f} MiB")
+    assert most * 2**20 <= 300e6
+    replay(minutes, tiny_bundle)
+    for number in (1, 2):
+        names = [tmp_path / f"{name}-out-speaker{number}.wav" for name in ("hour", "minutes")]
+        assert [soundfile.info(name).frames for name in names] == [3600 * 48000, 600 * 48000]
+        with soundfile.SoundFile(names[0]) as first, soundfile.SoundFile(names[1]) as second:
+            # Where the ten minutes end the two hear different things, and both resamplers look ahead.
+            for _ in range(599):
+                np.testing.assert_array_equal(first.read(48000, dtype="int16"), second.read(48000, dtype="int16"))
+            overlap = [file.read(48000 - 4800, dtype="int16") for file in (first, second)]
+            np.testing.assert_array_equal(*overlap)
+
+
+def pieces(signal: Samples) -> Iterator[Samples]:
+    rng, first = np.random.default_rng(3), 0
+    while first < len(signal):
+        last = first + int(rng.integers(1, 5000))
+        yield signal[first:last]
+        first = last
+
+
+@pytest.mark.parametrize("seconds", [0.01, 1.0, 30.0])
+def test_a_spectrogram_of_pieces_is_that_of_the_whole(seconds: float) -> None:
+    rate = 16000
+    tone = np.sin(2 * np.pi * 2000 * np.arange(round(seconds * rate)) / rate).astype(np.float32)
+    whole, pieced = Spectrogram(rate, len(tone)), Spectrogram(rate, len(tone))
+    whole.add(tone)
+    for piece in pieces(tone):
+        pieced.add(piece)
+    level, extent = whole.levels()
+    np.testing.assert_allclose(pieced.levels()[0], level, atol=1e-4)
+    assert level.shape[1] <= 1200
+    assert extent == (0.0, max(seconds, 0.032), 0.0, 8.0)
+    assert (level[64] > level[80] + 60).all() or seconds < 0.032  # 2 kHz, and 2.5
+    assert level[64].max() == pytest.approx(0, abs=0.1) or seconds < 0.032
+
+
+def test_a_tally_has_the_percentiles_of_its_values() -> None:
+    values = np.random.default_rng(4).integers(0, 5000, 1000)
+    one_by_one, at_once = Tally(), Tally()
+    for value in values.tolist():
+        one_by_one.add(value)
+    at_once.add_all(values)
+    for q in (0, 50, 95, 99, 100):
+        expected = float(np.percentile(values, q)) / 1e3
+        assert one_by_one.percentile_ms(q) == pytest.approx(expected)
+        assert at_once.percentile_ms(q) == pytest.approx(expected)
+    assert (len(at_once), at_once.total) == (1000, values.sum())
