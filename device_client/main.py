@@ -313,7 +313,10 @@ def bench(
     ] = 2000,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Measure how fast this device runs its networks, and say whether that is enough to run live."""
+    """Measure how fast this device runs its networks, and say whether that is enough to run live.
+
+    The exit code tells whether it was measured, not how fast: it is 0 for a device that is too slow, too.
+    """
     from device_client.bench import bench as run_bench
 
     run_bench(tuple(bundle or ()), engine.value, frames, json_file)

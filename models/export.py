@@ -7,6 +7,7 @@ import typer
 
 import common.cli
 from common.errors import InputError, existing_file, reason
+from common.files import check_new_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -42,6 +43,7 @@ def export(
         raise InputError("give --config FILE and --output DIRECTORY to make a bundle, or --check BUNDLE")
     if untrained == (checkpoint is not None):
         raise InputError("give either --checkpoint FILE or --untrained")
+    check_new_folder(output)
     import torch
 
     from models.bundle import write_bundle

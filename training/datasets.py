@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common import sound_files
-from common.cli import warn
+from common.cli import end_signals, warn
 from common.errors import InputError, reason
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from training.config import DynamicData, FolderData
@@ -459,8 +459,8 @@ class EpochOrder(Sampler[list[Address]]):
 
 
 def _leave_signals(_worker: int) -> None:
-    """Leave SIGTERM and Ctrl-C to the trainer, though they reach every process of its group; it ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Leave SIGTERM, SIGHUP and Ctrl-C to the trainer, though they reach every process of its group; it ends its workers."""
+    for number in (signal.SIGINT, *end_signals()):
         signal.signal(number, signal.SIG_IGN)
 
 

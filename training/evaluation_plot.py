@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import InputError, reason
-from common.files import atomic_file
+from common.files import atomic_file, check_folder
 from common.pictures import any_words
 from models.config import Strict
 
@@ -293,8 +292,7 @@ def output_folder(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{path}: cannot make the folder ({reason(error)}); give another --output") from None
     try:
-        if not os.access(path, os.W_OK):
-            raise InputError(f"{path}: cannot write there; choose a folder you can write to")
+        check_folder(path)
         for name in RESULT_FILES:
             if (path / name).is_dir():
                 raise InputError(f"{path / name}: is a folder, where a file is to be written; give another --output")

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from common.cli import end_signals
 from common.errors import InputError, reason
 from common.files import atomic_file
 from models.checkpoint import read_checkpoint
@@ -288,7 +289,7 @@ class _WholeCheckpoints(TorchCheckpointIO):
 
 
 class _Interruption(Callback):
-    """On SIGTERM or Ctrl-C: finish the step, save, end. A second signal ends at once."""
+    """On SIGTERM, SIGHUP or Ctrl-C: finish the step, save, end. A second signal ends at once."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.number: int | None = None
@@ -296,7 +297,7 @@ class _Interruption(Callback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, *end_signals())}
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
         # Every process must stop at the same step.

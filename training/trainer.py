@@ -8,6 +8,7 @@ import typer
 
 import common.cli
 from common.errors import InputError
+from common.files import check_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -45,6 +46,8 @@ def train(
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if first and not resume and not test and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(f"{run_dir}: holds a run already; give --resume to go on with it, or another --run_dir")
+    if first and not test:
+        check_folder(run_dir)
     if resume and ckpt is None and not last.is_file():
         raise InputError(f"{run_dir}: has no last.ckpt to resume from; leave out --resume to start")
     if ckpt is not None and not ckpt.is_file():

@@ -80,9 +80,11 @@ def test_flags_that_cannot_be_used(
     golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = write_raw(tmp_path / "trace.csv", b"up_ms,down_ms\n1,2\n3,-4\n")
+    good = write_raw(tmp_path / "good.csv", b"up_ms,down_ms\n1,2\n")
     out, ss, tse = tmp_path / "out.wav", golden_bundle(SS), golden_bundle(TSE)
     np.save(tmp_path / "short.npy", np.zeros(255, np.float32))
     np.save(tmp_path / "zeros.npy", np.zeros(256, np.float32))
+    (tmp_path / "sub").mkdir()
     soundfile.write(tmp_path / "long.wav", np.zeros(31 * 8000), 8000)
     cases: list[tuple[list[object], str]] = [
         (["--bundle", ss], "Missing"),
@@ -116,6 +118,20 @@ def test_flags_that_cannot_be_used(
         (["-o", out, "--bundle", ss, "--reference", mixture], "give it 2 times"),
         (["-o", out, "--bundle", ss, "--server", "nowhere"], "must be HOST:PORT"),
         (["-o", out, "--bundle", ss, "--wrong"], "--wrong"),
+        (["-o", out, "--bundle", ss, "--report", tmp_path / "out-speaker1.wav"], "is written twice"),
+        (["-o", out, "--bundle", ss, "--report", tmp_path / "p.png", "--plot", tmp_path / "p.png"], "is written twice"),
+        (["-o", out, "--bundle", ss, "--report", good, "--trace", good], "would overwrite an input"),
+        (["-o", out, "--bundle", ss, "--report", ss / "bundle.json"], "would overwrite an input"),
+        (["-o", out, "--bundle", ss, "--report", tmp_path], "is a folder"),
+        (["-o", tmp_path / f"{'o' * 260}.wav", "--bundle", ss], "File name too long"),
+        (["-o", out, "--bundle", "b" * 300], "File name too long"),
+        (
+            [
+                *("-o", tmp_path / "sub/alone.wav", "--bundle", ss, "--compare", tmp_path / "sub"),
+                *("--reference", mixture, "--reference", mixture, "--report", tmp_path / "sub/boosted-speaker2.wav"),
+            ],
+            "alone-speaker1.wav: is written twice",
+        ),
     ]
     before = leftovers(tmp_path)
     for flags, expected in cases:

@@ -10,6 +10,7 @@ import pytest
 
 from common.errors import Failure, InputError
 from device_client.device_audio import DeviceAudio, open_device_audio
+from device_client.devices_command import print_devices
 from models.config import Framing
 from protos.codec import Samples
 
@@ -174,3 +175,22 @@ def test_a_stream_that_stopped_goes_on_and_a_device_that_went_away_ends_the_sess
         card.active, card.trouble_starting = False, "Device unavailable"
         with pytest.raises(Failure, match="went away"):
             audio.read(np.zeros((2, 128), np.float32))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 0), (2, 0), (0, 2), (2, 2)])
+def test_devices_are_listed_whatever_is_missing(
+    inputs: int, outputs: int, card: Card, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if inputs + outputs:
+        card.devices[0] |= {"max_input_channels": inputs, "max_output_channels": outputs}
+    else:
+        card.devices.clear()
+    print_devices()
+    told = capsys.readouterr()
+    assert ("card" in told.out) == bool(inputs + outputs)
+    assert ("no sound devices" in told.out) == (not inputs + outputs)
+    picked = ", ".join(way for way, channels in (("input", inputs), ("output", outputs)) if channels)
+    assert picked in told.out
+    assert ("no microphone" in told.err) == (not inputs)
+    assert ("no loudspeaker" in told.err) == (not outputs)
+    assert ("apt-get install" in told.err) == (not (inputs and outputs))

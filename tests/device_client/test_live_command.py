@@ -123,6 +123,7 @@ def test_a_call_that_cannot_be_run(
 ) -> None:
     soundfile.write(tmp_path / "in.wav", np.zeros((1600, 2)), 16000)
     (tmp_path / "bare").mkdir()
+    (tmp_path / "empty").mkdir()
     shutil.copy(golden_bundle(SS) / "bundle.json", tmp_path / "bare")
     files: list[object] = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav"]
     ss, tse = golden_bundle(SS), golden_bundle(TSE)
@@ -139,6 +140,18 @@ def test_a_call_that_cannot_be_run(
         ([*files[:2], "--bundle", ss], "is a file, no device; give --output a file too"),
         ([*files[:2], "--bundle", ss, "--output", tmp_path / "o.ogg"], "must end in .wav"),
         (["--bundle", ss, "--virtual-mic", "m", "--output", "x"], "leave out --output"),
+        (["--bundle", ss, "--input", "x.mp3"], "--input x.mp3: is a file, no device; give --output a file too"),
+        (["--bundle", ss, "--input", "x.mp3", "--output", "y.wav"], "x.mp3: no such file"),
+        (["--bundle", ss, "--output", "y.wav"], "--output y.wav: is a file, no device; give --input a sound file too"),
+        ([*files[:2], "--output", tmp_path / "in.wav", "--bundle", ss], "would overwrite an input"),
+        ([*files, "--bundle", ss, "--record", tmp_path / "in.wav"], "exists already"),
+        (
+            [*files[:2], "--output", tmp_path / "empty/output.wav", "--record", tmp_path / "empty", "--bundle", ss],
+            "twice",
+        ),
+        ([*files[:2], "--output", tmp_path / "no" / "o.wav", "--bundle", ss], "no folder"),
+        ([*files[:2], "--output", tmp_path / f"{'o' * 260}.wav", "--bundle", ss], "File name too long"),
+        (["--input", f"{'i' * 300}.wav", *files[2:], "--bundle", ss], "File name too long"),
     ]
     before = sorted(tmp_path.iterdir())
     for flags, expected in cases:

@@ -1,5 +1,7 @@
 """Arrival times against closed forms."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +17,7 @@ from device_client.simulated_network import (
     Trace,
     conditions_of,
     make_links,
+    read_trace,
 )
 
 SPACING = 8_000_000  # ns
@@ -109,3 +112,10 @@ def test_presets_carry_the_stream(preset: str) -> None:
     assert bandwidth is not None
     assert payload * 8 / (SPACING / 1e9) < bandwidth * 1e6
     assert isinstance(make_links(PRESETS[preset], spacing_ns=SPACING, seed=0)[0], Link)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_trace_may_begin_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("up_ms,down_ms\n1,2\n3,4.5\n", encoding=encoding)
+    trace = read_trace(tmp_path / "trace.csv")
+    assert (trace.up, trace.down) == ((1_000_000, 3_000_000), (2_000_000, 4_500_000))

@@ -7,6 +7,7 @@ import pytest
 import soundfile
 
 from common.errors import InputError
+from tests.sounds import wav
 from training.corpus import (
     SAMPLE_RATE,
     BrokenFile,
@@ -217,3 +218,29 @@ def test_broken_files_and_silence_are_drawn_again(tmp_path: Path) -> None:
             draw_voices(np.random.default_rng(seed), talkers, SAMPLE_RATE, 0, skip_broken=False)
     with pytest.raises(InputError, match="no usable speech in 20 draws"):
         draw_voices(np.random.default_rng(0), talkers[2:], SAMPLE_RATE, 0, skip_broken=True)
+
+
+@pytest.mark.parametrize(
+    ("container", "suffix"), [("RF64", ".wav"), ("WAV", ".wav"), ("AIFF", ".aiff"), ("OGG", ".ogg")]
+)
+def test_a_corpus_has_no_files_that_are_cut_short(container: str, suffix: str, tmp_path: Path) -> None:
+    for name in ("ann", "bob"):
+        path = tmp_path / f"{name}-1{suffix}"
+        soundfile.write(
+            path, np.random.default_rng(0).uniform(-0.3, 0.3, 2 * SAMPLE_RATE), SAMPLE_RATE, format=container
+        )
+    assert len(find_speech(tmp_path, skip_broken=False).speakers) == 2
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BrokenFile, match="cut short"):
+        find_speech(tmp_path, skip_broken=False)
+    assert list(find_speech(tmp_path, skip_broken=True).broken) == [path]
+
+
+def test_speech_whose_length_was_left_open_is_used(tmp_path: Path) -> None:
+    pcm = np.random.default_rng(0).integers(-9000, 9000, (2 * SAMPLE_RATE, 1)).astype(np.int16)
+    for number, sizes in enumerate([(0x7FFFF024, 0x7FFFF000), (0, 0)]):
+        (tmp_path / f"ann-{number}.wav").write_bytes(wav(pcm, SAMPLE_RATE, sizes))
+    utterances = find_speech(tmp_path, skip_broken=False).speakers["ann"]
+    for utterance in utterances:
+        segment = read_segment(Segment(utterance, 1000, SAMPLE_RATE))
+        np.testing.assert_array_equal(segment, pcm[1000 : 1000 + SAMPLE_RATE, 0] / np.float32(32768))
