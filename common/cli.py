@@ -134,7 +134,7 @@ def _forgiving_output() -> Iterator[list[OSError]]:
             encoding=stream.encoding,
             errors="backslashreplace",
             # As it was, PYTHONUNBUFFERED included.
-            line_buffering=bool(stream.line_buffering or stream.write_through),
+            line_buffering=bool(stream.line_buffering or getattr(stream, "write_through", False)),
         )
         for raw, stream in zip(found, before, strict=True)
     )

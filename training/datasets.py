@@ -459,7 +459,7 @@ class EpochOrder(Sampler[list[Address]]):
 
 
 def _leave_signals(_worker: int) -> None:
-    """Leave SIGTERM, SIGHUP and Ctrl-C to the trainer, though they reach every process of its group; it ends its workers."""
+    """Leave SIGTERM, SIGHUP and Ctrl-C to the trainer, though its whole group gets them; it ends its workers."""
     for number in (signal.SIGINT, *end_signals()):
         signal.signal(number, signal.SIG_IGN)
 

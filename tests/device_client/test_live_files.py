@@ -20,7 +20,8 @@ Samples = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 def noise(seconds: float, rate: int) -> Samples:
     walk = np.cumsum(np.random.default_rng(0).normal(0, 1, (round(seconds * rate), 2)), axis=0)
-    return (0.5 * walk / np.abs(walk).max()).astype(np.float32)
+    scaled: Samples = (0.5 * walk / np.abs(walk).max()).astype(np.float32)
+    return scaled
 
 
 def samples_of(path: Path) -> Samples:
