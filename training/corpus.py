@@ -29,6 +29,7 @@ Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
 SPLITS = ("train", "val", "test")
 DERIVED = "~"  # between a speaker's name and the number of a voice that kb-make-voices made of the recordings
+NOISE_FILE = "noise.wav"  # of an item, beside its sources
 METADATA_FILE = "metadata.csv"  # of a rendered split: a line an item
 _SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
@@ -82,8 +83,13 @@ class Corpus:
     @property
     def digest(self) -> str:
         """A digest of the files' names and lengths, the same wherever the folder lies."""
-        lines = sorted(f"{utterance.name} {utterance.length}\n" for own in self.speakers.values() for utterance in own)
-        return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+        return clips_digest([utterance for own in self.speakers.values() for utterance in own])
+
+
+def clips_digest(clips: Sequence[Utterance]) -> str:
+    """A digest of recordings' names and lengths."""
+    lines = sorted(f"{clip.name} {clip.length}\n" for clip in clips)
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from common.errors import InputError, reason
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from training.config import DynamicData, FolderData
 from training.corpus import (
+    NOISE_FILE,
     SAMPLE_RATE,
     BrokenFile,
     NoSpeech,
@@ -67,7 +68,7 @@ class Batch(TypedDict):
 
 
 class MixtureFolder:
-    """A split in the published layout: ``<root>/<split>/<number>/source00.wav, source01.wav[, spk_id00.pt, …]``."""
+    """A split in the published layout: ``<root>/<split>/<number>/source00.wav, source01.wav[, noise.wav, …]``."""
 
     def __init__(self, data: FolderData, model: ModelConfig, *, seed: int, training: bool, skip_broken: bool) -> None:
         """List the items.
@@ -123,7 +124,13 @@ class MixtureFolder:
         if voices[0].shape != voices[1].shape:
             raise InputError(f"{item / 'source01.wav'}: must be as long as source00.wav")
         sources = torch.stack(voices)
-        example = {"names": str(item), "mixture": sources.sum(0), "sources": sources}
+        mixture = sources.sum(0)
+        if (item / NOISE_FILE).is_file():
+            noise = _read_source(item / NOISE_FILE, self._model.microphones)
+            if noise.shape != mixture.shape:
+                raise InputError(f"{item / NOISE_FILE}: must be as long as source00.wav")
+            mixture = mixture + noise
+        example = {"names": str(item), "mixture": mixture, "sources": sources}
         if self._model.task == "tse":
             target = index % 2
             if self._training:
