@@ -243,7 +243,7 @@ class DynamicMixing:
             samples = _at_speed(read_speech(mixed), speed)
             speech.append(np.pad(samples, (0, max(0, self._length - len(samples))))[: self._length])
         room = rng.integers(len(self._bank.responses))
-        example = {
+        example: dict[str, Any] = {
             "names": " + ".join(mixed.utterance.name for mixed, _ in segments),
             "speech": torch.from_numpy(np.stack(speech)),
             "responses": torch.from_numpy(self._bank.responses[room][rng.permutation(2)]),
@@ -328,7 +328,8 @@ _HEADROOM = 0.99
 
 
 def _gain(decibels: Tensor) -> Tensor:
-    return 10 ** (decibels / 20)
+    gain: Tensor = 10 ** (decibels / 20)
+    return gain
 
 
 def _heard(signals: Tensor, responses: Tensor) -> Tensor:
@@ -336,7 +337,8 @@ def _heard(signals: Tensor, responses: Tensor) -> Tensor:
     length = signals.shape[-1]
     size = length + responses.shape[-1] - 1
     spectrum = torch.fft.rfft(signals, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
-    return torch.fft.irfft(spectrum, n=size)[..., :length]
+    heard: Tensor = torch.fft.irfft(spectrum, n=size)[..., :length]
+    return heard
 
 
 def render(batch: Batch) -> Batch:

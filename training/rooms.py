@@ -101,7 +101,7 @@ def _draw_listener(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence
             return Listener(MONO)
         if share < ranges.mono + ranges.microphones:
             return Listener(MICROPHONES, rng.uniform(*_SPACING), rng.uniform(-_UNEQUAL_DB, _UNEQUAL_DB))
-    return Listener(heads[rng.integers(len(heads))] if len(heads) > 1 else heads[0])
+    return Listener(heads[int(rng.integers(len(heads)))] if len(heads) > 1 else heads[0])
 
 
 class Place(NamedTuple):

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.bundle import read_manifest
 from models.checkpoint import build
 from models.config import Boosting, Framing, ModelConfig, NetworkSize
 from models.framing import Stft, pad_to_frames
 from models.level import RunningLevel
-from models.manifest import PRETRAINED, bundle_id
+from models.manifest import PRETRAINED, bundle_id, read_manifest
 from models.onnx_graph import frame_graph
 from models.onnx_stream import OnnxStream, load_graph
 from models.pair import BoostedPair
@@ -33,7 +32,9 @@ def pair() -> BoostedPair:
     torch.manual_seed(0)
     model = build(CONFIG)
     assert isinstance(model, BoostedPair)
-    torch.nn.init.normal_(model.small.network.output_conv.conv.bias, std=0.5)  # what an untrained one lacks
+    bias = model.small.network.output_conv.conv.bias
+    assert bias is not None
+    torch.nn.init.normal_(bias, std=0.5)  # what an untrained one lacks
     return model.eval().requires_grad_(False)
 
 

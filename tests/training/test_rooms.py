@@ -3,10 +3,12 @@
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import netCDF4
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from common.errors import InputError
@@ -183,7 +185,7 @@ def test_two_microphones_hear_the_same_sound_apart(renderer: Renderer) -> None:
     pair = renderer.responses(room(90, 0, distance=1.5, listener=Listener(MICROPHONES, spacing=0.2)))
     left, right = np.abs(pair[0]).argmax(-1)
     assert right - left == pytest.approx(0.2 / 343 * 16000, abs=1)
-    np.testing.assert_allclose(*pair[1], atol=1e-6)  # from the front they hear the same
+    np.testing.assert_allclose(pair[1, 0], pair[1, 1], atol=1e-6)  # from the front they hear the same
     louder = renderer.responses(room(90, 0, distance=1.5, listener=Listener(MICROPHONES, spacing=0.2, difference=6)))
     np.testing.assert_allclose(louder[0, 0], pair[0, 0] * 10 ** (3 / 20), rtol=1e-5)
     np.testing.assert_allclose(louder[0, 1], pair[0, 1] / 10 ** (3 / 20), rtol=1e-5)
@@ -249,7 +251,7 @@ def test_banks_that_cannot_be_used(tmp_path: Path) -> None:
     save_file({"responses": np.zeros((1, 2, 3, 4), np.float32)}, tmp_path / "shape.safetensors")
     with pytest.raises(InputError, match=r"\[1, 2, 3, 4\]"):
         read_bank(tmp_path / "shape.safetensors")
-    rooms = {"responses": np.zeros((3, 2, 2, 4), np.float32), "listeners": np.zeros(2, np.int64)}
+    rooms: dict[str, NDArray[Any]] = {"responses": np.zeros((3, 2, 2, 4), np.float32), "listeners": np.zeros(2)}
     save_file(rooms, tmp_path / "listeners.safetensors")
     with pytest.raises(InputError, match="does not tell every room's listener"):
         read_bank(tmp_path / "listeners.safetensors")
