@@ -10,8 +10,15 @@ import grpc
 
 from common.addresses import is_loopback
 from common.call_credentials import TOKEN_VARIABLE, Credentials
-from common.errors import InputError
+from common.errors import Failure, InputError
 
+# What ends a call otherwise is no fault of what was asked.
+_ASKED_WRONGLY = {
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
 _PROBE_TIMEOUT = 2.0  # seconds, for a server that was there a moment ago
 
 
@@ -59,7 +66,7 @@ def connect(server: str, credentials: Credentials, patience: float) -> grpc.Chan
     raise InputError(f"--server {server}: no answer; is kb-server running there, and the port open?")
 
 
-def call_failed(server: str, what: str, call: grpc.Call) -> InputError:
+def call_failed(server: str, what: str, call: grpc.Call) -> InputError | Failure:
     """The error of a call that has ended in a status other than OK.
 
     Args:
@@ -68,7 +75,11 @@ def call_failed(server: str, what: str, call: grpc.Call) -> InputError:
     text = f"{server}: {what} ({call.code().name}: {call.details()})"
     if call.code() is grpc.StatusCode.UNAUTHENTICATED:
         return Refused(f"{text}; give --token-file or {TOKEN_VARIABLE} a token of that server")
-    return Refused(text) if call.code() is grpc.StatusCode.PERMISSION_DENIED else InputError(text)
+    if call.code() is grpc.StatusCode.PERMISSION_DENIED:
+        return Refused(text)
+    if call.code() in _ASKED_WRONGLY:
+        return InputError(text)
+    return Failure(f"{text}; try again")
 
 
 def _channel(server: str, credentials: Credentials, options: list[tuple[str, int]]) -> grpc.Channel:

@@ -13,7 +13,6 @@ from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from common.cli import warn
 from common.errors import InputError
 from common.grpc_environment import prepare_grpc
-from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -26,7 +25,7 @@ def serve(
     bundle: Annotated[
         list[str] | None,
         typer.Option(
-            "--bundle", help=f"Name or path of a bundle, or a folder of them; may be repeated. [{DEFAULT_BUNDLE}]"
+            "--bundle", help="Name or path of a bundle, or a folder of them; may be repeated. [all shipped, as needed]"
         ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
@@ -125,8 +124,7 @@ def serve(
     )
     target = pick_device(device)
     metrics = Metrics()
-    names = bundle or [DEFAULT_BUNDLE]
-    bundles = Bundles(names, target, max_sessions=most, max_wait=max_wait_ms / 1e3, metrics=metrics)
+    bundles = Bundles(bundle, target, max_sessions=most, max_wait=max_wait_ms / 1e3, metrics=metrics)
     if any(served.manifest.untrained for served in bundles.served):
         warn(UNTRAINED_NOTICE)
     if metrics_port is not None:

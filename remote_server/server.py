@@ -94,11 +94,13 @@ async def serve(
     gc.collect()
     gc.freeze()
     ready(bound)
-    slots = {served.manifest.name: served.engine.slots for served in service.bundles.served}
+    slots = {served.manifest.name: served.slots for served in service.bundles.served if served.loaded is not None}
     log_event("server_started", host=where.host, port=bound, sessions=slots)
     if where.until_stdin_ends:
         # A daemon thread: nothing may wait for it when the server stops for another reason.
         threading.Thread(target=_when_stdin_ends, args=(loop, stop.set), daemon=True).start()
+    else:  # one client of our own wants the speaker encoder at once, or never
+        service.load_speaker_encoder()
     watching, stopping = loop.create_task(service.watch()), loop.create_task(stop.wait())
     await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
     failure = watching.exception() if watching.done() else None
