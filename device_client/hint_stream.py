@@ -74,6 +74,7 @@ class HintStream:
         hold: Callable[[int, int], None] | None = None,
         first_frame: Callable[[], int] = lambda: 0,
         deadline_ms: int = 0,
+        reproducible: bool = False,
         patience: float = _ANSWER_TIMEOUT,
     ) -> None:
         """Open a session.
@@ -86,6 +87,7 @@ class HintStream:
             hold: called with (frame, payload bytes) on the sending thread before a message goes out; may wait.
             first_frame: asked, once the server has answered, for the frame at which the audio begins.
             deadline_ms: age at which a hint is of no use any more, and its values need not come; 0: all are wanted.
+            reproducible: whether the same audio must give the same hints to the last bit; the server takes longer then.
             patience: seconds that the server has for the session, and at most to accept a connection.
 
         Raises:
@@ -111,6 +113,7 @@ class HintStream:
             hint_encoding=self._hint_encoding,
             first_frame=self.first_frame,
             hint_deadline_ms=deadline_ms,
+            reproducible=reproducible,
         )
         self.draining = False  # whether the server has said that it will end the session
         self.bytes_up = 0
