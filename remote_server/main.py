@@ -12,7 +12,6 @@ import common.cli
 from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from common.cli import warn
 from common.errors import InputError
-from common.grpc_environment import prepare_grpc
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -87,7 +86,6 @@ def serve(
     """Serve large networks of bundles to devices."""
     if context.invoked_subcommand is not None:
         return
-    prepare_grpc()
     if hasattr(signal, "SIGHUP"):
         # Until bundles can be looked at again; untouched, the signal would end the process.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -150,8 +148,6 @@ def status(
     token_file: TokenFile = None,
 ) -> None:
     """Say what a server runs and how full it is; exit 1 if it shuts down."""
-    prepare_grpc()
-
     from common.call_credentials import read_credentials
     from remote_server.status import print_status
 
