@@ -62,9 +62,17 @@ def frames_of(ranges: list[list[int]]) -> list[int]:
 
 @pytest.mark.parametrize(("name", "delay_ms"), [(SS, 48), (TSE, 12), (TSE, 7.5)])
 def test_every_hint_on_time_gives_the_published_output(
-    name: str, delay_ms: float, golden: GetGolden, golden_bundle: GetBundle, tse_server: Server, tmp_path: Path
+    name: str,
+    delay_ms: float,
+    golden: GetGolden,
+    golden_bundle: GetBundle,
+    tse_server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both the whole budget (a hint that arrives at its deadline is on time) and a part of it."""
+    for variable in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")  # which is not for loopback
     case = golden(name)
     mixture, flags = write_inputs(case, tmp_path)
     flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
