@@ -317,7 +317,7 @@ def bench(
 
 def main() -> None:
     """Entry point of ``kb-client``."""
-    common.cli.run(app, "kb-client")
+    common.cli.run(app, "kb-client", "client")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def _session_count(value: str) -> int | None:
 
 def main() -> None:
     """Entry point of ``kb-server``."""
-    common.cli.run(app, "kb-server")
+    common.cli.run(app, "kb-server", "server")
 
 
 if __name__ == "__main__":

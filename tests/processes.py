@@ -20,6 +20,7 @@ COMMANDS = {
     "kb-evaluate": "training.evaluation",
     "kb-export": "models.export",
     "kb-make-dataset": "training.make_dataset",
+    "kb-make-voices": "training.voices",
     "kb-server": "remote_server.main",
     "kb-train": "training.trainer",
 }

@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
-import soxr
 
 from common.errors import InputError, existing_file, reason
 
@@ -189,6 +187,8 @@ def _speaker(folder: Path, name: Path) -> str:
 
 
 def _length(path: Path) -> int:
+    import soundfile
+
     try:
         header = soundfile.info(path)
     except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -212,6 +212,8 @@ def read_segment(segment: Segment) -> Samples:
     Raises:
         BrokenFile: the file is damaged, cut short, or has samples that are not finite.
     """
+    import soundfile
+
     path = segment.utterance.path
     try:
         with soundfile.SoundFile(path) as file:
@@ -227,6 +229,8 @@ def read_segment(segment: Segment) -> Samples:
     if not np.isfinite(samples).all():
         raise BrokenFile(path, "has samples that are NaN or infinite; write it again without them")
     if rate != SAMPLE_RATE:
+        import soxr
+
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="VHQ")
     # Resampling rounds the length to the nearest sample.
     return np.pad(samples, (0, max(0, segment.length - len(samples))))[: segment.length]

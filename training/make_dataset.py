@@ -11,7 +11,6 @@ written under a temporary name and renamed: what is there is whole, and the same
 """
 
 import csv
-import importlib.util
 import json
 import math
 import re
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import soundfile
 import typer
 
 import common.cli
-from common.errors import Failure, InputError, reason
+from common.errors import InputError, reason
 from common.files import atomic_directory, atomic_file, write_by_memory
 from models.manifest import file_digest
 from training.corpus import (
@@ -181,6 +179,8 @@ def _item_name(index: int) -> str:
 
 def _write_wav(path: Path, samples: Samples) -> None:
     """Samples ``[2, N]`` below full scale."""
+    import soundfile
+
     pcm = np.rint(samples.T * 32768).astype(np.int16)
     write_by_memory(path, lambda file: soundfile.write(file, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16"))
 
@@ -476,7 +476,7 @@ def make_dataset(
             )
         if not rooms:
             raise InputError("--responses-only needs --rooms, how many rooms the bank has")
-        _check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
+        common.cli.check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
         _check_heads(sofa)
         _make_bank(output, sofa, ranges, rooms, seed, workers)
         return
@@ -496,7 +496,7 @@ def make_dataset(
         if output.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{output}: lies in the speech folder {folder}; give another --output")
     needed = ("resemblyzer", "torch") if task is Task.TSE else ()
-    _check_installed("netCDF4", "pyroomacoustics", "sofa", *needed)
+    common.cli.check_installed("netCDF4", "pyroomacoustics", "sofa", *needed)
     _check_heads(sofa)
     length = round(seconds * SAMPLE_RATE)
     enrollment = round(enrollment_seconds * SAMPLE_RATE) if task is Task.TSE else 0
@@ -562,15 +562,9 @@ def _digests(files: Sequence[Path]) -> str | list[str]:
     return digests[0] if len(digests) == 1 else digests
 
 
-def _check_installed(*modules: str) -> None:
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise Failure(f"this needs {module}: pip install 'knowledge-boosting[train]'")
-
-
 def main() -> None:
     """Entry point of ``kb-make-dataset``."""
-    common.cli.run(app, "kb-make-dataset")
+    common.cli.run(app, "kb-make-dataset", "train")
 
 
 if __name__ == "__main__":
