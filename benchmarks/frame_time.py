@@ -10,11 +10,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -130,7 +130,7 @@ def main() -> None:
     machine = {
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": version("onnxruntime"),
     }
     arguments.json.write_text(
         json.dumps({"machine": machine, "frames": arguments.frames, "ms": results}, indent=2) + "\n"

@@ -1,13 +1,87 @@
 """Where an address leads."""
 
 import ipaddress
+import os
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from common.errors import InputError
 
 
 def is_loopback(host: str) -> bool:
     """Whether a host, by name or number, is this machine under an address that no other machine can reach."""
-    if host == "localhost":
+    if host.lower().removesuffix(".") == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+        address = ipaddress.ip_address(bare(host))
     except ValueError:
         return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def bare(host: str) -> str:
+    """A host without the brackets that an IPv6 address has beside a port."""
+    return host.removeprefix("[").removesuffix("]")
+
+
+def split_address(server: str) -> tuple[str, int]:
+    """Host, without brackets, and port of a server ``HOST:PORT``.
+
+    Raises:
+        InputError: it is something else; the message says what it should be.
+    """
+    scheme, separator, rest = server.partition("://")
+    if separator:
+        wanted = rest.strip("/") or "HOST:PORT"
+        raise InputError(f"--server {server}: has {scheme}:// before it, and is no web address; give {wanted}")
+    if _is_ipv6(server):
+        raise InputError(f"--server {server}: an IPv6 address needs brackets and a port; give [{server}]:50051")
+    host, separator, port = server.rpartition(":")
+    if not separator and server:
+        raise InputError(f"--server {server}: must be HOST:PORT; give {server}:50051 if that is the port")
+    if _is_ipv6(host):
+        raise InputError(f"--server {server}: an IPv6 address needs brackets; give [{host}]:{port}")
+    bracketed = host.startswith("[") and host.endswith("]") and _is_ipv6(bare(host))
+    if not bracketed and (not host or any(character in "[]/:@ \t" for character in host)):
+        raise InputError(f"--server {server}: must be HOST:PORT, such as gpu-host:50051")
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise InputError(f"--server {server}: must be HOST:PORT, with a port from 1 to 65535")
+    return bare(host), int(port)
+
+
+def proxy_of(host: str) -> tuple[str, str] | None:
+    """The proxy, as ``HOST:PORT``, that gRPC goes through to a host, and the variable that names it; None: directly."""
+    if is_loopback(host):
+        return None
+    # In gRPC's order.
+    variable = _first_set("grpc_proxy", "https_proxy", "http_proxy")
+    exceptions = _first_set("no_grpc_proxy", "no_proxy")
+    if variable is None or (exceptions is not None and _is_excepted(host, os.environ[exceptions].split(","))):
+        return None
+    value = os.environ[variable]
+    # Without a password that it may hold.
+    return urlsplit(value if "//" in value else f"//{value}").netloc.rpartition("@")[2], variable
+
+
+def _first_set(*variables: str) -> str | None:
+    return next((variable for variable in variables if os.environ.get(variable)), None)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
+
+
+def _is_excepted(host: str, entries: Iterable[str]) -> bool:
+    for entry in filter(None, (entry.strip().lower() for entry in entries)):
+        if host.lower().endswith(entry):
+            return True
+        try:
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False):
+                return True
+        except ValueError:
+            continue
+    return False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.addresses import is_loopback
+from common.addresses import is_loopback, split_address
 from common.credentials import Identity, read_authorities, read_identity, read_secret
 from common.errors import InputError
 
@@ -35,9 +35,7 @@ class Credentials:
         Raises:
             InputError: the address is malformed, or a token would go to another machine unencrypted.
         """
-        host, separator, port = server.rpartition(":")
-        if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
-            raise InputError(f"--server {server}: must be HOST:PORT")
+        host, _ = split_address(server)
         if self.token is not None and not self.tls and not is_loopback(host):
             raise InputError(f"--server {server}: the token would travel unencrypted; give --tls, or --tls-ca FILE")
 

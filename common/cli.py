@@ -5,6 +5,7 @@ standard output that takes no more, included).
 """
 
 import errno
+import importlib.util
 import io
 import os
 import signal
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _FAULTS_OF_PATHS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
+_OURS = {"common", "device_client", "models", "protos", "remote_server", "training"}
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -39,21 +41,26 @@ def end_signals() -> list[signal.Signals]:
     return numbers
 
 
-def run(app: typer.Typer, name: str) -> NoReturn:
-    """Run a typer application as the command ``name`` and leave the process with its exit code."""
+def run(app: typer.Typer, name: str, extra: str) -> NoReturn:
+    """Run a typer application as the command ``name`` and leave the process with its exit code.
+
+    Args:
+        extra: of this project's package, what the command needs to be installed. A module that needs a package of it
+            imports it no sooner than the application runs.
+    """
     for number in end_signals():
         signal.signal(number, _terminated)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as common.start leaves it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with _forgiving_output() as trouble:
-        code = _run(app, name)
+        code = _run(app, name, extra)
         sys.stdout.flush()
         if trouble and code == 0:
             code = _refuse(name, f"standard output: cannot write ({reason(trouble[0])}); all else is done", 1)
     sys.exit(code)
 
 
-def _run(app: typer.Typer, name: str) -> int:
+def _run(app: typer.Typer, name: str, extra: str) -> int:
     try:
         code = app(prog_name=name, standalone_mode=False)
     except InputError as error:
@@ -64,6 +71,11 @@ def _run(app: typer.Typer, name: str) -> int:
         return _refuse(name, f"{message} (see '{name} --help')", 2) if message else 2
     except Failure as error:
         return _refuse(name, str(error), 1)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or missing in _OURS:
+            raise
+        return _refuse(name, f"this needs {missing}: pip install 'knowledge-boosting[{extra}]'", 1)
     except (typer.Abort, KeyboardInterrupt):
         return _refuse(name, "interrupted", 1)
     except OSError as error:
@@ -76,6 +88,17 @@ def _run(app: typer.Typer, name: str) -> int:
 def _refuse(name: str, message: str, code: int) -> int:
     print(f"{name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
+
+
+def check_installed(*modules: str) -> None:
+    """Find out before a long work whether what it imports only later is there.
+
+    Raises:
+        ModuleNotFoundError: it is not; :func:`run` says what to install.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def warn(message: str) -> None:

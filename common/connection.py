@@ -8,11 +8,22 @@ import time
 
 import grpc
 
-from common.addresses import is_loopback
+from common.addresses import proxy_of, split_address
 from common.call_credentials import TOKEN_VARIABLE, Credentials
-from common.errors import InputError
+from common.errors import Failure, InputError
 
-_PROBE_TIMEOUT = 2.0  # seconds, for a server that was there a moment ago
+# What ends a call otherwise is no fault of what was asked.
+_ASKED_WRONGLY = {
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+# Seconds.
+_PROBE_TIMEOUT = 2.0  # for a server that was there a moment ago
+_GREETING_TIMEOUT = 0.5  # for one that speaks first
+# With which a client begins: its fixed words, and settings, none of them changed.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 
 class Refused(InputError):
@@ -31,14 +42,14 @@ def connect(server: str, credentials: Credentials, patience: float) -> grpc.Chan
         InputError: the address is malformed, or nobody answers.
     """
     credentials.check(server)
-    host = server.rpartition(":")[0]
+    host, _ = split_address(server)
     options = [
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
         # Channels share connections, and the pauses after failed ones, unless told not to.
         ("grpc.use_local_subchannel_pool", 1),
         # What goes to this machine, unencrypted tokens too, goes through no proxy.
-        ("grpc.enable_http_proxy", int(not is_loopback(host))),
+        ("grpc.enable_http_proxy", int(proxy_of(host) is not None)),
     ]
     channel = _channel(server, credentials, options)
     states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
@@ -53,13 +64,10 @@ def connect(server: str, credentials: Credentials, patience: float) -> grpc.Chan
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                 break
     channel.close()
-    # gRPC does not tell, but in a text of its own, whether nobody is there or somebody who was not accepted.
-    if (why := _refusal(server, credentials)) is not None:
-        raise Refused(f"--server {server}: {why}")
-    raise InputError(f"--server {server}: no answer; is kb-server running there, and the port open?")
+    raise _no_connection(server, credentials)
 
 
-def call_failed(server: str, what: str, call: grpc.Call) -> InputError:
+def call_failed(server: str, what: str, call: grpc.Call) -> InputError | Failure:
     """The error of a call that has ended in a status other than OK.
 
     Args:
@@ -68,7 +76,11 @@ def call_failed(server: str, what: str, call: grpc.Call) -> InputError:
     text = f"{server}: {what} ({call.code().name}: {call.details()})"
     if call.code() is grpc.StatusCode.UNAUTHENTICATED:
         return Refused(f"{text}; give --token-file or {TOKEN_VARIABLE} a token of that server")
-    return Refused(text) if call.code() is grpc.StatusCode.PERMISSION_DENIED else InputError(text)
+    if call.code() is grpc.StatusCode.PERMISSION_DENIED:
+        return Refused(text)
+    if call.code() in _ASKED_WRONGLY:
+        return InputError(text)
+    return Failure(f"{text}; try again")
 
 
 def _channel(server: str, credentials: Credentials, options: list[tuple[str, int]]) -> grpc.Channel:
@@ -83,18 +95,66 @@ def _channel(server: str, credentials: Credentials, options: list[tuple[str, int
     return grpc.secure_channel(server, tls, options)
 
 
-def _refusal(server: str, credentials: Credentials) -> str | None:
-    """Connect once more, with Python's own TLS, which says what is wrong; None if nobody is there, or nothing is."""
-    host, _, port = server.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
+def _no_connection(server: str, credentials: Credentials) -> InputError:
+    """Why there is none. gRPC does not tell, but in a text of its own; so we connect once more ourselves."""
+    host, port = split_address(server)
+    proxy = proxy_of(host)
     try:
-        connection = socket.create_connection((host, int(port)), _PROBE_TIMEOUT)
-    except (OSError, UnicodeError):
-        return None
+        strange = _stranger(host, port)
+        why = strange or _refusal(host, port, credentials)
+    except (socket.gaierror, UnicodeError):
+        if proxy is None:
+            return InputError(f"--server {server}: no host of that name is known here; is it spelt right?")
+    except OSError:
+        pass
+    else:
+        if why is not None:
+            return Refused(f"--server {server}: {why}")
+    if proxy is not None:
+        text = f"no answer through the proxy {proxy[0]}, which {proxy[1]} names; set no_proxy={host} to go without it"
+        return InputError(f"--server {server}: {text}")
+    return InputError(f"--server {server}: no answer; is kb-server running there, and the port open?")
+
+
+def _stranger(host: str, port: int) -> str | None:
+    """Who is there instead of a server that speaks HTTP/2 or TLS; None if it may do so.
+
+    Raises:
+        OSError: nobody is there.
+    """
+    with socket.create_connection((host, port), _PROBE_TIMEOUT) as connection:
+        try:
+            connection.settimeout(_GREETING_TIMEOUT)
+            greeting = connection.recv(64)
+        except TimeoutError:
+            connection.settimeout(_PROBE_TIMEOUT)
+            try:
+                connection.sendall(_HTTP2_PREFACE)
+                greeting = connection.recv(64)
+            except OSError:
+                return None
+        except OSError:
+            return None
+    if greeting.startswith(b"SSH-"):
+        return "an SSH server answers on that port; give the port of kb-server, 50051 unless told otherwise"
+    if greeting.startswith(b"HTTP/"):
+        return "a web server (HTTP/1) answers on that port; give the port of kb-server, 50051 unless told otherwise"
+    return None
+
+
+def _refusal(host: str, port: int, credentials: Credentials) -> str | None:
+    """What Python's own TLS says is wrong between the two ends; None if nothing is.
+
+    Raises:
+        OSError: nobody is there.
+    """
+    connection = socket.create_connection((host, port), _PROBE_TIMEOUT)
     try:
         with connection, _probe_context(credentials).wrap_socket(connection, server_hostname=host) as tls:
             if not credentials.tls:
                 return "speaks TLS; give --tls, or --tls-ca FILE"
+            if tls.selected_alpn_protocol() != "h2":
+                return "speaks TLS but not gRPC; is that the port of kb-server?"
             # Whether it accepts this device's certificate a server says only now, by going on or not.
             if tls.recv(1):
                 return None

@@ -4,8 +4,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import matplotlib
-
 
 @contextmanager
 def any_words() -> Iterator[None]:
@@ -13,6 +11,8 @@ def any_words() -> Iterator[None]:
 
     A dollar sign begins no formula, and letters that the font lacks become boxes without a word about it.
     """
+    import matplotlib
+
     with warnings.catch_warnings(), matplotlib.rc_context({"text.parse_math": False}):
         warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
         yield

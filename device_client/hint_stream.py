@@ -9,7 +9,7 @@ import grpc
 
 from common.call_credentials import Credentials
 from common.connection import call_failed, connect
-from common.errors import InputError
+from common.errors import Failure, InputError
 from models.manifest import Manifest
 from protos import hints_pb2 as pb
 from protos.codec import (
@@ -23,7 +23,9 @@ from protos.codec import (
 )
 from protos.hints_pb2_grpc import HintServiceStub
 
-_START_TIMEOUT = 5  # seconds for a server that is there to accept a connection, and a session
+# Seconds.
+_CONNECT_TIMEOUT = 5.0  # for a server that is there to accept a connection
+_ANSWER_TIMEOUT = 60.0  # for a session, or an embedding; the server may have to load what that needs
 _NONE = Credentials()
 
 
@@ -72,7 +74,8 @@ class HintStream:
         hold: Callable[[int, int], None] | None = None,
         first_frame: Callable[[], int] = lambda: 0,
         deadline_ms: int = 0,
-        patience: float = _START_TIMEOUT,
+        reproducible: bool = False,
+        patience: float = _ANSWER_TIMEOUT,
     ) -> None:
         """Open a session.
 
@@ -84,11 +87,13 @@ class HintStream:
             hold: called with (frame, payload bytes) on the sending thread before a message goes out; may wait.
             first_frame: asked, once the server has answered, for the frame at which the audio begins.
             deadline_ms: age at which a hint is of no use any more, and its values need not come; 0: all are wanted.
-            patience: seconds that the server has to accept a connection, and as many for the session.
+            reproducible: whether the same audio must give the same hints to the last bit; the server takes longer then.
+            patience: seconds that the server has for the session, and at most to accept a connection.
 
         Raises:
             Refused: the two ends do not accept each other.
             InputError: the server cannot be reached or refuses the session.
+            Failure: the server cannot serve it now.
         """
         self._manifest = manifest
         self._encodings = encodings
@@ -96,7 +101,7 @@ class HintStream:
         self._hint_encoding = HINT_ENCODINGS[encodings.hints]
         self._hold = hold
         self._outbox: queue.SimpleQueue[tuple[int, Samples] | None] = queue.SimpleQueue()
-        self._channel = connect(server, credentials, patience)
+        self._channel = connect(server, credentials, min(patience, _CONNECT_TIMEOUT))
         self.first_frame = self._next_frame = first_frame()
         self._config = pb.SessionConfig(
             protocol_version=PROTOCOL_VERSION,
@@ -108,6 +113,7 @@ class HintStream:
             hint_encoding=self._hint_encoding,
             first_frame=self.first_frame,
             hint_deadline_ms=deadline_ms,
+            reproducible=reproducible,
         )
         self.draining = False  # whether the server has said that it will end the session
         self.bytes_up = 0
@@ -121,7 +127,7 @@ class HintStream:
         except (grpc.RpcError, StopIteration):
             self.close()
             if not timer.is_alive():
-                raise InputError(f"{server}: gave no session within {patience:g} s; is it overloaded?") from None
+                raise Failure(f"{server}: gave no session within {patience:g} s; try again") from None
             raise call_failed(server, "refused the session", self._call) from None
         finally:
             timer.cancel()
@@ -190,6 +196,7 @@ def enroll(server: str, speech: Samples, credentials: Credentials = _NONE) -> Sa
     Raises:
         Refused: the two ends do not accept each other.
         InputError: the server cannot be reached, has no speaker encoder, or refuses the speech.
+        Failure: it took too long, or failed.
     """
     import numpy as np
 
@@ -197,11 +204,12 @@ def enroll(server: str, speech: Samples, credentials: Credentials = _NONE) -> Sa
     request = pb.EnrollRequest(
         sample_rate=ENROLLMENT_RATE, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding)
     )
-    with connect(server, credentials, _START_TIMEOUT) as channel:
+    with connect(server, credentials, _CONNECT_TIMEOUT) as channel:
         try:
-            response = HintServiceStub(channel).Enroll(request, timeout=60, metadata=credentials.metadata)
+            stub = HintServiceStub(channel)
+            response = stub.Enroll(request, timeout=_ANSWER_TIMEOUT, metadata=credentials.metadata)
         except grpc.RpcError as error:
             if isinstance(error, grpc.Call):
                 raise call_failed(server, "cannot enroll", error) from None
-            raise InputError(f"{server}: cannot enroll ({error})") from None
+            raise Failure(f"{server}: cannot enroll ({error})") from None
     return np.array(response.speaker_embedding, dtype=np.float32)

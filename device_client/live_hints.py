@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from common.call_credentials import Credentials
 from common.connection import Refused
-from common.errors import InputError
+from common.errors import Failure, InputError
 from device_client.hint_buffer import HintBuffer
 from device_client.hint_stream import Encodings, HintStream
 from device_client.ring import Signal
@@ -192,7 +192,7 @@ class LiveHints:
                 deadline_ms=round(1000 * self._delay * framing.chunk_seconds),
                 patience=_PATIENCE,
             )
-        except InputError as error:
+        except (InputError, Failure) as error:
             if isinstance(error, Refused) and self._refused is None:
                 self._refused = error
                 self.events.append(ServerEvent(server, False, str(error)))

@@ -14,10 +14,14 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.errors import Failure
+from common.call_credentials import Credentials
+from common.connection import connect
+from common.errors import Failure, InputError
 from protos.codec import SERVICE_NAME
 
-_START_TIMEOUT = 120  # seconds; a slow disk takes long to read torch
+# Seconds.
+_START_TIMEOUT = 120  # a slow disk takes long to read torch
+_ANSWER_TIMEOUT = 10.0
 
 
 @contextmanager
@@ -25,7 +29,7 @@ def local_server(bundle: Path) -> Iterator[str]:
     """Start a server for a bundle, yield its ``HOST:PORT`` once it is healthy, stop it whatever happens.
 
     Raises:
-        Failure: it does not start; the message has its own last words.
+        Failure: it does not start, the message has its own last words; or it cannot be reached.
     """
     if importlib.util.find_spec("torch") is None:
         raise Failure(
@@ -45,12 +49,13 @@ def local_server(bundle: Path) -> Iterator[str]:
         )
         try:
             address = _wait_until_listening(process)
-            if address is None or not _healthy(address):
+            if address is None:
                 process.kill()
                 process.wait()
                 log.seek(0)
                 words = log.read().decode(errors="replace").strip().splitlines()
                 raise Failure(f"the local server did not start: {words[-1] if words else 'no word from it'}")
+            _check_health(address)
             yield address
         finally:
             process.terminate()
@@ -78,13 +83,14 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]") -> str | None:
     return None
 
 
-def _healthy(address: str) -> bool:
-    with grpc.insecure_channel(address) as channel:
-        request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined] # missing in its stubs
-                request, timeout=10, wait_for_ready=True
-            )
-        except grpc.RpcError:
-            return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+def _check_health(address: str) -> None:
+    try:
+        with connect(address, Credentials(), _ANSWER_TIMEOUT) as channel:
+            request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+            health = health_pb2_grpc.HealthStub(channel)  # type: ignore[attr-defined] # missing in its stubs
+            serving = health.Check(request, timeout=_ANSWER_TIMEOUT).status == health_pb2.HealthCheckResponse.SERVING
+    except (InputError, grpc.RpcError) as error:
+        why = error.details() if isinstance(error, grpc.Call) else str(error)
+        raise Failure(f"the local server has started, but cannot be reached ({why})") from None
+    if not serving:
+        raise Failure("the local server has started, but does not serve")

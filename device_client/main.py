@@ -8,7 +8,6 @@ import typer
 
 import common.cli
 from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
-from common.grpc_environment import prepare_grpc
 from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -62,7 +61,6 @@ class PlayChoice(StrEnum):
 @app.callback()
 def commands() -> None:
     """Speech enhancement on this device, boosted by a server's hints."""
-    prepare_grpc()
 
 
 @app.command()
@@ -324,7 +322,7 @@ def bench(
 
 def main() -> None:
     """Entry point of ``kb-client``."""
-    common.cli.run(app, "kb-client")
+    common.cli.run(app, "kb-client", "client")
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def _open_hints(
         stack.callback(stream.close)
         real.start(stream)
         return real
-    stream = open_stream()
+    stream = open_stream(reproducible=True)
     stack.callback(stream.close)
     return VirtualHints(
         stream,

@@ -2,3 +2,5 @@
 
 ``config`` and ``manifest`` describe models without torch, for devices that have none; everything else needs torch.
 """
+
+import common  # noqa: F401  # before any library is loaded

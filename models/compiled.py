@@ -23,7 +23,7 @@ from common.files import atomic_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_lstm.cpp", "vectors.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_lstm.cpp", "cpu_attention.cpp", "vectors.h"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 
 

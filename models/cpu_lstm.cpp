@@ -91,8 +91,8 @@ static void forward_rows(const Sizes& sizes, int64_t first, const float* x, cons
                 for (int q = 0; q < 4; q++)
                     for (int r = 0; r < R; r++) sums[r][q] = load(bias + (g * 4 + q) * WIDTH);
                 const float* packed = gate_weights[direction] + g * 4 * WIDTH * (D + H);
-                multiply<R, 4>(inputs, D, packed, sums);
-                multiply<R, 4>(states, H, packed + D * 4 * WIDTH, sums);
+                multiply<R, 4>(inputs, D, packed, 4 * WIDTH, sums);
+                multiply<R, 4>(states, H, packed + D * 4 * WIDTH, 4 * WIDTH, sums);
                 for (int64_t r = 0; r < R; r++) {
                     const Vector i = sigmoid(sums[r][0]), f = sigmoid(sums[r][1]), c = tangent(sums[r][2]),
                                  o = sigmoid(sums[r][3]);

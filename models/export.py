@@ -101,7 +101,7 @@ def _check(bundle: str) -> None:
 
 def main() -> None:
     """Entry point of ``kb-export``."""
-    common.cli.run(app, "kb-export")
+    common.cli.run(app, "kb-export", "server")
 
 
 if __name__ == "__main__":

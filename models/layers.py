@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models import cpu_attention
+
 
 class CausalConv2d(nn.Module):
     """3 x 3 convolution over (time, frequency), causal in time, zero-padded by one bin in frequency.
@@ -81,20 +83,21 @@ def window_of(frames: Tensor, steps: int, size: int) -> Window:
 
 
 def window_attention(
-    query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache, window: Window, *, mask_unseen: bool
+    query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache, window: Window, bins: int, *, mask_unseen: bool
 ) -> tuple[Tensor, AttentionCache]:
     """Attention of every frame over a window of W frames that ends with it.
 
     Args:
         query, key: ``[B, L, T, key size]`` of L heads; scores are scaled by the root of the key size.
-        value: ``[B, L, T, value size]``.
+        value: ``[B, L, T, F * size]``.
         cache: the W frames before, zeros at the start of a stream.
         window: of these T frames.
+        bins: F.
         mask_unseen: whether frames before the start of a stream stay out of the softmax (else they take part as
             zero keys and values).
 
     Returns:
-        ``[B, L, T, value size]``, and the cache with the new frames in it.
+        ``[B, T, F, L * size]``, and the cache with the new frames in it.
     """
     steps, size = query.shape[2], cache.keys.shape[2]
     if window.past is None or window.band is None:
@@ -104,14 +107,18 @@ def window_attention(
         scores = _with_rings(query * query.shape[-1] ** -0.5, cache.keys.transpose(-1, -2), cache.streams)
         if mask_unseen:
             scores = scores.masked_fill(window.unseen, -torch.inf)
-        return _with_rings(scores.softmax(-1), cache.values, cache.streams), cache
+        return _channels(_with_rings(scores.softmax(-1), cache.values, cache.streams), bins), cache
+    stream, past = _streams(cache, window), window.past
+    past_key, past_value = (ring[stream, :, past].transpose(1, 2) for ring in (cache.keys, cache.values))
+    written = _write(cache, key[:, :, -size:], value[:, :, -size:], window)
+    if cpu_attention.fits(query):
+        unseen = window.unseen[:, 0, 0, 0].sum(-1) if mask_unseen else torch.zeros(len(query), dtype=torch.long)
+        return cpu_attention.window_attention(query, key, value, past_key, past_value, unseen, bins), written
     block = min(steps, size)
     blocks = -(-steps // block)
     tail = (0, 0, 0, blocks * block - steps)
-    stream, past = _streams(cache, window), window.past
 
-    def banded(ring: Tensor, new: Tensor) -> Tensor:
-        before = ring[stream, :, past].transpose(1, 2)
+    def banded(before: Tensor, new: Tensor) -> Tensor:
         whole = torch.cat([before, new], dim=2)
         if blocks == 1:
             return whole[:, :, None]
@@ -120,11 +127,11 @@ def window_attention(
 
     output = functional.scaled_dot_product_attention(
         functional.pad(query, tail).unflatten(2, (blocks, block)),
-        banded(cache.keys, key),
-        banded(cache.values, value),
+        banded(past_key, key),
+        banded(past_value, value),
         attn_mask=window.band & ~window.unseen if mask_unseen else window.band,
     )
-    return output.flatten(2, 3)[:, :, :steps], _write(cache, key[:, :, -size:], value[:, :, -size:], window)
+    return _channels(output.flatten(2, 3)[:, :, :steps], bins), written
 
 
 def _write(cache: AttentionCache, key: Tensor, value: Tensor, window: Window) -> AttentionCache:
@@ -201,17 +208,22 @@ class SelfAttention(nn.Module):
         return _empty_cache(self.scale_v, batch, self.heads, self.window, self.bins * self.key, self.bins * self.value)
 
     def forward(self, x: Tensor, cache: AttentionCache, window: Window) -> tuple[Tensor, AttentionCache]:
-        heads = self.heads
-        sizes = (self.key, self.value)
+        heads, sizes = self.heads, (self.key, self.value)
         slopes = [each.repeat_interleave(size) for each, size in zip((self.slope_qk, self.slope_v), sizes, strict=True)]
-        projected = _prelu(self.project(x), torch.cat(slopes))
-        split = 2 * heads * self.key
-        qk = _heads(projected[..., :split], 2 * heads)
-        query, key = normalise_frame(qk, self.scale_qk, self.shift_qk).chunk(2, dim=1)
-        value = normalise_frame(_heads(projected[..., split:], heads), self.scale_v, self.shift_v)
-        attended, cache = window_attention(query, key, value, cache, window, mask_unseen=True)
-        merged = self.norm_merge(_prelu(self.merge(_channels(attended, self.bins)), self.slope_merge))
-        return x + merged, cache
+        projected, slope = self.project(x), torch.cat(slopes)
+        if cpu_attention.fits(projected):
+            parts = [(self.scale_qk, self.scale_v), (self.shift_qk, self.shift_v)]
+            scale, shift = (torch.cat([_by_bin(part, self.bins) for part in each], dim=-1) for each in parts)
+            sections = [(heads, self.key), (heads, self.key), (heads, self.value)]
+            query, key, value = cpu_attention.normalised_heads(projected, sections, slope, scale, shift)
+        else:
+            projected = _prelu(projected, slope)
+            split = 2 * heads * self.key
+            qk = _heads(projected[..., :split], 2 * heads)
+            query, key = normalise_frame(qk, self.scale_qk, self.shift_qk).chunk(2, dim=1)
+            value = normalise_frame(_heads(projected[..., split:], heads), self.scale_v, self.shift_v)
+        attended, cache = window_attention(query, key, value, cache, window, self.bins, mask_unseen=True)
+        return _add_normalised(x, self.merge(attended), self.slope_merge, self.norm_merge), cache
 
 
 @dataclass(frozen=True)
@@ -263,14 +275,48 @@ class HintFusion(nn.Module):
         weight, bias = self.film(hint).chunk(2, dim=-1)
         merged = torch.addcmul(bias, line[:, :steps], weight)
         split = self.heads * self.key
-        slopes = torch.cat([self.slope_key.expand(split), self.slope_value.expand(self.heads * self.value)])
-        key_value = _prelu(self.key_value(merged), slopes)
-        query = self.norm_query(_heads(_prelu(self.query(x), self.slope_query), self.heads))
-        key = self.norm_key(_heads(key_value[..., :split], self.heads))
-        value = self.norm_value(_heads(key_value[..., split:], self.heads))
-        attended, cache = window_attention(query, key, value, state.cache, window, mask_unseen=False)
-        fused = self.norm_merge(_prelu(self.merge(_channels(attended, self.bins)), self.slope_merge))
-        return x + fused, FusionState(line[:, steps:], cache)
+        slope = torch.cat([self.slope_key.expand(split), self.slope_value.expand(self.heads * self.value)])
+        key_value, projected = self.key_value(merged), self.query(x)
+        if cpu_attention.fits(key_value):
+            sections = [(self.heads, self.key), (self.heads, self.value)]
+            key, value = cpu_attention.normalised_heads(
+                key_value, sections, slope, *self._affine(self.norm_key, self.norm_value)
+            )
+            (query,) = cpu_attention.normalised_heads(
+                projected, sections[:1], self.slope_query.expand(split), *self._affine(self.norm_query)
+            )
+        else:
+            key_value = _prelu(key_value, slope)
+            query = self.norm_query(_heads(_prelu(projected, self.slope_query), self.heads))
+            key = self.norm_key(_heads(key_value[..., :split], self.heads))
+            value = self.norm_value(_heads(key_value[..., split:], self.heads))
+        attended, cache = window_attention(query, key, value, state.cache, window, self.bins, mask_unseen=False)
+        fused = _add_normalised(x, self.merge(attended), self.slope_merge, self.norm_merge)
+        return fused, FusionState(line[:, steps:], cache)
+
+    def _affine(self, *norms: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """What all heads share, weights and biases ``[F * size]`` of norms, as two of ``[F, heads * sizes]``."""
+        parts = [[norm.weight for norm in norms], [norm.bias for norm in norms]]
+        weight, bias = (
+            torch.cat([_by_bin(part.expand(self.heads, 1, -1), self.bins) for part in each], dim=-1) for each in parts
+        )
+        return weight, bias
+
+
+def _by_bin(affine: Tensor, bins: int) -> Tensor:
+    """``[heads, 1, F * size]`` to ``[F, heads * size]``."""
+    by_bin: Tensor = affine.unflatten(-1, (bins, -1))[:, 0].transpose(0, 1).flatten(1)
+    return by_bin
+
+
+def _add_normalised(x: Tensor, y: Tensor, slope: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """``x + norm(prelu(y))`` of features ``[B, T, F, C]``."""
+    if cpu_attention.fits(y):
+        size = y.shape[-1]
+        (added,) = cpu_attention.normalised_heads(y, [(1, size)], slope.expand(size), norm.weight, norm.bias, x)
+        return added.view_as(x)
+    normalised: Tensor = norm(_prelu(y, slope))
+    return x + normalised
 
 
 def _prelu(x: Tensor, slope: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ FLOOR = 1e-10  # power, -100 dBFS: what is below is not made louder
 # What a network makes of frames this far below the running level, digital silence above all, is what its biases make of
 # nothing; it fades out.
 SILENCE = 1e-6  # power, -60 dB
+INAUDIBLE = 1e-12  # power, -120 dBFS, far below the noise of 16 bits: what rounding leaves of silence with an offset
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class RunningLevel(nn.Module):
         logarithms[:, 1:] += faded
         running = (logarithms.cummax(1).values[:, 1:] - faded).exp().to(power)
         scale = running.clamp_min(FLOOR).sqrt() / REFERENCE
-        audible = power / (power + SILENCE * running.clamp_min(FLOOR))
+        audible = power / (power + SILENCE * running + INAUDIBLE)
         gain = (scale * audible)[..., None, None]
         scale = scale[..., None, None]
         return Levels(spectrum / scale, gain, scale, running[:, -1])

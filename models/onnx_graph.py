@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.errors import Failure
 from models.config import SPEAKER_EMBEDDING_SIZE
 from models.layers import HintFusion
-from models.level import FLOOR, REFERENCE, SILENCE, RunningLevel
+from models.level import FLOOR, INAUDIBLE, REFERENCE, SILENCE, RunningLevel
 from models.onnx_stream import OnnxStream, load_graph
 from models.pair import SmallModel
 from models.tfgridnet import GridNetBlock
@@ -219,9 +219,10 @@ def _running_level(graph: _Graph, level: RunningLevel, spectrum: str) -> tuple[s
     power = graph.node("Mul", total, constant(level.unit))
     running = graph.node("Max", power, graph.node("Mul", graph.input("level", 1), constant(math.exp(-level.fading))))
     graph.output(running, "new_level", 1)
-    running = graph.node("Max", running, constant(FLOOR))
-    scale = graph.node("Mul", graph.node("Sqrt", running), constant(1 / REFERENCE))
-    audible = graph.node("Div", power, graph.node("Add", power, graph.node("Mul", running, constant(SILENCE))))
+    floored = graph.node("Max", running, constant(FLOOR))
+    scale = graph.node("Mul", graph.node("Sqrt", floored), constant(1 / REFERENCE))
+    silence = graph.node("Add", graph.node("Mul", running, constant(SILENCE)), constant(INAUDIBLE))
+    audible = graph.node("Div", power, graph.node("Add", power, silence))
     return graph.node("Div", spectrum, scale), graph.node("Mul", scale, audible)
 
 

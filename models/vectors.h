@@ -99,14 +99,14 @@ class Buffer {
     float* data_;
 };
 
-// sums[r][z] += sum over k of rows[r][k] * weights[k][z]
+// sums[r][z] += sum over k of rows[r][k] * weights[k][z]; from k to k + 1 `stride` floats
 template <int R, int Z>
 static inline __attribute__((always_inline)) void multiply(const float* const* rows, int64_t depth, const float* weights,
-                                                           Vector (&sums)[R][Z]) {
+                                                           int64_t stride, Vector (&sums)[R][Z]) {
     for (int64_t k = 0; k < depth; k++) {
         Vector w[Z];
 #pragma GCC unroll 4
-        for (int z = 0; z < Z; z++) w[z] = load(weights + (k * Z + z) * WIDTH);
+        for (int z = 0; z < Z; z++) w[z] = load(weights + k * stride + z * WIDTH);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const float value = rows[r][k];
@@ -137,7 +137,7 @@ static inline __attribute__((always_inline)) void product_block(const float* con
     Vector sums[R][Z];
     for (int r = 0; r < R; r++)
         for (int z = 0; z < Z; z++) sums[r][z] = start(r, column + z * WIDTH);
-    multiply<R, Z>(rows, depth, weights + depth * column, sums);
+    multiply<R, Z>(rows, depth, weights + depth * column, Z * WIDTH, sums);
     for (int r = 0; r < R; r++)
         for (int z = 0; z < Z; z++) finish(r, column + z * WIDTH, sums[r][z]);
 }

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/hints.proto\x12\x15knowledge_boosting.v1\"\x8b\x01\n\x12StreamHintsRequest\x12\x36\n\x06\x63onfig\x18\x01 \x01(\x0b\x32$.knowledge_boosting.v1.SessionConfigH\x00\x12\x32\n\x05\x61udio\x18\x02 \x01(\x0b\x32!.knowledge_boosting.v1.AudioChunkH\x00\x42\t\n\x07request\"\xbd\x01\n\x13StreamHintsResponse\x12\x38\n\x07started\x18\x01 \x01(\x0b\x32%.knowledge_boosting.v1.SessionStartedH\x00\x12+\n\x04hint\x18\x02 \x01(\x0b\x32\x1b.knowledge_boosting.v1.HintH\x00\x12\x33\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x1f.knowledge_boosting.v1.DrainingH\x00\x42\n\n\x08response\"\xaa\x02\n\rSessionConfig\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12\x11\n\tbundle_id\x18\x03 \x01(\t\x12\x13\n\x0bsample_rate\x18\x04 \x01(\r\x12\x1d\n\x11speaker_embedding\x18\x05 \x03(\x02\x42\x02\x10\x01\x12\x38\n\x0cpcm_encoding\x18\x06 \x01(\x0e\x32\".knowledge_boosting.v1.PcmEncoding\x12:\n\rhint_encoding\x18\x07 \x01(\x0e\x32#.knowledge_boosting.v1.HintEncoding\x12\x13\n\x0b\x66irst_frame\x18\x08 \x01(\x03\x12\x18\n\x10hint_deadline_ms\x18\t \x01(\r\"$\n\x0eSessionStarted\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x1b\n\x08\x44raining\x12\x0f\n\x07seconds\x18\x01 \x01(\x02\".\n\nAudioChunk\x12\x13\n\x0b\x66irst_frame\x18\x01 \x01(\x03\x12\x0b\n\x03pcm\x18\x02 \x01(\x0c\"[\n\x04Hint\x12\r\n\x05\x66rame\x18\x01 \x01(\x03\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\x10\n\x08queue_us\x18\x04 \x01(\r\x12\x12\n\ncompute_us\x18\x05 \x01(\r\"k\n\rEnrollRequest\x12\x13\n\x0bsample_rate\x18\x01 \x01(\r\x12\x38\n\x0cpcm_encoding\x18\x02 \x01(\x0e\x32\".knowledge_boosting.v1.PcmEncoding\x12\x0b\n\x03pcm\x18\x03 \x01(\x0c\"/\n\x0e\x45nrollResponse\x12\x1d\n\x11speaker_embedding\x18\x01 \x03(\x02\x42\x02\x10\x01\"&\n\x14\x44\x65scribeModelRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\"\xe9\x02\n\x15\x44\x65scribeModelResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12\x11\n\tbundle_id\x18\x03 \x01(\t\x12\x11\n\tuntrained\x18\x04 \x01(\x08\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x13\n\x0bsample_rate\x18\x06 \x01(\r\x12\x13\n\x0bmicrophones\x18\x07 \x01(\r\x12\r\n\x05\x63hunk\x18\x08 \x01(\r\x12\x11\n\tlookahead\x18\t \x01(\r\x12\r\n\x05\x64\x65lay\x18\n \x01(\r\x12\x15\n\rhint_channels\x18\x0b \x01(\r\x12\x11\n\thint_bins\x18\x0c \x01(\r\x12\x1e\n\x16max_chunks_per_message\x18\r \x01(\r\x12\x0f\n\x07\x65nrolls\x18\x0e \x01(\x08\x12\x10\n\x08sessions\x18\x0f \x01(\r\x12\x14\n\x0cmax_sessions\x18\x10 \x01(\r\x12\x0f\n\x07\x62undles\x18\x11 \x03(\t*[\n\x0bPcmEncoding\x12\x1c\n\x18PCM_ENCODING_UNSPECIFIED\x10\x00\x12\x16\n\x12PCM_ENCODING_S16LE\x10\x01\x12\x16\n\x12PCM_ENCODING_F32LE\x10\x02*w\n\x0cHintEncoding\x12\x1d\n\x19HINT_ENCODING_UNSPECIFIED\x10\x00\x12\x17\n\x13HINT_ENCODING_F32LE\x10\x01\x12\x17\n\x13HINT_ENCODING_F16LE\x10\x02\x12\x16\n\x12HINT_ENCODING_INT8\x10\x03\x32\xba\x02\n\x0bHintService\x12h\n\x0bStreamHints\x12).knowledge_boosting.v1.StreamHintsRequest\x1a*.knowledge_boosting.v1.StreamHintsResponse(\x01\x30\x01\x12U\n\x06\x45nroll\x12$.knowledge_boosting.v1.EnrollRequest\x1a%.knowledge_boosting.v1.EnrollResponse\x12j\n\rDescribeModel\x12+.knowledge_boosting.v1.DescribeModelRequest\x1a,.knowledge_boosting.v1.DescribeModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12protos/hints.proto\x12\x15knowledge_boosting.v1\"\x8b\x01\n\x12StreamHintsRequest\x12\x36\n\x06\x63onfig\x18\x01 \x01(\x0b\x32$.knowledge_boosting.v1.SessionConfigH\x00\x12\x32\n\x05\x61udio\x18\x02 \x01(\x0b\x32!.knowledge_boosting.v1.AudioChunkH\x00\x42\t\n\x07request\"\xbd\x01\n\x13StreamHintsResponse\x12\x38\n\x07started\x18\x01 \x01(\x0b\x32%.knowledge_boosting.v1.SessionStartedH\x00\x12+\n\x04hint\x18\x02 \x01(\x0b\x32\x1b.knowledge_boosting.v1.HintH\x00\x12\x33\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x1f.knowledge_boosting.v1.DrainingH\x00\x42\n\n\x08response\"\xc0\x02\n\rSessionConfig\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12\x11\n\tbundle_id\x18\x03 \x01(\t\x12\x13\n\x0bsample_rate\x18\x04 \x01(\r\x12\x1d\n\x11speaker_embedding\x18\x05 \x03(\x02\x42\x02\x10\x01\x12\x38\n\x0cpcm_encoding\x18\x06 \x01(\x0e\x32\".knowledge_boosting.v1.PcmEncoding\x12:\n\rhint_encoding\x18\x07 \x01(\x0e\x32#.knowledge_boosting.v1.HintEncoding\x12\x13\n\x0b\x66irst_frame\x18\x08 \x01(\x03\x12\x18\n\x10hint_deadline_ms\x18\t \x01(\r\x12\x14\n\x0creproducible\x18\n \x01(\x08\"$\n\x0eSessionStarted\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x1b\n\x08\x44raining\x12\x0f\n\x07seconds\x18\x01 \x01(\x02\".\n\nAudioChunk\x12\x13\n\x0b\x66irst_frame\x18\x01 \x01(\x03\x12\x0b\n\x03pcm\x18\x02 \x01(\x0c\"[\n\x04Hint\x12\r\n\x05\x66rame\x18\x01 \x01(\x03\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\r\n\x05scale\x18\x03 \x01(\x02\x12\x10\n\x08queue_us\x18\x04 \x01(\r\x12\x12\n\ncompute_us\x18\x05 \x01(\r\"k\n\rEnrollRequest\x12\x13\n\x0bsample_rate\x18\x01 \x01(\r\x12\x38\n\x0cpcm_encoding\x18\x02 \x01(\x0e\x32\".knowledge_boosting.v1.PcmEncoding\x12\x0b\n\x03pcm\x18\x03 \x01(\x0c\"/\n\x0e\x45nrollResponse\x12\x1d\n\x11speaker_embedding\x18\x01 \x03(\x02\x42\x02\x10\x01\"&\n\x14\x44\x65scribeModelRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\"\xe9\x02\n\x15\x44\x65scribeModelResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0b\x62undle_name\x18\x02 \x01(\t\x12\x11\n\tbundle_id\x18\x03 \x01(\t\x12\x11\n\tuntrained\x18\x04 \x01(\x08\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x13\n\x0bsample_rate\x18\x06 \x01(\r\x12\x13\n\x0bmicrophones\x18\x07 \x01(\r\x12\r\n\x05\x63hunk\x18\x08 \x01(\r\x12\x11\n\tlookahead\x18\t \x01(\r\x12\r\n\x05\x64\x65lay\x18\n \x01(\r\x12\x15\n\rhint_channels\x18\x0b \x01(\r\x12\x11\n\thint_bins\x18\x0c \x01(\r\x12\x1e\n\x16max_chunks_per_message\x18\r \x01(\r\x12\x0f\n\x07\x65nrolls\x18\x0e \x01(\x08\x12\x10\n\x08sessions\x18\x0f \x01(\r\x12\x14\n\x0cmax_sessions\x18\x10 \x01(\r\x12\x0f\n\x07\x62undles\x18\x11 \x03(\t*[\n\x0bPcmEncoding\x12\x1c\n\x18PCM_ENCODING_UNSPECIFIED\x10\x00\x12\x16\n\x12PCM_ENCODING_S16LE\x10\x01\x12\x16\n\x12PCM_ENCODING_F32LE\x10\x02*w\n\x0cHintEncoding\x12\x1d\n\x19HINT_ENCODING_UNSPECIFIED\x10\x00\x12\x17\n\x13HINT_ENCODING_F32LE\x10\x01\x12\x17\n\x13HINT_ENCODING_F16LE\x10\x02\x12\x16\n\x12HINT_ENCODING_INT8\x10\x03\x32\xba\x02\n\x0bHintService\x12h\n\x0bStreamHints\x12).knowledge_boosting.v1.StreamHintsRequest\x1a*.knowledge_boosting.v1.StreamHintsResponse(\x01\x30\x01\x12U\n\x06\x45nroll\x12$.knowledge_boosting.v1.EnrollRequest\x1a%.knowledge_boosting.v1.EnrollResponse\x12j\n\rDescribeModel\x12+.knowledge_boosting.v1.DescribeModelRequest\x1a,.knowledge_boosting.v1.DescribeModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONCONFIG'].fields_by_name['speaker_embedding']._serialized_options = b'\020\001'
   _globals['_ENROLLRESPONSE'].fields_by_name['speaker_embedding']._loaded_options = None
   _globals['_ENROLLRESPONSE'].fields_by_name['speaker_embedding']._serialized_options = b'\020\001'
-  _globals['_PCMENCODING']._serialized_start=1450
-  _globals['_PCMENCODING']._serialized_end=1541
-  _globals['_HINTENCODING']._serialized_start=1543
-  _globals['_HINTENCODING']._serialized_end=1662
+  _globals['_PCMENCODING']._serialized_start=1472
+  _globals['_PCMENCODING']._serialized_end=1563
+  _globals['_HINTENCODING']._serialized_start=1565
+  _globals['_HINTENCODING']._serialized_end=1684
   _globals['_STREAMHINTSREQUEST']._serialized_start=46
   _globals['_STREAMHINTSREQUEST']._serialized_end=185
   _globals['_STREAMHINTSRESPONSE']._serialized_start=188
   _globals['_STREAMHINTSRESPONSE']._serialized_end=377
   _globals['_SESSIONCONFIG']._serialized_start=380
-  _globals['_SESSIONCONFIG']._serialized_end=678
-  _globals['_SESSIONSTARTED']._serialized_start=680
-  _globals['_SESSIONSTARTED']._serialized_end=716
-  _globals['_DRAINING']._serialized_start=718
-  _globals['_DRAINING']._serialized_end=745
-  _globals['_AUDIOCHUNK']._serialized_start=747
-  _globals['_AUDIOCHUNK']._serialized_end=793
-  _globals['_HINT']._serialized_start=795
-  _globals['_HINT']._serialized_end=886
-  _globals['_ENROLLREQUEST']._serialized_start=888
-  _globals['_ENROLLREQUEST']._serialized_end=995
-  _globals['_ENROLLRESPONSE']._serialized_start=997
-  _globals['_ENROLLRESPONSE']._serialized_end=1044
-  _globals['_DESCRIBEMODELREQUEST']._serialized_start=1046
-  _globals['_DESCRIBEMODELREQUEST']._serialized_end=1084
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=1087
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=1448
-  _globals['_HINTSERVICE']._serialized_start=1665
-  _globals['_HINTSERVICE']._serialized_end=1979
+  _globals['_SESSIONCONFIG']._serialized_end=700
+  _globals['_SESSIONSTARTED']._serialized_start=702
+  _globals['_SESSIONSTARTED']._serialized_end=738
+  _globals['_DRAINING']._serialized_start=740
+  _globals['_DRAINING']._serialized_end=767
+  _globals['_AUDIOCHUNK']._serialized_start=769
+  _globals['_AUDIOCHUNK']._serialized_end=815
+  _globals['_HINT']._serialized_start=817
+  _globals['_HINT']._serialized_end=908
+  _globals['_ENROLLREQUEST']._serialized_start=910
+  _globals['_ENROLLREQUEST']._serialized_end=1017
+  _globals['_ENROLLRESPONSE']._serialized_start=1019
+  _globals['_ENROLLRESPONSE']._serialized_end=1066
+  _globals['_DESCRIBEMODELREQUEST']._serialized_start=1068
+  _globals['_DESCRIBEMODELREQUEST']._serialized_end=1106
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=1109
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=1470
+  _globals['_HINTSERVICE']._serialized_start=1687
+  _globals['_HINTSERVICE']._serialized_end=2001
 # @@protoc_insertion_point(module_scope)

@@ -46,7 +46,7 @@ class StreamHintsResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[SessionStarted, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
 
 class SessionConfig(_message.Message):
-    __slots__ = ("protocol_version", "bundle_name", "bundle_id", "sample_rate", "speaker_embedding", "pcm_encoding", "hint_encoding", "first_frame", "hint_deadline_ms")
+    __slots__ = ("protocol_version", "bundle_name", "bundle_id", "sample_rate", "speaker_embedding", "pcm_encoding", "hint_encoding", "first_frame", "hint_deadline_ms", "reproducible")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_NAME_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class SessionConfig(_message.Message):
     HINT_ENCODING_FIELD_NUMBER: _ClassVar[int]
     FIRST_FRAME_FIELD_NUMBER: _ClassVar[int]
     HINT_DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    REPRODUCIBLE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     bundle_name: str
     bundle_id: str
@@ -65,7 +66,8 @@ class SessionConfig(_message.Message):
     hint_encoding: HintEncoding
     first_frame: int
     hint_deadline_ms: int
-    def __init__(self, protocol_version: _Optional[int] = ..., bundle_name: _Optional[str] = ..., bundle_id: _Optional[str] = ..., sample_rate: _Optional[int] = ..., speaker_embedding: _Optional[_Iterable[float]] = ..., pcm_encoding: _Optional[_Union[PcmEncoding, str]] = ..., hint_encoding: _Optional[_Union[HintEncoding, str]] = ..., first_frame: _Optional[int] = ..., hint_deadline_ms: _Optional[int] = ...) -> None: ...
+    reproducible: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., bundle_name: _Optional[str] = ..., bundle_id: _Optional[str] = ..., sample_rate: _Optional[int] = ..., speaker_embedding: _Optional[_Iterable[float]] = ..., pcm_encoding: _Optional[_Union[PcmEncoding, str]] = ..., hint_encoding: _Optional[_Union[HintEncoding, str]] = ..., first_frame: _Optional[int] = ..., hint_deadline_ms: _Optional[int] = ..., reproducible: _Optional[bool] = ...) -> None: ...
 
 class SessionStarted(_message.Message):
     __slots__ = ("session_id",)

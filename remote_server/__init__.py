@@ -1,1 +1,3 @@
 """The large network as a gRPC service that sends hints to many devices."""
+
+import common  # noqa: F401  # before any library is loaded

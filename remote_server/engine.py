@@ -80,6 +80,7 @@ class EngineSession:
 
     engine: "HintEngine"
     receive: Callable[[Hints | Exception], None]  # called on the event loop, in frame order
+    alone: bool = False  # whether each of its frames is a step by itself
     slot: int = -1  # none before the engine has begun with the session
     closed: bool = False
     audio: bytearray = field(default_factory=bytearray)  # [n, M] not computed yet
@@ -105,6 +106,9 @@ class HintEngine:
     A step takes what is there of every session: one frame, or of a session that is behind a power of two, up to eight.
     Sessions with equally many go through the network together, those with one frame first. Frames of a session stay in
     order, and no session waits for more than one such round.
+
+    How frames are put together changes the last bits of their hints. So a session may ask for steps of its own, each of
+    one frame; of all such sessions a round takes one frame, for which the others wait.
     """
 
     def __init__(
@@ -145,13 +149,20 @@ class HintEngine:
         self._thread.start()
 
     async def open(
-        self, receive: Callable[[Hints | Exception], None], speaker_embedding: Samples | None = None
+        self,
+        receive: Callable[[Hints | Exception], None],
+        speaker_embedding: Samples | None = None,
+        *,
+        alone: bool = False,
     ) -> EngineSession:
         """A new session, whose hints go to ``receive``; ``speaker_embedding`` is ``[256]`` for TSE.
 
         No more than ``slots`` may be open; one that was closed counts no more.
+
+        Args:
+            alone: compute every frame by itself, so that the same audio gives the same hints to the last bit.
         """
-        session = EngineSession(self, receive)
+        session = EngineSession(self, receive, alone)
         self._loop = asyncio.get_running_loop()
         ready = self._loop.create_future()
         self._command(lambda: self._begin(session, speaker_embedding, ready))
@@ -318,12 +329,16 @@ class HintEngine:
 def _groups(ready: Iterable[EngineSession], most_backlog: int) -> list[tuple[int, list[EngineSession]]]:
     """Sessions by the frames that a step takes of each: a power of two, of those that have waited longest first."""
     groups: dict[int, list[EngineSession]] = {}
+    alone: list[tuple[int, list[EngineSession]]] = []
     for session in sorted(ready, key=lambda session: session.arrived[0]):
+        if session.alone:
+            alone = alone or [(1, [session])]
+            continue
         frames = min(1 << (session.waiting.bit_length() - 1), _MOST_FRAMES)
         group = groups.setdefault(frames, [])
         if frames <= 2 or not group or (len(group) + 1) * frames <= most_backlog:
             group.append(session)
-    return sorted(groups.items())
+    return sorted(groups.items()) + alone
 
 
 def _deliver(results: list[tuple[EngineSession, Hints | Exception]]) -> None:

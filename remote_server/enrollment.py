@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import logging
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 
 from protos.codec import ENROLLMENT_RATE, Samples
 
+_log = logging.getLogger("kb-server")
+
 
 class SpeakerEncoder:
-    """The voice encoder, loaded on first use, on a thread of its own so that hints go on meanwhile."""
+    """The voice encoder, on a thread of its own so that hints go on meanwhile."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="enrollment")
@@ -22,6 +25,13 @@ class SpeakerEncoder:
     def installed() -> bool:
         """Whether the optional package is there."""
         return importlib.util.find_spec("resemblyzer") is not None
+
+    def load(self) -> None:
+        """Begin to load it, which takes seconds, many of them the first time on a machine; else the first speech does.
+
+        Most of what it builds on is loaded, or compiled, only when there is something to hear.
+        """
+        self._executor.submit(self._load)
 
     async def embed(self, speech: Samples) -> Samples:
         """The embedding ``[256]`` of speech ``[N]`` at 16 kHz.
@@ -34,6 +44,14 @@ class SpeakerEncoder:
     def close(self) -> None:
         """Wait for the embedding under way and end the thread."""
         self._executor.shutdown()
+
+    def _load(self) -> None:
+        try:
+            self._embed(np.random.default_rng(0).normal(0, 0.1, ENROLLMENT_RATE).astype(np.float32))
+        except Exception:
+            _log.exception("the speaker encoder cannot be loaded; nobody can be enrolled")
+        else:
+            _log.info({"event": "speaker_encoder_loaded"})
 
     def _embed(self, speech: Samples) -> Samples:
         with warnings.catch_warnings():

@@ -12,8 +12,6 @@ import common.cli
 from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from common.cli import warn
 from common.errors import InputError
-from common.grpc_environment import prepare_grpc
-from models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -26,7 +24,7 @@ def serve(
     bundle: Annotated[
         list[str] | None,
         typer.Option(
-            "--bundle", help=f"Name or path of a bundle, or a folder of them; may be repeated. [{DEFAULT_BUNDLE}]"
+            "--bundle", help="Name or path of a bundle, or a folder of them; may be repeated. [all shipped, as needed]"
         ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
@@ -88,7 +86,6 @@ def serve(
     """Serve large networks of bundles to devices."""
     if context.invoked_subcommand is not None:
         return
-    prepare_grpc()
     if workers > 1 and worker is None:
         from remote_server.workers import run_workers
 
@@ -121,8 +118,7 @@ def serve(
     )
     target = pick_device(device)
     metrics = Metrics()
-    names = bundle or [DEFAULT_BUNDLE]
-    bundles = Bundles(names, target, max_sessions=most, max_wait=max_wait_ms / 1e3, metrics=metrics)
+    bundles = Bundles(bundle, target, max_sessions=most, max_wait=max_wait_ms / 1e3, metrics=metrics)
     if any(served.manifest.untrained for served in bundles.served):
         warn(UNTRAINED_NOTICE)
     if metrics_port is not None:
@@ -148,8 +144,6 @@ def status(
     token_file: TokenFile = None,
 ) -> None:
     """Say what a server runs and how full it is; exit 1 if it shuts down."""
-    prepare_grpc()
-
     from common.call_credentials import read_credentials
     from remote_server.status import print_status
 
@@ -173,7 +167,7 @@ def main() -> None:
     if hasattr(signal, "SIGHUP"):
         # Until bundles can be looked at again; untouched, the signal would end the process.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    common.cli.run(app, "kb-server")
+    common.cli.run(app, "kb-server", "server")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,6 @@ class Metrics:
         """
         try:
             server, _ = start_http_server(port, host, self._registry)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise InputError(f"--metrics-port {port}: cannot listen on {host} ({reason(error)})") from None
         return int(server.server_port)

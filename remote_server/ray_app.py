@@ -86,6 +86,7 @@ class HintReplica:
         if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
             raise Failure("this node was started without the settings of deploy/ray/environment; see docs/cluster.md")
         self._service = _service(options)
+        self._service.load_speaker_encoder()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._service.watch()), loop.create_task(self._drain_when(_leaving()))]
 

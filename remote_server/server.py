@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from common.errors import InputError
+from common.errors import InputError, reason
 from protos.codec import SERVICE_NAME
 from protos.hints_pb2_grpc import add_HintServiceServicer_to_server
 from remote_server.limits import Limits
@@ -74,7 +76,7 @@ async def serve(
     try:
         bound = security.add_port(server, address)
     except RuntimeError:
-        raise InputError(f"cannot listen on {address}; is the port taken? --port 0 finds a free one") from None
+        raise InputError(why_not_listening(where.host, where.port)) from None
     # Before anybody hears that the server is there, and so may end it.
     stop, at_once = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -94,11 +96,13 @@ async def serve(
     gc.collect()
     gc.freeze()
     ready(bound)
-    slots = {served.manifest.name: served.engine.slots for served in service.bundles.served}
+    slots = {served.manifest.name: served.slots for served in service.bundles.served if served.loaded is not None}
     log_event("server_started", host=where.host, port=bound, sessions=slots)
     if where.until_stdin_ends:
         # A daemon thread: nothing may wait for it when the server stops for another reason.
         threading.Thread(target=_when_stdin_ends, args=(loop, stop.set), daemon=True).start()
+    else:  # one client of our own wants the speaker encoder at once, or never
+        service.load_speaker_encoder()
     watching, stopping = loop.create_task(service.watch()), loop.create_task(stop.wait())
     await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
     failure = watching.exception() if watching.done() else None
@@ -120,6 +124,25 @@ async def serve(
     log_event("server_stopped")
     if failure is not None:
         raise failure
+
+
+def why_not_listening(host: str, port: int) -> str:
+    """Why a host and port cannot be listened on, and what to do; gRPC does not tell."""
+    where = f"cannot listen on {address_of(host, port)}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except (socket.gaierror, UnicodeError):
+        return f"--host {host}: no host of that name is known here; give an address of this machine, or 0.0.0.0 for all"
+    except PermissionError:
+        return f"{where}: this user may not have that port; give --port one above 1023"
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            return f"--host {host}: is no address of this machine; give one that is, or 0.0.0.0 for all"
+        if error.errno != errno.EADDRINUSE:
+            return f"{where} ({reason(error)})"
+    return f"{where}; is the port taken? --port 0 finds a free one"
 
 
 def address_of(host: str, port: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from common.errors import InputError
 from protos import hints_pb2 as pb
 from protos.codec import PROTOCOL_VERSION
 from protos.hints_pb2_grpc import HintServiceServicer
@@ -74,6 +75,11 @@ class HintService(HintServiceServicer):
             session.end(_shutting_down())
         await self._wait_until_empty(2)
 
+    def load_speaker_encoder(self) -> None:
+        """Begin to load what enrollments need, if devices may want some; the first one need not wait for it then."""
+        if self._speakers is not None and any(served.manifest.model.task == "tse" for served in self.bundles.served):
+            self._speakers.load()
+
     def close(self) -> None:
         """End the threads."""
         if self._speakers is not None:
@@ -97,9 +103,9 @@ class HintService(HintServiceServicer):
                 text = f"{self._limits.sessions_per_peer} sessions of this host are open already; end one of them"
                 raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
             config = await self._configuration(request_iterator)
+            found = await self._admit(config)
             if self._draining:  # by now
                 raise _shutting_down()
-            found = self._admit(config)
             stack.enter_context(CALLER.get().session())
             bundle = found
             bundle.sessions += 1
@@ -195,7 +201,7 @@ class HintService(HintServiceServicer):
             max_chunks_per_message=self._limits.chunks,
             enrolls=self._speakers is not None,
             sessions=bundle.sessions,
-            max_sessions=bundle.engine.slots,
+            max_sessions=bundle.slots,
             bundles=[served.manifest.name for served in allowed],
         )
 
@@ -213,19 +219,26 @@ class HintService(HintServiceServicer):
             raise Refused("request: the stream ended before its configuration")
         return read_config(request)
 
-    def _admit(self, config: pb.SessionConfig) -> ServedBundle:
-        """The bundle of a session, with a place in it.
+    async def _admit(self, config: pb.SessionConfig) -> ServedBundle:
+        """The bundle of a session, loaded and with a place in it.
 
         Raises:
-            Refused: the configuration does not fit, or all places are taken.
+            Refused: the configuration does not fit, the bundle cannot be loaded, or all places are taken.
         """
         bundle = self.bundles.find(config.bundle_id) if config.bundle_id else None
         if bundle is None or bundle.manifest.id != config.bundle_id:
             raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
         CALLER.get().check_bundle(bundle.manifest.name)
         check_config(config, bundle.manifest.model)
+        try:
+            await self.bundles.load(bundle)
+        except InputError:
+            text = f"this server cannot load {bundle.manifest.label}; see its log"
+            raise Refused(text, grpc.StatusCode.INTERNAL) from None
+        if bundle.retired:  # by now
+            raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
         if not self.bundles.has_place(bundle):
-            text = f"all {bundle.engine.slots} sessions of this server are taken; try again later or another server"
+            text = f"all {bundle.slots} sessions of this server are taken; try again later or another server"
             raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
         return bundle
 

@@ -39,6 +39,7 @@ class Session:
         self._encoding = config.hint_encoding
         self._price = bundle.manifest.model.framing.chunk_seconds / limits.speed if limits.speed else 0.0
         self._deadline = config.hint_deadline_ms * 1_000_000 or None  # ns
+        self._reproducible = config.reproducible
         self._embedding = np.array(config.speaker_embedding, np.float32) if config.speaker_embedding else None
         self._next_hint = config.first_frame
         self._stream: EngineSession | None = None
@@ -59,7 +60,7 @@ class Session:
         Raises:
             Refused: the session has ended otherwise than by the device's own wish.
         """
-        self._stream = await self._bundle.engine.open(self._receive, self._embedding)
+        self._stream = await self._bundle.engine.open(self._receive, self._embedding, alone=self._reproducible)
         reading = asyncio.create_task(self._read(requests, self._stream))
         try:
             yield Response(started=pb.SessionStarted(session_id=self.id))

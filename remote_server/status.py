@@ -42,8 +42,8 @@ def print_status(server: str, credentials: Credentials) -> bool:
     for answer in answers:
         name = f"{answer.bundle_name} (UNTRAINED)" if answer.untrained else answer.bundle_name
         delay = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"
-        left = answer.max_sessions - answer.sessions
-        table.add_row(name, answer.bundle_id, answer.task.upper(), delay, str(answer.sessions), str(left))
+        left = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "known when loaded"
+        table.add_row(name, answer.bundle_id, answer.task.upper(), delay, str(answer.sessions), left)
     words = "serving" if serving else "shutting down: takes no new sessions"
     enrolls = "enrolls speakers" if first.enrolls else "enrolls no speakers"
     print(f"{server}: {words}; protocol {first.protocol_version}; {enrolls}")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from common.errors import Failure, InputError, reason
-from remote_server.server import address_of
+from common.errors import Failure, InputError
+from remote_server.server import why_not_listening
 
 _RESTART_SECONDS = 1.0
 _STARTING_SECONDS = 30.0  # in which a worker that cannot start says something of all of them
@@ -36,9 +36,8 @@ def run_workers(count: int, host: str, port: int, arguments: Sequence[str]) -> i
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             reserved.bind((host, port))
-        except OSError as error:
-            text = f"cannot listen on {address_of(host, port)} ({reason(error)})"
-            raise InputError(f"{text}; is the port taken? --port 0 finds a free one") from None
+        except (OSError, UnicodeError):
+            raise InputError(why_not_listening(host, port)) from None
         port = reserved.getsockname()[1]
         return _Workers(count, (host, port), [*arguments, "--port", str(port)]).run()
 

@@ -1,3 +1,1 @@
-from common.grpc_environment import prepare_grpc
-
-prepare_grpc()
+import common  # noqa: F401  # before any library is loaded

@@ -48,7 +48,7 @@ def refusal(name: str, *arguments: object, cwd: Path | None = None) -> str:
     return lines[0].removeprefix(f"{name}: error: ")
 
 
-def refusal_here(name: str, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def refusal_here(name: str, capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
     """As :func:`refusal`, with the command called in this process, which spares its start."""
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def refusal_here(name: str, capsys: pytest.CaptureFixture[str], *arguments: obje
     signal.signal(signal.SIGTERM, handler)
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if not line.startswith("warning:")]
-    assert left.value.code == 2, printed.err
+    assert left.value.code == code, printed.err
     assert len(lines) == 1, printed.err
     assert not printed.out
     return lines[0].removeprefix(f"{name}: error: ")
@@ -107,23 +107,16 @@ def descriptors(pid: int) -> int:
 
 
 @contextmanager
-def running_server(bundle: Path, *arguments: object) -> Iterator[Server]:
-    """A server on a free port of loopback, stopped at the end, also that of this process, however it comes."""
+def running_server(bundle: Path | None, *arguments: object) -> Iterator[Server]:
+    """A server of a bundle, or of those that are shipped, on a free port of loopback, stopped at the end.
+
+    It stops by itself when this process ends, however that comes.
+    """
+    if bundle is not None:
+        arguments = ("--bundle", bundle, *arguments)
     process = subprocess.Popen(
         # How many sessions a busy machine carries is not what most tests ask.
-        command(
-            "kb-server",
-            "--bundle",
-            bundle,
-            "--port",
-            0,
-            "--device",
-            "cpu",
-            "--max-sessions",
-            16,
-            "--until-stdin-ends",
-            *arguments,
-        ),
+        command("kb-server", "--port", 0, "--device", "cpu", "--max-sessions", 16, "--until-stdin-ends", *arguments),
         env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

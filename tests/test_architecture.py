@@ -1,6 +1,7 @@
 """The house rules: who may import whom, and what a device does without."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_torch_is_imported_only_where_it_is_allowed() -> None:
     for room in ("common", "protos"):
         for path in modules(room).values():
             assert "torch" not in {module.split(".")[0] for module in imports(path)}, path
+
+
+def test_libraries_find_the_environment_prepared() -> None:
+    """Every room but that of generated code imports ``common`` first, and ONNX Runtime is loaded in one place."""
+    for room in ROOMS - {"common", "protos"}:
+        assert imports(ROOT / room / "__init__.py") == {"common"}, room
+    elsewhere = [*ROOT.glob("benchmarks/*.py"), *(path for room in ROOMS for path in modules(room).values())]
+    users = {path.relative_to(ROOT).as_posix() for path in elsewhere if "onnxruntime" in imports(path)}
+    assert users == {"models/onnx_stream.py"}
+
+
+def test_loading_onnx_runtime_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
+    settings = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, "-c", "import models.onnx_stream"], cwd=ROOT, env=settings, check=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_client_imports_without_torch_and_without_the_server() -> None:

@@ -1,1 +1,3 @@
 """Data, losses, training and evaluation."""
+
+import common  # noqa: F401  # before any library is loaded

@@ -17,20 +17,21 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
-import soxr
 
-from common import sound_files
 from common.errors import InputError, existing_file, reason
+
+if TYPE_CHECKING:
+    from common.sound_files import Sound
 
 Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
 SPLITS = ("train", "val", "test")
 DERIVED = "~"  # between a speaker's name and the number of a voice that kb-make-voices made of the recordings
+NOISE_FILE = "noise.wav"  # of an item, beside its sources
 METADATA_FILE = "metadata.csv"  # of a rendered split: a line an item
 _SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
@@ -84,8 +85,13 @@ class Corpus:
     @property
     def digest(self) -> str:
         """A digest of the files' names and lengths, the same wherever the folder lies."""
-        lines = sorted(f"{utterance.name} {utterance.length}\n" for own in self.speakers.values() for utterance in own)
-        return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+        return clips_digest([utterance for own in self.speakers.values() for utterance in own])
+
+
+def clips_digest(clips: Sequence[Utterance]) -> str:
+    """A digest of recordings' names and lengths."""
+    lines = sorted(f"{clip.name} {clip.length}\n" for clip in clips)
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,8 @@ def _speaker(folder: Path, name: Path) -> str:
 
 
 def _length(path: Path) -> int:
+    from common import sound_files
+
     with _speech(path) as header:
         if header.samplerate < SAMPLE_RATE:
             raise BrokenFile(path, f"sampled at {header.samplerate} Hz; at least {SAMPLE_RATE} Hz is needed")
@@ -199,14 +207,16 @@ def _length(path: Path) -> int:
 
 
 @contextmanager
-def _speech(path: Path) -> Iterator[sound_files.Sound]:
+def _speech(path: Path) -> "Iterator[Sound]":
     """A file of speech, open; what is wrong with it becomes a :class:`BrokenFile`."""
+    from common import sound_files
+
     try:
         with sound_files.open_sound(path) as sound:
             yield sound
     except sound_files.UnusableSound as error:
         raise BrokenFile(path, str(error)) from None
-    except (OSError, soundfile.LibsndfileError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise BrokenFile(path, f"not readable as audio ({reason(error).rstrip('.')}); copy it again") from None
 
 
@@ -216,6 +226,8 @@ def read_segment(segment: Segment) -> Samples:
     Raises:
         BrokenFile: the file is damaged, cut short, or has samples that are not finite.
     """
+    from common import sound_files
+
     path = segment.utterance.path
     with _speech(path) as file:
         rate = file.samplerate
@@ -227,6 +239,8 @@ def read_segment(segment: Segment) -> Samples:
     if len(samples) < wanted:
         raise BrokenFile(path, "cut short; copy it again")
     if rate != SAMPLE_RATE:
+        import soxr
+
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="VHQ")
     # Resampling rounds the length to the nearest sample.
     return np.pad(samples, (0, max(0, segment.length - len(samples))))[: segment.length]

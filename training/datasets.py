@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from common.errors import InputError, reason
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from training.config import DynamicData, FolderData
 from training.corpus import (
+    NOISE_FILE,
     SAMPLE_RATE,
     BrokenFile,
     NoSpeech,
@@ -68,7 +68,7 @@ class Batch(TypedDict):
 
 
 class MixtureFolder:
-    """A split in the published layout: ``<root>/<split>/<number>/source00.wav, source01.wav[, spk_id00.pt, …]``."""
+    """A split in the published layout: ``<root>/<split>/<number>/source00.wav, source01.wav[, noise.wav, …]``."""
 
     def __init__(self, data: FolderData, model: ModelConfig, *, seed: int, training: bool, skip_broken: bool) -> None:
         """List the items.
@@ -124,7 +124,13 @@ class MixtureFolder:
         if voices[0].shape != voices[1].shape:
             raise InputError(f"{item / 'source01.wav'}: must be as long as source00.wav")
         sources = torch.stack(voices)
-        example = {"names": str(item), "mixture": sources.sum(0), "sources": sources}
+        mixture = sources.sum(0)
+        if (item / NOISE_FILE).is_file():
+            noise = _read_source(item / NOISE_FILE, self._model.microphones)
+            if noise.shape != mixture.shape:
+                raise InputError(f"{item / NOISE_FILE}: must be as long as source00.wav")
+            mixture = mixture + noise
+        example = {"names": str(item), "mixture": mixture, "sources": sources}
         if self._model.task == "tse":
             target = index % 2
             if self._training:
@@ -143,7 +149,7 @@ def _read_source(path: Path, microphones: int) -> Tensor:
             rate = sound.samplerate
     except sound_files.UnusableSound as error:
         raise InputError(f"{path}: {error}") from None
-    except (OSError, soundfile.LibsndfileError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{path}: not readable as audio ({reason(error).rstrip('.')})") from None
     if rate != SAMPLE_RATE or samples.shape[1] != microphones:
         raise InputError(
@@ -241,7 +247,7 @@ class DynamicMixing:
             samples = _at_speed(read_speech(mixed), speed)
             speech.append(np.pad(samples, (0, max(0, self._length - len(samples))))[: self._length])
         room = rng.integers(len(self._bank.responses))
-        example = {
+        example: dict[str, Any] = {
             "names": " + ".join(mixed.utterance.name for mixed, _ in segments),
             "speech": torch.from_numpy(np.stack(speech)),
             "responses": torch.from_numpy(self._bank.responses[room][rng.permutation(2)]),
@@ -326,7 +332,8 @@ _HEADROOM = 0.99
 
 
 def _gain(decibels: Tensor) -> Tensor:
-    return 10 ** (decibels / 20)
+    gain: Tensor = 10 ** (decibels / 20)
+    return gain
 
 
 def _heard(signals: Tensor, responses: Tensor) -> Tensor:
@@ -334,7 +341,8 @@ def _heard(signals: Tensor, responses: Tensor) -> Tensor:
     length = signals.shape[-1]
     size = length + responses.shape[-1] - 1
     spectrum = torch.fft.rfft(signals, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
-    return torch.fft.irfft(spectrum, n=size)[..., :length]
+    heard: Tensor = torch.fft.irfft(spectrum, n=size)[..., :length]
+    return heard
 
 
 def render(batch: Batch) -> Batch:

@@ -19,7 +19,6 @@ several pairs, each trained for its delay. ``--delays`` asks something else: no 
 can also run with features held back for another time than in training, and it says what that costs.
 """
 
-import importlib.util
 import math
 import multiprocessing
 import os
@@ -545,9 +544,8 @@ def _parse_delays(text: str) -> list[int]:
 
 def _check_installed(metrics: Sequence[Metric]) -> None:
     packages = {"stoi": "pystoi", "pesq": "pesq"}
-    for module in ("torchmetrics", "matplotlib", *(packages[metric] for metric in metrics if metric in packages)):
-        if importlib.util.find_spec(module) is None:
-            raise Failure(f"this needs {module}: pip install 'knowledge-boosting[train]'")
+    wanted = (packages[metric] for metric in metrics if metric in packages)
+    common.cli.check_installed("torchmetrics", "matplotlib", *wanted)
 
 
 def _evaluate(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
@@ -706,7 +704,7 @@ def evaluate(
 
 def main() -> None:
     """Entry point of ``kb-evaluate``."""
-    common.cli.run(app, "kb-evaluate")
+    common.cli.run(app, "kb-evaluate", "train")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The ``kb-make-dataset`` command: speech and head-related responses to a dataset in the published layout.
 
-``<output>/<split>/<item>/`` holds ``source00.wav`` and ``source01.wav`` (two ears, 16 kHz, 16-bit; their sum is the
-mixture), for TSE ``spk_id00.pt`` and ``spk_id01.pt`` (``[1, 256]``), and ``metadata.json``; ``<output>/<split>/``
-holds the items' records as ``metadata.csv``; ``<output>/dataset.json`` what it was made with. With
-``--responses-only`` there is ``<output>/responses.safetensors`` instead, and its ``metadata.csv``.
+``<output>/<split>/<item>/`` holds ``source00.wav`` and ``source01.wav`` (two ears, 16 kHz, 16-bit), with ``--noise``
+``noise.wav`` (the sum of all is the mixture), for TSE ``spk_id00.pt`` and ``spk_id01.pt`` (``[1, 256]``), and
+``metadata.json``; ``<output>/<split>/`` holds the items' records as ``metadata.csv``; ``<output>/dataset.json`` what it
+was made with. With ``--responses-only`` there is ``<output>/responses.safetensors`` instead, and its ``metadata.csv``.
 
 Everything of item i of a split is drawn from ``default_rng([seed, split, i])`` and computed on one thread, so that an
 item's bytes follow from the flags alone, not from the number of workers or from what was made before. Items are
@@ -11,46 +11,51 @@ written under a temporary name and renamed: what is there is whole, and the same
 """
 
 import csv
-import importlib.util
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import soundfile
 import typer
 
 import common.cli
-from common.errors import Failure, InputError, reason
+from common.errors import InputError, reason
 from common.files import atomic_directory, atomic_file, write_by_memory
 from models.manifest import file_digest
 from training.corpus import (
     METADATA_FILE,
+    NOISE_FILE,
     SAMPLE_RATE,
     SPLITS,
     Samples,
     Talker,
+    Utterance,
+    clips_digest,
     draw_voices,
+    find_clips,
     find_speech,
     find_talkers,
+    read_noise,
     split_talkers,
 )
 from training.rooms import (
     BANK_FILE,
+    HEADROOM,
     MICROPHONES,
     MONO,
     RESPONSE_LENGTH,
+    Listener,
     Range,
     Renderer,
     RoomRanges,
     check_range,
     check_sofa,
-    draw_listener,
     draw_room,
     head_name,
     level_gains,
@@ -91,28 +96,50 @@ class Mixtures:
     enrollment: int  # 0 for SS
     difference: Range  # dB
     level: Range  # dBFS
+    noise: tuple[Utterance, ...]  # recordings, perhaps none
+    noise_ratio: Range  # dB, of the voices over the noise
     skip_broken: bool
 
     def make(self, split: str, index: int, folder: Path) -> dict[Path, str]:
         """Write one item; gives the broken files that were drawn and left out."""
         rng = np.random.default_rng([self.seed, _SPLIT_NUMBERS[split], index])
-        room = draw_room(rng, self.rooms)
+        room = draw_room(rng, self.rooms, self.renderer.heads)
         difference, level = rng.uniform(*self.difference), rng.uniform(*self.level)
         voices, broken = draw_voices(
             rng, self.talkers[split], self.length, self.enrollment, skip_broken=self.skip_broken
         )
-        listener = draw_listener(rng, self.rooms, self.renderer.heads)
-        responses = self.renderer.responses(room, listener)
+        responses = self.renderer.responses(room)
         sources = [render(voice.speech, own) for voice, own in zip(voices, responses, strict=True)]
         gains = level_gains(sources, difference, level)
-        record = {"item": _item_name(index), **listener.record(), **room.record()}
-        for number, voice, source, gain in zip(("00", "01"), voices, sources, gains, strict=True):
-            _write_wav(folder / f"source{number}.wav", gain * source)
+        heard = [gain * source for gain, source in zip(gains, sources, strict=True)]
+        record: dict[str, object] = {"item": _item_name(index), **room.record()}
+        if self.noise:
+            noise, drawn = self._noise(rng, heard[0] + heard[1], room.listener)
+            factor = min(1.0, HEADROOM / float(np.abs(heard[0] + heard[1] + noise).max()))
+            heard = [factor * source for source in heard]
+            gains = (factor * gains[0], factor * gains[1])
+            _write_wav(folder / NOISE_FILE, factor * noise)
+            record |= drawn
+        for number, voice, source, gain in zip(("00", "01"), voices, heard, gains, strict=True):
+            _write_wav(folder / f"source{number}.wav", source)
             if voice.embedding is not None:
                 _write_embedding(folder / f"spk_id{number}.pt", voice.embedding)
             record |= {**voice.record(number), f"gain{number}": gain}
         _write_record(folder, {**record, "level_difference_db": difference, "mixture_level_dbfs": level})
         return broken
+
+    def _noise(
+        self, rng: np.random.Generator, mixture: Samples, listener: Listener
+    ) -> tuple[Samples, dict[str, object]]:
+        """Noise ``[2, N]`` from two places in a room of its own, as the same listener hears it, and its record."""
+        clip = self.noise[rng.integers(len(self.noise))]
+        ratio = rng.uniform(*self.noise_ratio)
+        places = [read_noise(rng, clip, mixture.shape[1]) for _ in range(2)]
+        room = replace(draw_room(rng, self.rooms, self.renderer.heads), listener=listener)
+        noise = np.sum([render(*pair) for pair in zip(places, self.renderer.responses(room), strict=True)], axis=0)
+        power = max(float(np.mean(np.square(noise))), 1e-16)
+        gain = math.sqrt(float(np.mean(np.square(mixture))) / power) * 10 ** (-ratio / 20)
+        return gain * noise, {"noise": clip.name, "noise_ratio_db": ratio}
 
 
 @dataclass(frozen=True)
@@ -126,16 +153,15 @@ class Responses:
     def make(self, split: str, index: int, folder: Path) -> dict[Path, str]:
         """Write one room's responses; nothing can be broken."""
         rng = np.random.default_rng([self.seed, _SPLIT_NUMBERS[split], index])
-        room = draw_room(rng, self.rooms)
-        listener = draw_listener(rng, self.rooms, self.renderer.heads)
-        write_by_memory(folder / _RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room, listener)))
-        _write_record(folder, {"room": _item_name(index), **listener.record(), **room.record()})
+        room = draw_room(rng, self.rooms, self.renderer.heads)
+        write_by_memory(folder / _RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room)))
+        _write_record(folder, {"room": _item_name(index), **room.record()})
         return {}
 
 
-def mixture_bytes(length: int, *, embeddings: bool) -> int:
-    """What an item of ``length`` samples takes of a disk: sources, record, folder and perhaps embeddings."""
-    return 2 * _on_disk(44 + 4 * length) + (4 if embeddings else 2) * _BLOCK
+def mixture_bytes(length: int, *, embeddings: bool, noise: bool) -> int:
+    """What an item of ``length`` samples takes of a disk: sources, record, folder, perhaps embeddings and noise."""
+    return (3 if noise else 2) * _on_disk(44 + 4 * length) + (4 if embeddings else 2) * _BLOCK
 
 
 def room_bytes() -> int:
@@ -153,6 +179,8 @@ def _item_name(index: int) -> str:
 
 def _write_wav(path: Path, samples: Samples) -> None:
     """Samples ``[2, N]`` below full scale."""
+    import soundfile
+
     pcm = np.rint(samples.T * 32768).astype(np.int16)
     write_by_memory(path, lambda file: soundfile.write(file, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16"))
 
@@ -391,6 +419,12 @@ def make_dataset(
     level: Annotated[
         Range, typer.Option("--level", metavar="LOW HIGH", help="dBFS (RMS) of the mixture, lowered if it would clip.")
     ] = (-35.0, -20.0),
+    noise: Annotated[
+        Path | None, typer.Option("--noise", help="Recordings without voices, mono, 16 kHz or more, at any depth.")
+    ] = None,
+    noise_ratio: Annotated[
+        Range, typer.Option("--noise-ratio", metavar="LOW HIGH", help="dB, both speakers over the noise.")
+    ] = (15.0, 40.0),
     side: Annotated[
         Range, typer.Option("--side", metavar="LOW HIGH", help="Length and width of a room, m.")
     ] = _ROOMS.side,
@@ -436,11 +470,13 @@ def make_dataset(
     ranges = RoomRanges(side, height, absorption, anechoic, distance, azimuth, elevation, separation, microphones, mono)
     counts = {split: count for split, count in (("train", train), ("val", val), ("test", test)) if count}
     if responses_only:
-        if speech or valid_speech or task or counts:
-            raise InputError("--responses-only takes no --speech, --valid-speech, --task, --train, --val or --test")
+        if speech or valid_speech or task or counts or noise:
+            raise InputError(
+                "--responses-only takes no --speech, --valid-speech, --noise, --task, --train, --val or --test"
+            )
         if not rooms:
             raise InputError("--responses-only needs --rooms, how many rooms the bank has")
-        _check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
+        common.cli.check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
         _check_heads(sofa)
         _make_bank(output, sofa, ranges, rooms, seed, workers)
         return
@@ -454,15 +490,17 @@ def make_dataset(
         raise InputError("--valid-speech is for val and test; give --val or --test a number of items")
     check_range("--level-difference", level_difference, -40, 40)
     check_range("--level", level, -60, 0)
+    check_range("--noise-ratio", noise_ratio, -20, 100)
     folders = {"speech": speech, **({"valid_speech": valid_speech} if valid_speech else {})}
     for folder in folders.values():
         if output.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{output}: lies in the speech folder {folder}; give another --output")
     needed = ("resemblyzer", "torch") if task is Task.TSE else ()
-    _check_installed("netCDF4", "pyroomacoustics", "sofa", *needed)
+    common.cli.check_installed("netCDF4", "pyroomacoustics", "sofa", *needed)
     _check_heads(sofa)
     length = round(seconds * SAMPLE_RATE)
     enrollment = round(enrollment_seconds * SAMPLE_RATE) if task is Task.TSE else 0
+    clips = find_clips(noise) if noise is not None else ()
     talkers, digests = _find_splits(folders, counts, length, enrollment, seed, skip_broken=skip_broken)
     parameters: dict[str, object] = {
         "task": task.value,
@@ -478,12 +516,33 @@ def make_dataset(
         "speech": digests["speech"],
         "valid_speech": digests.get("valid_speech"),
         "sofa": _digests(sofa),
+        "noise": clips_digest(clips) if clips else None,
+        "noise_ratio": noise_ratio if clips else None,
     }
 
     def prepare() -> Mixtures:
-        return Mixtures(Renderer(sofa), ranges, seed, talkers, length, enrollment, level_difference, level, skip_broken)
+        return Mixtures(
+            Renderer(sofa),
+            ranges,
+            seed,
+            talkers,
+            length,
+            enrollment,
+            level_difference,
+            level,
+            clips,
+            noise_ratio,
+            skip_broken,
+        )
 
-    _make(output, parameters, counts, mixture_bytes(length, embeddings=enrollment > 0), prepare, workers)
+    _make(
+        output,
+        parameters,
+        counts,
+        mixture_bytes(length, embeddings=enrollment > 0, noise=noise is not None),
+        prepare,
+        workers,
+    )
     for split, count in counts.items():
         _write_metadata(output / split, output / split, count)
         print(f"{output / split}: {count} items of {len(talkers[split])} speakers")
@@ -503,15 +562,9 @@ def _digests(files: Sequence[Path]) -> str | list[str]:
     return digests[0] if len(digests) == 1 else digests
 
 
-def _check_installed(*modules: str) -> None:
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise Failure(f"this needs {module}: pip install 'knowledge-boosting[train]'")
-
-
 def main() -> None:
     """Entry point of ``kb-make-dataset``."""
-    common.cli.run(app, "kb-make-dataset")
+    common.cli.run(app, "kb-make-dataset", "train")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _HEAD_HEIGHT = (1.2, 1.8)  # m, ears of a listener who sits or stands
 _HEAD_MARGIN = 0.5  # m to the walls
 _TALKER_MARGIN = 0.3  # m to walls, floor and ceiling
 _TRIES = 10_000
-_HEADROOM = 0.99  # of full scale
+HEADROOM = 0.99  # of full scale
 # With the 186 samples of a KEMAR response at 16 kHz this fills an FFT of 256, which pyroomacoustics takes the next
 # power of two for: half the time of its default of 81, and 57 dB below the response.
 _FRACTIONAL_DELAY = 71
@@ -92,20 +92,16 @@ class Listener:
     spacing: float = 0.0  # m, between two microphones
     difference: float = 0.0  # dB, sensitivity of the left one over the right one
 
-    def record(self) -> dict[str, str | float]:
-        """Every value by name and unit, the columns of ``metadata.csv``."""
-        return {"listener": self.kind, "spacing_m": self.spacing, "sensitivity_difference_db": self.difference}
 
-
-def draw_listener(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
-    """One of the heads, or microphones in their shares. Where only one head is possible nothing is drawn."""
+def _draw_listener(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
+    # Where only one head is possible nothing is drawn.
     if ranges.microphones or ranges.mono:
         share = rng.uniform()
         if share < ranges.mono:
             return Listener(MONO)
         if share < ranges.mono + ranges.microphones:
             return Listener(MICROPHONES, rng.uniform(*_SPACING), rng.uniform(-_UNEQUAL_DB, _UNEQUAL_DB))
-    return Listener(heads[rng.integers(len(heads))] if len(heads) > 1 else heads[0])
+    return Listener(heads[int(rng.integers(len(heads)))] if len(heads) > 1 else heads[0])
 
 
 class Place(NamedTuple):
@@ -126,6 +122,7 @@ class Room:
     head: tuple[float, float, float]  # m, the point between the ears
     facing: float  # degrees, counterclockwise from the room's x axis
     talkers: tuple[Place, Place]
+    listener: Listener
 
     @property
     def order(self) -> int:
@@ -143,9 +140,12 @@ class Room:
         surface = 2 * (length * width + length * height + width * height)
         return 0.161 * length * width * height / (-surface * math.log(1 - self.absorption))
 
-    def record(self) -> dict[str, float]:
+    def record(self) -> dict[str, str | float]:
         """Every value by name and unit, the columns of ``metadata.csv``."""
-        record: dict[str, float] = {
+        record: dict[str, str | float] = {
+            "listener": self.listener.kind,
+            "spacing_m": self.listener.spacing,
+            "sensitivity_difference_db": self.listener.difference,
             **dict(zip(("length_m", "width_m", "height_m"), self.size, strict=True)),
             "absorption": self.absorption,
             "rt60_s": self.rt60,
@@ -164,8 +164,8 @@ class Room:
         return record
 
 
-def draw_room(rng: np.random.Generator, ranges: RoomRanges) -> Room:
-    """A room, its listener and two talkers.
+def draw_room(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Room:
+    """A room, its listener, which may be any of the heads, and two talkers.
 
     Places outside the room or too close together are drawn again, so that far talkers are rarer in small rooms.
 
@@ -191,7 +191,7 @@ def draw_room(rng: np.random.Generator, ranges: RoomRanges) -> Room:
         )
         apart = abs((talkers[0].azimuth - talkers[1].azimuth + 180) % 360 - 180)
         if inside and apart >= ranges.separation:
-            return Room(size, absorption, head, facing, talkers)
+            return Room(size, absorption, head, facing, talkers, _draw_listener(rng, ranges, heads))
     raise InputError(
         f"--distance, --azimuth, --elevation: no place for two talkers in a room of "
         f"{size[0]:.1f} x {size[1]:.1f} x {size[2]:.1f} m; widen these ranges or make rooms larger"
@@ -263,7 +263,7 @@ class Renderer:
         """Names of the heads."""
         return list(self._heads)
 
-    def responses(self, room: Room, listener: Listener) -> Samples:
+    def responses(self, room: Room) -> Samples:
         """Responses ``[2 talkers, 2 ears, 4096]`` at 16 kHz, from the talker's mouth to the ear.
 
         They begin when the sound leaves the talker, so that a farther one comes later and is weaker, and are faded
@@ -275,7 +275,8 @@ class Renderer:
         # These hold for the process. One thread, because the order of a sum must not depend on the machine's cores.
         pyroomacoustics.constants.set("num_threads", 1)
         pyroomacoustics.constants.set("frac_delay_length", _FRACTIONAL_DELAY)
-        ears = self._heads.get(listener.kind)
+        listener = room.listener
+        ears = None if listener.kind in (MICROPHONES, MONO) else self._heads[listener.kind]
         for ear in ears or ():
             ear.set_orientation(Rotation3D([room.facing], "z"))
         shoebox = pyroomacoustics.ShoeBox(
@@ -342,7 +343,7 @@ def level_gains(sources: Sequence[Samples], difference: float, level: float) -> 
     mixture = sources[0] + ratio * sources[1]
     loudest = max(float(np.abs(signal).max()) for signal in (sources[0], ratio * sources[1], mixture))
     gain = 10 ** (level / 20) / math.sqrt(float(np.mean(np.square(mixture, dtype=np.float64))))
-    gain = min(gain, _HEADROOM / loudest)
+    gain = min(gain, HEADROOM / loudest)
     return gain, gain * ratio
 
 

@@ -67,7 +67,7 @@ def train(
 
 def main() -> None:
     """Entry point of ``kb-train``."""
-    common.cli.run(app, "kb-train")
+    common.cli.run(app, "kb-train", "train")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import typer
 
 import common.cli
@@ -101,6 +100,8 @@ def _make(root: Path, number: int, utterance: Utterance, speaker: str, changes: 
 
 
 def _write_flac(path: Path, samples: Samples) -> None:
+    import soundfile
+
     write_by_memory(path, lambda file: soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16"))
 
 
@@ -127,6 +128,7 @@ def make_voices(
     """Make more voices of a corpus of speech, for training: the same words at another pitch, with other formants."""
     _check_factors("--pitch", pitch)
     _check_factors("--formants", formants)
+    common.cli.check_installed("pyworld")
     corpus = find_speech(speech, skip_broken=skip_broken)
     for path, fault in corpus.broken.items():
         common.cli.warn(f"skipped: {path}: {fault}")
@@ -152,4 +154,4 @@ def make_voices(
 
 def main() -> None:
     """Entry point of ``kb-make-voices``."""
-    common.cli.run(app, "kb-make-voices")
+    common.cli.run(app, "kb-make-voices", "train")

@@ -1,20 +1,23 @@
 """``kb-client enroll``: a voice is learned once, and wanted by its name in a live session."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import soundfile
 
 from protos import hints_pb2 as pb
 from protos.codec import PCM_ENCODINGS, encode_pcm
+from protos.hints_pb2_grpc import HintServiceServicer, HintServiceStub, add_HintServiceServicer_to_server
 from tests.golden_cases import TOLERANCE
 from tests.processes import Server, refusal_here, run
 
 SAMPLES = Path(__file__).parents[2] / "samples"
-TSE = "tse_delay6"
+SS, TSE = "ss_delay6_compression2", "tse_delay6"
 
 
 @pytest.fixture
@@ -48,15 +51,46 @@ def test_a_voice_is_kept_under_a_name_and_used(
 
 def embedding(server: Server) -> list[float]:
     """What the server's encoder makes of the same speech."""
-    import grpc
-
-    from protos.hints_pb2_grpc import HintServiceStub
-
     speech = soundfile.read(SAMPLES / "enrollment.wav", dtype="float32", always_2d=True)[0].mean(axis=1)
     encoding = PCM_ENCODINGS["f32"]
     request = pb.EnrollRequest(sample_rate=16000, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding))
     with grpc.insecure_channel(server.address) as channel:
         return list(HintServiceStub(channel).Enroll(request, timeout=60).speaker_embedding)
+
+
+@pytest.mark.parametrize("status", ["DEADLINE_EXCEEDED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL"])
+@pytest.mark.usefixtures("configuration")
+def test_a_server_that_cannot_now_is_no_fault_of_the_call(
+    status: str, golden_bundle: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_HintServiceServicer_to_server(Unable(grpc.StatusCode[status]), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    soundfile.write(tmp_path / "in.wav", np.ones((1600, 2)), 16000)
+    replay: list[object] = ["replay", tmp_path / "in.wav", "-o", tmp_path / "out.wav", "--bundle", golden_bundle(SS)]
+    try:
+        for call in (["enroll", "anna", SAMPLES / "enrollment.wav"], replay):
+            line = refusal_here("kb-client", capsys, *call, "--server", address, code=1)
+            assert f"({status}: not now)" in line
+            assert line.endswith("; try again")
+    finally:
+        server.stop(None).wait()
+
+
+class Unable(HintServiceServicer):
+    """Ends every call with one status."""
+
+    def __init__(self, status: grpc.StatusCode) -> None:
+        self._status = status
+
+    def Enroll(self, request: pb.EnrollRequest, context: grpc.ServicerContext) -> pb.EnrollResponse:
+        context.abort(self._status, "not now")
+
+    def StreamHints(
+        self, request_iterator: Iterator[pb.StreamHintsRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.StreamHintsResponse]:
+        context.abort(self._status, "not now")
 
 
 def test_what_cannot_be_enrolled(configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

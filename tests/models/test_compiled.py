@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.compiled import library
-
-needs_compiler = pytest.mark.skipif(library() is None, reason="no C++ compiler that serves")
+from tests.models.compiled import needs_compiler
 
 TRAIN = """
 import torch

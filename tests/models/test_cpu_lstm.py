@@ -1,6 +1,5 @@
 """The LSTM for training on a CPU against torch's own, forward and back."""
 
-import platform
 from typing import Any
 
 import pytest
@@ -8,33 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from models import cpu_lstm
-from models.compiled import library
 from models.cpu_lstm import FREQUENCY, TIME
 from models.tfgridnet import torch_residual_lstm
+from tests.models.compiled import assert_near, builds, needs_compiler, outcome, set_build, torch_threads
 
-needs_compiler = pytest.mark.skipif(library() is None, reason="no C++ compiler that serves, torch's own LSTM is used")
-
-
-def builds() -> dict[str, str]:
-    """Instruction sets that this processor has, and the compiler's name for what has them."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return {"NEON": "native"}
-    capability = torch.backends.cpu.get_cpu_capability()
-    found = {"SSE": "x86-64"}
-    if capability in ("AVX2", "AVX512"):
-        found["AVX2"] = "x86-64-v3"
-    if capability == "AVX512":
-        found["AVX-512"] = "x86-64-v4"
-    return found
-
-
-@pytest.fixture(params=builds())
-def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled part as another processor would have it."""
-    monkeypatch.setenv("CXXFLAGS", f"-march={builds()[request.param]}")
-    compiled = library()
-    assert compiled is not None
-    assert compiled.instructions().decode() == request.param
+pytestmark = needs_compiler
 
 
 def layers(channels: int, units: int, *, bidirectional: bool) -> tuple[nn.LayerNorm, nn.LSTM, nn.Linear]:
@@ -60,22 +37,7 @@ def by_torch(
     return torch.stack(columns, dim=3 - axis), last[0], last[1]
 
 
-def outcome(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Outputs, and the gradients of a random weighting of all of them."""
-    generator = torch.Generator().manual_seed(1)
-    total = sum((torch.randn(output.shape, generator=generator) * output).sum() for output in outputs)
-    assert isinstance(total, Tensor)
-    return [*(output.detach() for output in outputs), *torch.autograd.grad(total, inputs)]
-
-
-def assert_near(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Each within 1e-5 of its largest value, or of 1 where that is smaller."""
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))
-
-
-@needs_compiler
-@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("build", builds())
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("shape", "units", "axis", "bidirectional"),
@@ -88,8 +50,15 @@ def assert_near(actual: list[Tensor], expected: list[Tensor]) -> None:
     ],
 )
 def test_outputs_states_and_gradients_equal_torch_s(
-    shape: tuple[int, int, int, int], units: int, axis: int, bidirectional: bool, threads: int
+    shape: tuple[int, int, int, int],
+    units: int,
+    axis: int,
+    bidirectional: bool,
+    threads: int,
+    build: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    set_build(build, monkeypatch)
     torch.manual_seed(0)
     modules = layers(shape[3], units, bidirectional=bidirectional)
     weights = [weight for module in modules for weight in module.parameters()]
@@ -100,16 +69,11 @@ def test_outputs_states_and_gradients_equal_torch_s(
     states = [torch.randn(1 + bidirectional, sequences, units, requires_grad=True) for _ in range(2)]
     inputs = (x, *states, *weights)
     expected = outcome(by_torch(x, axis, *modules, *states), inputs)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         actual = outcome(cpu_lstm.residual_lstm(x, axis, *modules, *states), inputs)
-    finally:
-        torch.set_num_threads(before)
     assert_near(actual, expected)
 
 
-@needs_compiler
 def test_inputs_that_are_no_numbers_come_out_as_such() -> None:
     x = torch.zeros(1, 3, 2, 16)
     x[0, 1, 0, 0] = torch.nan
@@ -120,10 +84,10 @@ def test_inputs_that_are_no_numbers_come_out_as_such() -> None:
     assert y[0, :, 1].isfinite().all()
 
 
-@needs_compiler
-@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("build", builds())
 @pytest.mark.parametrize("scale", [1e3, -1e3, 1e30, -1e30])
-def test_sums_of_any_size_saturate(scale: float) -> None:
+def test_sums_of_any_size_saturate(scale: float, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_build(build, monkeypatch)
     modules = layers(16, 16, bidirectional=False)
     nn.init.constant_(modules[0].bias, scale)
     x, zeros = torch.randn(1, 2, 1, 16), torch.zeros(1, 1, 16)
@@ -132,7 +96,6 @@ def test_sums_of_any_size_saturate(scale: float) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-@needs_compiler
 def test_gradients_can_be_computed_again_and_of_a_part_of_the_outputs() -> None:
     modules = layers(16, 16, bidirectional=False)
     x, zeros = torch.randn(1, 3, 2, 16, requires_grad=True), torch.zeros(1, 2, 16)
@@ -165,7 +128,6 @@ class Counted:
         return y, hidden, cell
 
 
-@needs_compiler
 @pytest.mark.parametrize("slow", ["ours", "torch"])
 def test_the_faster_one_is_taken(slow: str) -> None:
     ours = Counted(cpu_lstm.residual_lstm, 20 if slow == "ours" else 1)
@@ -183,7 +145,6 @@ def test_the_faster_one_is_taken(slow: str) -> None:
     assert (ours.calls - before[0], torchs.calls - before[1]) == ((0, 3) if slow == "ours" else (3, 0))
 
 
-@needs_compiler
 def test_without_gradients_torch_s_is_taken() -> None:
     ours, torchs = Counted(cpu_lstm.residual_lstm), Counted(torch_residual_lstm)
     zeros = torch.zeros(1, 2, 16)

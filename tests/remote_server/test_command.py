@@ -18,6 +18,7 @@ from models.bundle import write_bundle
 from models.device import pick_device
 from protos import hints_pb2 as pb
 from protos.hints_pb2_grpc import HintServiceStub
+from remote_server.server import why_not_listening
 from tests.golden_cases import Golden
 from tests.processes import Server, command, refusal, running_server
 from tests.remote_server.driver import Device, Material, assert_logged
@@ -158,6 +159,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(bundle: Path, ss_server: S
     port = ss_server.address.rpartition(":")[2]
     calls: dict[str, tuple[object, ...]] = {
         f"cannot listen on 127.0.0.1:{port}; is the port taken? --port 0 finds a free one": (bundle, "--port", port),
+        "--host 192.0.2.1: is no address of this machine; give one": (bundle, "--host", "192.0.2.1", "--insecure"),
         f"{tmp_path / 'nowhere'}: no bundle of that name or path": (tmp_path / "nowhere",),
         f"{changed}: digest differs from bundle.json": (changed.parent,),
         f"{missing}: no such file; this copy of the bundle lacks its large part": (missing.parent,),
@@ -169,6 +171,14 @@ def test_what_cannot_be_served_is_refused_in_one_line(bundle: Path, ss_server: S
         for why, line in zip(calls, lines, strict=True):
             assert line.startswith(why)
     assert described(ss_server.address).bundle_name == BUNDLE
+
+
+def test_why_an_address_cannot_be_listened_on() -> None:
+    for host in ("gpu-host.invalid", "a..b", "http://127.0.0.1"):
+        assert why_not_listening(host, 0).startswith(f"--host {host}: no host of that name is known here; give ")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert why_not_listening("127.0.0.1", port).startswith(f"cannot listen on 127.0.0.1:{port}; is the port taken?")
 
 
 @pytest.mark.parametrize("device", ["", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0661", "cuda:0:0", "mps"])

@@ -47,8 +47,8 @@ class Stream:
         self._sent = 0
         self._session: EngineSession | None = None
 
-    async def open(self) -> None:
-        self._session = await self._engine.open(self._receive, self.speaker)
+    async def open(self, **options: bool) -> None:
+        self._session = await self._engine.open(self._receive, self.speaker, **options)
 
     def send(self, frames: int) -> None:
         assert self._session is not None
@@ -132,6 +132,44 @@ def test_frames_that_come_together_are_computed_together(large: LargeModel) -> N
     for stream in asyncio.run(all_at_once()):
         assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
     assert steps[0].sessions == 9
+
+
+def test_a_session_of_its_own_steps_gets_the_same_bits_however_busy_the_engine(large: LargeModel) -> None:
+    """Frame by frame in an engine of its own; in bursts, in another slot, among a crowd and beside one of its kind."""
+    frames = 70
+
+    async def by_itself() -> Stream:
+        engine = HintEngine(large, torch.device("cpu"), slots=1)
+        stream = Stream(engine, large, frames, seed=1)
+        await stream.open(alone=True)
+        for count in range(1, frames + 1):
+            stream.send(1)
+            while len(stream.hints) < count:
+                await asyncio.sleep(0.0001)
+        await stream.end()
+        engine.close()
+        return stream
+
+    async def in_a_crowd() -> list[Stream]:
+        engine = HintEngine(large, torch.device("cpu"), slots=4)
+        crowd = [Stream(engine, large, frames, seed=seed) for seed in (2, 3)]
+        own = [Stream(engine, large, frames, seed=1) for _ in range(2)]
+        for stream in crowd:
+            await stream.open()
+        for stream in own:
+            await stream.open(alone=True)
+        own[0].send(frames)
+        for _ in range(frames // 5):
+            for stream in (*crowd, own[1]):
+                stream.send(5)
+            await asyncio.sleep(0)
+        await asyncio.gather(*(stream.end() for stream in (*crowd, *own)))
+        engine.close()
+        return own
+
+    expected = np.stack(asyncio.run(by_itself()).hints)
+    for stream in asyncio.run(in_a_crowd()):
+        assert np.stack(stream.hints).tobytes() == expected.tobytes()
 
 
 def test_a_slot_keeps_nothing_of_its_last_session(large: LargeModel) -> None:

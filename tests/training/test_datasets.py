@@ -19,6 +19,7 @@ from models.config import ModelConfig, NetworkSize
 from training.config import DynamicData, FolderData
 from training.corpus import speaker_embedding
 from training.datasets import Batch, DynamicMixing, EpochOrder, Loader, MixtureFolder, render
+from training.rooms import write_bank
 
 SPEECH = Path(__file__).parent / "speech"
 RATE = 16000
@@ -380,6 +381,7 @@ def mixing(
     skip_broken: bool = False,
     candidates: int = 1,
     seconds: float = SECONDS,
+    **conditions: Any,
 ) -> DynamicMixing:
     data = DynamicData(
         speech=str(speech),
@@ -390,6 +392,7 @@ def mixing(
         level_difference_db=4.0,
         level_dbfs=(-35.0, -25.0),
         candidates=candidates,
+        **conditions,
     )
     return DynamicMixing(data, model(task), seed=seed, skip_broken=skip_broken)
 
@@ -425,6 +428,104 @@ def test_an_example_is_two_talkers_in_a_room_of_the_bank(bank: Path, drawn: Batc
     for responses in drawn["responses"]:
         assert any(torch.equal(responses, room) for room in known)
     assert len({responses.numpy().tobytes() for responses in drawn["responses"]}) > 2
+
+
+@pytest.fixture(scope="module")
+def disturbed(bank: Path, tmp_path_factory: pytest.TempPathFactory) -> DynamicMixing:
+    """Mixing with all conditions, in a bank of two listeners."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    responses = load_file(bank)["responses"]
+    mono = np.repeat(responses[:, :, :1], 2, axis=2)
+    write_bank(folder / "bank", np.concatenate([responses, mono]), ["head"] * 3 + ["mono"] * 3)
+    rng = np.random.default_rng(0)
+    for name, length in (("a.wav", 3000), ("b.wav", round(3 * SECONDS * RATE))):
+        soundfile.write(folder / name, rng.normal(0, 0.1, length), RATE)
+    return mixing(
+        folder / "bank",
+        noise=str(folder),
+        noise_db=(10.0, 20.0),
+        pauses=0.5,
+        ear_difference_db=20.0,
+        level_change_db=6.0,
+    )
+
+
+def test_noise_comes_from_a_room_with_the_same_listener(disturbed: DynamicMixing) -> None:
+    listeners = set()
+    for index in range(24):
+        example = disturbed.example((0, index))
+        mono = [torch.equal(example[key][:, 0], example[key][:, 1]) for key in ("responses", "noise_responses")]
+        assert mono[0] == mono[1]
+        listeners.add(mono[0])
+        assert example["noise"].shape == (2, round(RATE * SECONDS))
+        assert not torch.equal(*example["noise"])
+        assert example["noise"].std() == pytest.approx(0.1, rel=0.05)
+    assert listeners == {True, False}
+
+
+def test_noise_is_as_far_below_the_voices_as_drawn(disturbed: DynamicMixing) -> None:
+    batch = collate([disturbed.example((1, index)) for index in range(8)])
+    rendered = render(batch)
+    noise = rendered["mixture"] - rendered["sources"].sum(1)
+    # Taken back is what changes the level along the way.
+    way = 10 ** (batch["level_change_db"][:, None] * torch.linspace(-0.5, 0.5, noise.shape[-1]) / 20)
+    ratio = power(rendered["sources"].sum(1) / way[:, None]) / power(noise / way[:, None])
+    torch.testing.assert_close(10 * ratio.log10(), batch["noise_db"].double(), atol=0.05, rtol=0)
+
+
+def test_ears_differ_and_levels_change_as_drawn(disturbed: DynamicMixing) -> None:
+    batch = collate([disturbed.example((2, index)) for index in range(8)])
+    plain = {key: value for key, value in batch.items() if key not in ("ear_difference_db", "level_change_db")}
+    ears, level = batch["ear_difference_db"], batch["level_change_db"]
+    assert ears.abs().max() > 4
+    assert (ears.abs() <= 20).all()
+    assert (level.abs() <= 6).all()
+    before, after = render(cast("Batch", plain))["sources"], render(batch)["sources"]
+    change = 20 * (after / before).abs().log10()
+    heard = before.abs() > 1e-4
+    left, right = (change[:, :, ear].masked_fill(~heard[:, :, ear], torch.nan).nanmedian(-1)[0] for ear in (0, 1))
+    torch.testing.assert_close((left - right).nanmedian(1)[0], ears, atol=0.6, rtol=0)
+    quarter = change.shape[-1] // 4
+    first, last = (
+        change[..., part].masked_fill(~heard[..., part], torch.nan).flatten(1).nanmedian(-1)[0]
+        for part in (slice(quarter), slice(-quarter, None))
+    )
+    torch.testing.assert_close(last - first, 0.75 * level, atol=0.6, rtol=0)
+
+
+def test_talkers_pause_in_their_share_of_mixtures(disturbed: DynamicMixing, bank: Path) -> None:
+    undisturbed = mixing(bank)
+
+    def silences(examples: DynamicMixing, index: int) -> list[int]:
+        return [int((voice == 0).sum()) for voice in examples.example((3, index))["speech"]]
+
+    paused = [index for index in range(40) if max(silences(disturbed, index)) > RATE // 20]
+    assert 10 <= len(paused) <= 30
+    assert not [index for index in range(40) if max(silences(undisturbed, index)) > RATE // 20]
+    # Nobody is silent for all of it.
+    assert all(max(silences(disturbed, index)) <= 0.75 * RATE * SECONDS for index in paused)
+
+
+def test_speakers_kept_for_validation_are_not_drawn(bank: Path, tmp_path: Path) -> None:
+    speakers = sorted(mixing(bank).speakers)
+    kept = tmp_path / "kept.txt"
+    kept.write_text(f"# for validation\n{speakers[0]}\n\n{speakers[1]} # both\n")
+    assert mixing(bank, excluded_speakers=str(kept)).speakers == set(speakers[2:])
+    kept.write_text("# nobody\n")
+    with pytest.raises(InputError, match=r"kept\.txt: names no speaker"):
+        mixing(bank, excluded_speakers=str(kept))
+    with pytest.raises(InputError, match="no such file"):
+        mixing(bank, excluded_speakers=str(tmp_path / "none.txt"))
+
+
+def test_noise_that_cannot_be_used(bank: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder; give a folder of noise"):
+        mixing(bank, noise=str(tmp_path / "none"))
+    with pytest.raises(InputError, match="holds no recordings"):
+        mixing(bank, noise=str(tmp_path))
+    (tmp_path / "clip.wav").write_text("no audio")
+    with pytest.raises(InputError, match=r"clip\.wav: not readable"):
+        mixing(bank, noise=str(tmp_path))
 
 
 def test_speech_is_a_stretch_of_the_utterance_that_is_named(drawn: Batch) -> None:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +41,13 @@ Item = tuple[Row, list[npt.NDArray[np.int64]]]
 
 
 @functools.cache
-def renderer(sofa: Path) -> Renderer:
-    """Read once, for it takes seconds."""
+def _read(*sofa: Path) -> Renderer:
     return Renderer(sofa)
+
+
+def renderer(sofa: Sequence[Path]) -> Renderer:
+    """Read once, for it takes seconds."""
+    return _read(*sofa)
 
 
 def make(*arguments: object) -> object:
@@ -126,7 +132,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
     folder = tmp_path_factory.mktemp("many")
     talkers = split_talkers(find_talkers(find_speech(SPEECH, skip_broken=False), SECONDS * 16000, 0), ["train"], 0)
     mixtures = Mixtures(
-        renderer=renderer(SOFA),
+        renderer=renderer([SOFA]),
         rooms=RoomRanges(),
         seed=1,
         talkers=talkers,
@@ -134,6 +140,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
         enrollment=0,
         difference=(-5, 5),
         level=(-35, -20),
+        noise=(),
+        noise_ratio=(15, 40),
         skip_broken=False,
     )
     items = []
@@ -317,19 +325,56 @@ def test_broken_files_are_skipped_and_counted(
     assert all({path.name for path in item.iterdir()} == whole for item in tmp_path.glob("data/train/*"))
 
 
+def test_every_condition_is_rendered_as_told(tmp_path: Path) -> None:
+    noise = tmp_path / "noise" / "rain"
+    noise.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    soundfile.write(noise / "short.wav", rng.normal(0, 0.05, 5000), 16000)
+    soundfile.write(noise / "long.wav", rng.normal(0, 0.05, 80000), 16000)
+    other = tmp_path / "other.sofa"
+    other.write_bytes(SOFA.read_bytes())
+    call = [
+        *("--speech", SPEECH, "--sofa", SOFA, "--sofa", other, "--task", "ss", "--seed", 3, "--seconds", SECONDS),
+        *("--val", 24, "--microphones", 0.3, "--mono", 0.3, "--anechoic", 0.5, "--level", -60, -6),
+        *("--noise", noise.parent, "--noise-ratio", 10, 20),
+    ]
+    root = tmp_path / "data"
+    assert make(*call, "-o", root, "--workers", 2) == 0
+    kinds = Counter(row["listener"] for row in rows(root / "val"))
+    assert set(kinds) == {SOFA.stem, "other", "microphones", "mono"}
+    for row in rows(root / "val"):
+        folder = root / "val" / row["item"]
+        parts = [*sources(folder), soundfile.read(folder / "noise.wav", dtype="int16")[0].T.astype(np.int64)]
+        voices, mixture = parts[0] + parts[1], sum(parts)
+        assert np.abs(mixture).max() < 32768
+        ratio = 10 * np.log10(np.mean(voices**2.0) / np.mean(parts[2] ** 2.0))
+        # Of the quietest mixtures, noise is a few units of 16 bits.
+        assert ratio == pytest.approx(float(row["noise_ratio_db"]), abs=0.2 if np.std(parts[2]) > 3 else 3)
+        assert row["noise"] in ("rain/short.wav", "rain/long.wav")
+        if row["listener"] == "mono":
+            assert all((left == right).all() for left, right in parts)
+        if row["listener"] == "microphones":
+            assert 0.03 <= float(row["spacing_m"]) <= 0.2
+    again = tmp_path / "again"
+    assert make(*call, "-o", again, "--workers", 1) == 0
+    assert tree(again) == tree(root)
+
+
 def test_a_bank_of_responses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["--responses-only", "--rooms", 8, "--anechoic", 0.5, "--sofa", SOFA, "--seed", 2]
     root = tmp_path / "bank"
     assert make(*call, "-o", root, "--workers", 1) == 0
     files = tree(root)
     assert set(files) == {"dataset.json", "metadata.csv", "responses.safetensors"}
-    responses = read_bank(root / "responses.safetensors")
+    responses = read_bank(root / "responses.safetensors").responses
     assert responses.shape == (8, 2, 2, RESPONSE_LENGTH)
     assert responses.dtype == np.float32
     for index, row in enumerate(rows(root)):
-        room = draw_room(np.random.default_rng([2, 3, index]), RoomRanges(anechoic=0.5))
-        assert {name: float(row[name]) for name in room.record()} == pytest.approx(room.record(), abs=1e-6)
-        np.testing.assert_array_equal(responses[index], renderer(SOFA).responses(room))
+        room = draw_room(np.random.default_rng([2, 3, index]), RoomRanges(anechoic=0.5), [SOFA.stem])
+        record = room.record()
+        assert row["listener"] == record.pop("listener") == SOFA.stem
+        assert {name: float(row[name]) for name in record} == pytest.approx(record, abs=1e-6)
+        np.testing.assert_array_equal(responses[index], renderer([SOFA]).responses(room))
     assert 0 < sum(float(row["absorption"]) == 1 for row in rows(root)) < 8
     capsys.readouterr()
     assert make(*call, "-o", root) == 0
@@ -422,7 +467,7 @@ def test_flags_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_disk_estimate_is_about_right(dataset: Path) -> None:
     (item,) = dataset.glob("val/000000")
     taken = sum(-(-path.stat().st_size // 4096) * 4096 for path in (item, *item.iterdir()))
-    assert mixture_bytes(SECONDS * 16000, embeddings=True) == pytest.approx(taken, rel=0.05)
+    assert mixture_bytes(SECONDS * 16000, embeddings=True, noise=False) == pytest.approx(taken, rel=0.05)
 
 
 def test_a_disk_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,22 @@
 """Rooms, and what two ears hear in them."""
 
 import pickle
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import netCDF4
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from common.errors import InputError
 from training.rooms import (
+    MICROPHONES,
+    MONO,
     RESPONSE_LENGTH,
+    Listener,
     Place,
     Renderer,
     Room,
@@ -22,26 +28,33 @@ from training.rooms import (
 )
 
 SOFA = Path(__file__).parents[2] / "samples" / "hrtf" / "mit_kemar_normal_pinna.sofa"
+HEADS = [SOFA.stem]
 
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer(SOFA)
+    return Renderer([SOFA])
 
 
-def room(*azimuths: float, facing: float = 0, distance: float = 1, absorption: float = 1) -> Room:
+def room(
+    *azimuths: float,
+    facing: float = 0,
+    distance: float = 1,
+    absorption: float = 1,
+    listener: Listener = Listener(SOFA.stem),  # noqa: B008
+) -> Room:
     head = (3.0, 2.5, 1.5)
     places = []
     for azimuth in azimuths:
         turn = np.radians(azimuth + facing)
         position = (head[0] + distance * float(np.cos(turn)), head[1] + distance * float(np.sin(turn)), head[2])
         places.append(Place(azimuth, 0, distance, position))
-    return Room((6.0, 5.0, 3.0), absorption, head, facing, (places[0], places[1]))
+    return Room((6.0, 5.0, 3.0), absorption, head, facing, (places[0], places[1]), listener)
 
 
 def test_rooms_keep_to_their_ranges() -> None:
     ranges = RoomRanges(side=(3, 4), azimuth=(-90, 90), elevation=(-10, 20), separation=40, anechoic=0.3)
-    rooms = [draw_room(np.random.default_rng(seed), ranges) for seed in range(300)]
+    rooms = [draw_room(np.random.default_rng(seed), ranges, HEADS) for seed in range(300)]
     assert 50 < sum(drawn.absorption == 1 for drawn in rooms) < 130
     for drawn in rooms:
         assert all(3 <= side <= 4 for side in drawn.size[:2])
@@ -64,13 +77,13 @@ def test_rooms_keep_to_their_ranges() -> None:
 def test_separation_goes_round_the_back() -> None:
     ranges = RoomRanges(separation=60)
     for seed in range(100):
-        first, second = draw_room(np.random.default_rng(seed), ranges).talkers
+        first, second = draw_room(np.random.default_rng(seed), ranges, HEADS).talkers
         assert np.cos(np.radians(first.azimuth - second.azimuth)) <= 0.5 + 1e-9
 
 
 def test_no_place_for_two_talkers() -> None:
     with pytest.raises(InputError, match="no place for two talkers"):
-        draw_room(np.random.default_rng(0), RoomRanges(elevation=(60, 60), distance=(1.2, 2)))
+        draw_room(np.random.default_rng(0), RoomRanges(elevation=(60, 60), distance=(1.2, 2)), HEADS)
 
 
 def test_reverberation_time_of_a_known_room() -> None:
@@ -106,7 +119,7 @@ def test_reflections_follow_and_fade(renderer: Renderer) -> None:
 
 
 def test_a_renderer_survives_the_way_to_another_process(renderer: Renderer) -> None:
-    drawn = draw_room(np.random.default_rng(1), RoomRanges())
+    drawn = draw_room(np.random.default_rng(1), RoomRanges(), HEADS)
     again = pickle.loads(pickle.dumps(renderer))
     np.testing.assert_array_equal(again.responses(drawn), renderer.responses(drawn))
     # Nor does it remember the room before.
@@ -157,14 +170,45 @@ def copy_sofa(path: Path, *, without: str = "", receivers: int = 2, delay: float
 
 
 def test_ears_are_told_by_their_positions(tmp_path: Path) -> None:
-    straight = Renderer(copy_sofa(tmp_path / "straight.sofa"))
+    straight = Renderer([copy_sofa(tmp_path / "straight.sofa")])
     path = copy_sofa(tmp_path / "swapped.sofa")
     with netCDF4.Dataset(path, "a") as file:
         for name in ("ReceiverPosition", "Data.IR"):
             axis = file[name].dimensions.index("R")
             file[name][:] = np.flip(file[name][:], axis)
-    drawn = room(50, -20)
-    np.testing.assert_array_equal(Renderer(path).responses(drawn), straight.responses(drawn))
+    swapped, ordered = (room(50, -20, listener=Listener(name)) for name in ("swapped", "straight"))
+    np.testing.assert_array_equal(Renderer([path]).responses(swapped), straight.responses(ordered))
+
+
+def test_two_microphones_hear_the_same_sound_apart(renderer: Renderer) -> None:
+    # From the left, 20 cm apart: 20 cm / 343 m/s = 9.3 samples, and no head between them.
+    pair = renderer.responses(room(90, 0, distance=1.5, listener=Listener(MICROPHONES, spacing=0.2)))
+    left, right = np.abs(pair[0]).argmax(-1)
+    assert right - left == pytest.approx(0.2 / 343 * 16000, abs=1)
+    np.testing.assert_allclose(pair[1, 0], pair[1, 1], atol=1e-6)  # from the front they hear the same
+    louder = renderer.responses(room(90, 0, distance=1.5, listener=Listener(MICROPHONES, spacing=0.2, difference=6)))
+    np.testing.assert_allclose(louder[0, 0], pair[0, 0] * 10 ** (3 / 20), rtol=1e-5)
+    np.testing.assert_allclose(louder[0, 1], pair[0, 1] / 10 ** (3 / 20), rtol=1e-5)
+
+
+def test_one_microphone_gives_its_signal_twice(renderer: Renderer) -> None:
+    for left, right in renderer.responses(room(90, -30, absorption=0.4, listener=Listener(MONO))):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_listeners_are_drawn_in_their_shares() -> None:
+    ranges = RoomRanges(microphones=0.3, mono=0.2)
+    drawn = [draw_room(np.random.default_rng(seed), ranges, ["ann", "bob"]).listener for seed in range(400)]
+    kinds = Counter(listener.kind for listener in drawn)
+    assert {kind: count / 400 for kind, count in kinds.items()} == pytest.approx(
+        {"ann": 0.25, "bob": 0.25, MICROPHONES: 0.3, MONO: 0.2}, abs=0.07
+    )
+    for listener in drawn:
+        pair = listener.kind == MICROPHONES
+        assert 0.03 <= listener.spacing <= 0.2 if pair else listener.spacing == 0
+        assert abs(listener.difference) <= 6 if pair else listener.difference == 0
+    with pytest.raises(InputError, match="shares of the rooms"):
+        RoomRanges(microphones=0.7, mono=0.4)
 
 
 def test_sofa_files_that_cannot_be_used(tmp_path: Path) -> None:
@@ -182,17 +226,17 @@ def test_sofa_files_that_cannot_be_used(tmp_path: Path) -> None:
     }
     for path, expected in cases.items():
         with pytest.raises(InputError, match=expected) as refused:
-            Renderer(path)
+            Renderer([path])
         assert str(refused.value).startswith(f"{path}: ")
     with netCDF4.Dataset(tmp_path / "g.sofa", "w") as file:
         file.createDimension("I", 1)
     with pytest.raises(InputError, match=r"lacks Data\.IR"):
-        Renderer(tmp_path / "g.sofa")
+        Renderer([tmp_path / "g.sofa"])
     path = copy_sofa(tmp_path / "h.sofa")
     with netCDF4.Dataset(path, "a") as file:
         file["ReceiverPosition"].Units = "inch"
     with pytest.raises(InputError, match=r"h\.sofa: not usable .*inch"):
-        Renderer(path)
+        Renderer([path])
 
 
 def test_banks_that_cannot_be_used(tmp_path: Path) -> None:
@@ -207,3 +251,7 @@ def test_banks_that_cannot_be_used(tmp_path: Path) -> None:
     save_file({"responses": np.zeros((1, 2, 3, 4), np.float32)}, tmp_path / "shape.safetensors")
     with pytest.raises(InputError, match=r"\[1, 2, 3, 4\]"):
         read_bank(tmp_path / "shape.safetensors")
+    rooms: dict[str, NDArray[Any]] = {"responses": np.zeros((3, 2, 2, 4), np.float32), "listeners": np.zeros(2)}
+    save_file(rooms, tmp_path / "listeners.safetensors")
+    with pytest.raises(InputError, match="does not tell every room's listener"):
+        read_bank(tmp_path / "listeners.safetensors")

@@ -1,0 +1,158 @@
+"""A running level: what networks make of a signal follows its level, and nothing else of it."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.checkpoint import build
+from models.config import Boosting, Framing, ModelConfig, NetworkSize
+from models.framing import Stft, pad_to_frames
+from models.level import RunningLevel
+from models.manifest import PRETRAINED, bundle_id, read_manifest
+from models.onnx_graph import frame_graph
+from models.onnx_stream import OnnxStream, load_graph
+from models.pair import BoostedPair
+from models.slots import StateSlots
+
+CONFIG = ModelConfig(
+    task="ss",
+    small=NetworkSize(channels=8, hidden=8),
+    large=NetworkSize(channels=8, hidden=8, heads=2, self_attention=True),
+    boosting=Boosting(delay=3),
+    running_level=True,
+)
+SECOND = CONFIG.framing.sample_rate
+
+
+@pytest.fixture(scope="module")
+def pair() -> BoostedPair:
+    torch.manual_seed(0)
+    model = build(CONFIG)
+    assert isinstance(model, BoostedPair)
+    bias = model.small.network.output_conv.conv.bias
+    assert bias is not None
+    torch.nn.init.normal_(bias, std=0.5)  # what an untrained one lacks
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def signal() -> Tensor:
+    """Two seconds that begin with silence, pause, and vary in level as speech does, -26 dBFS."""
+    time = torch.arange(2 * SECOND) / SECOND
+    samples = torch.randn(1, 2, 2 * SECOND, generator=torch.Generator().manual_seed(1))
+    samples *= (2 * torch.pi * 3 * time).sin().clamp_min(0) + 0.2
+    # Windows have half of a beginning, or nothing: with the very first samples alone they are below the floor.
+    samples[..., : 32 * 128 + 64] = 0
+    samples[..., SECOND : 156 * 128 + 64] = 0
+    return 0.05 * samples / samples.square().mean().sqrt()
+
+
+def by_frames(pair: BoostedPair, samples: Tensor) -> Tensor:
+    """The small network's output, frame by frame, with the large one's hints as they come."""
+    framing, delay = CONFIG.framing, CONFIG.delay
+    padded = pad_to_frames(samples, framing)
+    small, large = pair.small.initial_state(1), pair.large.initial_state(1)
+    hints: list[Tensor] = []
+    output = []
+    for frame in range(framing.frames(samples.shape[-1])):
+        window = padded[..., frame * framing.chunk : frame * framing.chunk + framing.n_fft]
+        hint, _, large = pair.large(window, large)
+        hints.append(hint)
+        given = hints[frame - delay] if frame >= delay else torch.zeros_like(hint)
+        estimate, small = pair.small(window, small, given)
+        output.append(estimate)
+    return torch.cat(output, dim=-1)[..., : samples.shape[-1]]
+
+
+def by_graph(pair: BoostedPair, samples: Tensor) -> Tensor:
+    """The same under ONNX Runtime, with hints of the pair's whole signal."""
+    framing, delay = CONFIG.framing, CONFIG.delay
+    padded = pad_to_frames(samples, framing)[0].numpy()
+    hints = pair(samples).hints[0].numpy()
+    stream = OnnxStream(load_graph(frame_graph(pair.small)), CONFIG)
+    output = []
+    for frame in range(framing.frames(samples.shape[-1])):
+        window = padded[:, frame * framing.chunk : frame * framing.chunk + framing.n_fft]
+        output.append(stream.step(np.ascontiguousarray(window), hints[frame - delay] if frame >= delay else None))
+    return torch.from_numpy(np.concatenate(output, axis=-1))[None, ..., : samples.shape[-1]]
+
+
+WAYS: dict[str, Callable[[BoostedPair, Tensor], Tensor]] = {
+    "whole": lambda pair, samples: pair(samples).small,
+    "by frames": by_frames,
+    "graph": by_graph,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("level", [-60, -6])
+def test_the_output_follows_the_input_level(pair: BoostedPair, signal: Tensor, way: str, level: float) -> None:
+    gain = 10 ** ((level + 26) / 20)
+    expected = pair(signal).small * gain
+    torch.testing.assert_close(
+        WAYS[way](pair, signal * gain), expected, rtol=0, atol=2e-4 * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_silence_gives_silence(pair: BoostedPair, signal: Tensor, way: str) -> None:
+    assert not WAYS[way](pair, torch.zeros_like(signal)).any()
+    # Also where a signal pauses, when the last window that reaches into it is over.
+    framing = CONFIG.framing
+    pause = WAYS[way](pair, signal)[..., SECOND + framing.n_fft : 156 * 128 - framing.n_fft]
+    assert not pause.any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_offset_has_no_part(pair: BoostedPair, signal: Tensor, way: str) -> None:
+    expected = pair(signal).small
+    shifted = WAYS[way](pair, signal + 0.3)
+    # The windows of the last frames reach past the end of the signal, where the offset ends too.
+    whole = slice(None, -CONFIG.framing.n_fft)
+    # An offset takes the last bits of single precision from the signal, in what was silence above all.
+    torch.testing.assert_close(
+        shifted[..., whole], expected[..., whole], rtol=0, atol=1e-2 * float(expected.abs().max())
+    )
+
+
+def test_the_level_is_that_of_the_loudest_frame_and_fades() -> None:
+    framing = Framing()
+    level = RunningLevel(framing, 2)
+    # Frames of white noise, RMS 0.1, then a hundred 40 dB weaker, then one of 0.2.
+    rms = torch.tensor([0.1] * 50 + [0.001] * 100 + [0.2])
+    samples = torch.randn(1, 2, 151 * 192, generator=torch.Generator().manual_seed(2)) * rms.repeat_interleave(192)
+    frames = samples.unfold(-1, 192, 192)
+    basis = Stft(framing).analyse(frames.transpose(1, 2).reshape(151, 2, 192)).transpose(0, 1)
+    scale = level(basis, torch.zeros(1)).scale[0, :, 0, 0] * 0.1
+    # A hundred frames of 8 ms fade by 8 dB; the loudest of fifty is some more than their mean.
+    assert 0.1 < scale[49] < 0.13
+    assert 20 * torch.log10(scale[149] / scale[49]) == pytest.approx(-8, abs=0.2)
+    assert scale[150] == pytest.approx(0.2, rel=0.15)
+    assert (scale[1:50] >= scale[:49] * 10 ** (-0.08 / 20) * 0.9999).all()
+
+
+def test_slots_keep_every_stream_at_its_own_level(pair: BoostedPair, signal: Tensor) -> None:
+    gains = (1.0, 0.01, 3.0)
+    slots = StateSlots(pair.large, 4)
+    slots.prepare([4])
+    for slot in range(3):
+        slots.put(slot, pair.large.initial_state(1))
+    padded = pad_to_frames(signal, CONFIG.framing)
+    expected = pair.large(padded, pair.large.initial_state(1))[0]
+    for start in range(0, 64, 4):
+        window = padded[0, :, start * 128 : (start + 4) * 128 + 64]
+        hints = slots.step(torch.stack([window * gain for gain in gains]), torch.arange(3))
+        for own in hints:
+            torch.testing.assert_close(own, expected[0, start : start + 4], rtol=0, atol=2e-4)
+
+
+def test_without_it_configurations_and_ids_are_as_before() -> None:
+    plain = CONFIG.model_copy(update={"running_level": False})
+    assert "running_level" not in plain.model_dump()
+    assert CONFIG.model_dump()["running_level"] is True
+    assert ModelConfig.model_validate(plain.model_dump()) == plain
+    manifest = read_manifest(PRETRAINED / "ss-48ms-compact")
+    assert bundle_id(manifest.model, manifest.digests) == manifest.id

@@ -1,0 +1,103 @@
+"""A server without ``--bundle``: all shipped bundles, loaded when they are first asked for."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from models.bundle import load_large
+from models.manifest import shipped_bundles
+from protos import hints_pb2 as pb
+from protos.codec import PCM_ENCODINGS, PROTOCOL_VERSION, Samples, decode_hint, encode_pcm
+from protos.hints_pb2_grpc import HintServiceStub
+from tests.golden_cases import TOLERANCE, worst
+from tests.processes import Server, run, running_server
+from tests.remote_server.driver import Device, Request, message
+
+DEFAULT, OTHER = "ss-48ms-compact", "tse-48ms-compact"
+SAMPLES = Path(__file__).parents[2] / "samples"
+FRAMES = 20
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running_server(None) as server:
+        yield server
+
+
+def audio(frames: int, microphones: int, chunk: int, lookahead: int) -> Samples:
+    noise = np.random.default_rng(0).normal(0, 0.1, (microphones, frames * chunk + lookahead))
+    return noise.astype(np.float32)
+
+
+def opening(name: str, speaker: Samples | None = None) -> Request:
+    manifest = next(manifest for manifest in shipped_bundles() if manifest.name == name)
+    return Request(
+        config=pb.SessionConfig(
+            protocol_version=PROTOCOL_VERSION,
+            bundle_id=manifest.id,
+            sample_rate=manifest.model.framing.sample_rate,
+            speaker_embedding=[] if speaker is None else speaker.tolist(),
+            pcm_encoding=pb.PCM_ENCODING_F32LE,
+            hint_encoding=pb.HINT_ENCODING_F32LE,
+        )
+    )
+
+
+def loaded(server: Server) -> list[str]:
+    return [line["bundle"] for line in map(json.loads, server.log) if line["event"] == "bundle_loaded"]
+
+
+def test_a_bundle_is_loaded_once_when_it_is_first_asked_for(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        described = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=60)
+        other = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(bundle=OTHER), timeout=60)
+    assert described.bundle_name == DEFAULT
+    assert list(described.bundles) == [DEFAULT, OTHER]
+    assert other.task == "tse"
+    started = json.loads(server.wait_for_log('"server_started"'))
+    assert list(started["sessions"]) == [DEFAULT]
+    # What is refused loads nothing.
+    with Device(server, opening(OTHER)) as device:
+        assert device.end()[0] == "INVALID_ARGUMENT"
+    assert not loaded(server)
+
+    model, manifest = load_large(OTHER)
+    framing = manifest.model.framing
+    samples = audio(FRAMES, manifest.model.microphones, framing.chunk, framing.lookahead)
+    speaker = np.full(256, 1 / 16, np.float32)
+    with torch.inference_mode():
+        state = model.initial_state(1, torch.from_numpy(speaker)[None])
+        expected = model(torch.from_numpy(samples)[None], state)[0][0].numpy()
+    pcm = encode_pcm(samples, PCM_ENCODINGS["f32"])
+    with Device(server, opening(OTHER, speaker)) as first, Device(server, opening(OTHER, speaker)) as second:
+        for device in (first, second):
+            device.started()
+            device.send(message(0, pcm))
+        for device in (first, second):
+            hints = [
+                decode_hint(hint, pb.HINT_ENCODING_F32LE, manifest.model.hint_channels, framing.bins)
+                for hint in device.hints(FRAMES)
+            ]
+            assert worst(np.stack(hints), expected) < TOLERANCE
+    assert loaded(server) == [OTHER]
+
+
+def test_the_speaker_encoder_is_there_before_anybody_enrolls(server: Server) -> None:
+    pytest.importorskip("resemblyzer", reason="needs the optional package resemblyzer")
+    server.wait_for_log('"speaker_encoder_loaded"', 120)
+
+
+def test_it_extracts_a_voice_as_the_readme_says(server: Server, tmp_path: Path) -> None:
+    samples, rate = soundfile.read(SAMPLES / "mixture.wav")
+    soundfile.write(tmp_path / "mixture.wav", samples[: rate // 2], rate)
+    result = run(
+        *("kb-client", "replay", tmp_path / "mixture.wav", "-o", tmp_path / "out.wav", "--server", server.address),
+        *("--bundle", OTHER, "--enrollment", SAMPLES / "enrollment.npy", "--require-server"),
+    )
+    assert result.returncode == 0, result.stderr
