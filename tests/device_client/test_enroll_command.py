@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from common.errors import InputError
+from device_client.speakers import check_name, save
 from protos import hints_pb2 as pb
 from protos.codec import PCM_ENCODINGS, encode_pcm
 from protos.hints_pb2_grpc import HintServiceServicer, HintServiceStub, add_HintServiceServicer_to_server
@@ -106,3 +108,18 @@ def test_what_cannot_be_enrolled(configuration: Path, tmp_path: Path, capsys: py
         line = refusal_here("kb-client", capsys, "enroll", *flags)
         assert expected in line, line
     assert not configuration.exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_out_before_anybody_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("file", "/proc"):
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / folder))
+        with pytest.raises(InputError, match="cannot write there"):
+            check_name("anna", None)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    check_name("anna", None)
+    speech = save("anna", np.ones(256, np.float32))
+    with pytest.raises(InputError, match="would overwrite an input"):
+        check_name("anna", speech)

@@ -94,7 +94,10 @@ def assert_whole(folder: Path, frames_at_least: int) -> None:
     np.testing.assert_array_equal(samples_of(folder / "out.wav"), played)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGHUP, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_signals_end_a_session_in_good_order(number: int, source: Path, tmp_path: Path) -> None:
     flags = ["--input", source, "--output", tmp_path / "out.wav", "--record", tmp_path / "recording", "--json-lines"]
     with subprocess.Popen(
@@ -137,6 +140,7 @@ def test_a_terminal_that_is_closed_ends_a_session_in_good_order(source: Path, tm
     assert_whole(tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_under_nohup_a_session_goes_on(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "in.wav", noise(2, 16000), 16000, subtype="FLOAT")
     flags = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav", "--json-lines"]

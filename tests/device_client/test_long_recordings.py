@@ -86,9 +86,9 @@ def test_blocks_give_the_very_samples_of_a_whole_signal(rate: int, length: int, 
 
 def test_memory_does_not_grow_with_the_recording(tiny_bundle: Path, tmp_path: Path) -> None:
     short, long = (
-        replay(write_noise(tmp_path / f"{s}.wav", s), tiny_bundle, "--report", tmp_path / "r") for s in (2, 90)
+        replay(write_noise(tmp_path / f"{s}.wav", s), tiny_bundle, "--report", tmp_path / "r") for s in (2, 60)
     )
-    # 90 seconds of 48 kHz are 33 MiB of samples.
+    # 60 seconds of 48 kHz are 22 MiB of samples.
     assert long < short + 4
 
 

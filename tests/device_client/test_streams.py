@@ -77,7 +77,9 @@ def joined(estimates: tuple[bytes, bytes], folder: Path) -> "np.ndarray[tuple[in
     return np.hstack([soundfile.read(folder / f"{number}", dtype="int16")[0] for number in range(2)])
 
 
-@pytest.mark.parametrize("names", [("-", "-"), ("/dev/stdin", "/dev/stdout")])
+@pytest.mark.parametrize(
+    "names", [("-", "-"), pytest.param(("/dev/stdin", "/dev/stdout"), marks=pytest.mark.slow)], ids=["-", "/dev"]
+)
 def test_sound_comes_from_standard_input_and_goes_to_standard_output(
     names: tuple[str, str], mixture: Path, estimates: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
@@ -123,8 +125,15 @@ def test_what_comes_through_a_pipe_can_be_at_fault(mixture: Path) -> None:
         assert not result.stdout
 
 
-@pytest.mark.parametrize("what", ["full", "closed pipe", "closed"])
-@pytest.mark.parametrize("way", ["replay", "live"])
+@pytest.mark.parametrize(
+    ("way", "what"),
+    [
+        *(("replay", "full"), ("replay", "closed"), ("live", "closed pipe")),
+        pytest.param("replay", "closed pipe", marks=pytest.mark.slow),
+        pytest.param("live", "full", marks=pytest.mark.slow),
+        pytest.param("live", "closed", marks=pytest.mark.slow),
+    ],
+)
 def test_trouble_with_standard_output_costs_no_file(
     way: str, what: str, mixture: Path, estimates: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
@@ -197,7 +206,7 @@ def test_a_recording_that_fills_the_disk_costs_no_output_and_can_be_run_again(
     assert (tmp_path / "again.wav").read_bytes() == (tmp_path / "recording" / "output.wav").read_bytes()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", [pytest.param("utf-8", marks=pytest.mark.slow), "ascii"])
 def test_any_name_can_be_read_written_and_told(
     encoding: str, mixture: Path, estimates: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
