@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
+import scipy.fft
 import soundfile
 import soxr
 import torch
@@ -350,7 +351,8 @@ def _gain(decibels: Tensor) -> Tensor:
 def _heard(signals: Tensor, responses: Tensor) -> Tensor:
     """Signals ``[B, 2, N]`` through responses ``[B, 2, M, K]``: ``[B, 2, M, N]``."""
     length = signals.shape[-1]
-    size = length + responses.shape[-1] - 1
+    # A transform of any other length takes several times as long.
+    size = scipy.fft.next_fast_len(length + responses.shape[-1] - 1, real=True)
     spectrum = torch.fft.rfft(signals, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
     heard: Tensor = torch.fft.irfft(spectrum, n=size)[..., :length]
     return heard
