@@ -27,6 +27,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from common.errors import InputError, reason
 from common.files import atomic_file
 from models.checkpoint import read_checkpoint
+from models.tfgridnet import describe_lstms
 from training.config import Data, DynamicData, FolderData, StoredData, TrainingConfig, read_training_config
 from training.corpus import refuse_shared_speakers
 from training.datasets import DynamicMixing, EpochOrder, Examples, Loader, MixtureFolder, render
@@ -146,6 +147,8 @@ def run_training(
     batch_size = settings.batch_size
     if batch_size % trainer.world_size:
         raise InputError(f"batch_size {batch_size} cannot be shared by {trainer.world_size} devices; choose a multiple")
+    if trainer.is_global_zero and not torch.cuda.is_available():
+        print(f"kb-train: {describe_lstms(module)}", file=sys.stderr)
     order = EpochOrder(
         len(train), batch_size, seed=settings.seed, shuffle=True, rank=trainer.global_rank, devices=trainer.world_size
     )
