@@ -159,7 +159,7 @@ class FasterLstm:
 
     def describe(self, lstm: nn.LSTM) -> str:
         """Which of the two will train an LSTM, and how much faster it is."""
-        if not fits(lstm.weight_ih_l0, lstm):
+        if not fits(lstm.all_weights[0][0], lstm):
             return "torch's operations"
         speedup = self.speedup(lstm.input_size, lstm.hidden_size)
         ours, torchs = f"the kernel with {required_library().instructions().decode()}", "torch's operations"
