@@ -29,7 +29,7 @@ UNKNOWN = "this server does not know the token"
 
 def describe(to: grpc.Channel, metadata: Metadata = ()) -> str:
     return status_of(
-        lambda: HintServiceStub(to).DescribeModel(pb.DescribeModelRequest(), metadata=metadata, timeout=30)
+        lambda: HintServiceStub(to).DescribeModel(pb.DescribeModelRequest(), metadata=metadata, timeout=PATIENCE)
     )[0]
 
 
