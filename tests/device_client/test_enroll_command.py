@@ -92,6 +92,11 @@ class Unable(HintServiceServicer):
     ) -> Iterator[pb.StreamHintsResponse]:
         context.abort(self._status, "not now")
 
+    def DescribeModel(
+        self, request: pb.DescribeModelRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeModelResponse:
+        context.abort(self._status, "not now")
+
 
 def test_what_cannot_be_enrolled(configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soundfile.write(tmp_path / "short.wav", np.ones(16000), 16000)

@@ -19,8 +19,8 @@ from protos import hints_pb2 as pb
 from protos.codec import SERVICE_NAME
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import Server, command, environment, free_port, refusal, running_server, threads
-from tests.remote_server.driver import PATIENCE, Device, Material, material, wait_until_free
+from tests.processes import PATIENCE, Server, command, environment, free_port, refusal, running_server, threads
+from tests.remote_server.driver import Device, Material, material, wait_until_free
 
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
 
