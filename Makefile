@@ -17,18 +17,25 @@ demo: $(VENV)/.runtime
 		--output out/extracted.wav --delay-ms 48 --reference samples/source1.wav --alone tse-alone --with-large \
 		--compare out/demo-tse --report out/demo-tse/report.json --plot out/demo-tse/hints.png
 
-# The same mixtures on every machine: voices, rooms and seed are fixed.
-VALIDATION := $(BIN)/kb-make-dataset --speech samples/speech/valid --sofa samples/hrtf/mit_kemar_normal_pinna.sofa \
-	--absorption 0.3 0.8 --anechoic 0.25 --seed 2026 --val 200
+# The same mixtures on every machine: voices, rooms and seed are fixed. Two sets of speakers whom nobody was trained on, each
+# heard by a dummy head, two people's heads, two bare microphones and a single one.
+HEADS := mit_kemar_normal_pinna cipic_059 cipic_135
+VALIDATION := $(BIN)/kb-make-dataset $(foreach head,$(HEADS),--sofa samples/hrtf/$(head).sofa) \
+	--microphones 0.25 --mono 0.25 --absorption 0.2 0.8 --anechoic 0.25 --seed 2026 --val 240
 
 validation: $(VENV)/.development
-	$(VALIDATION) --task ss --output data/valid-ss
-	$(VALIDATION) --task tse --output data/valid-tse
+	for task in ss tse; do \
+		$(VALIDATION) --speech samples/speech/valid --task $$task --output data/valid-$$task && \
+		$(VALIDATION) --speech samples/speech/valid-more --task $$task --output data/valid-more-$$task || exit; \
+	done
 
 results: validation
-	$(BIN)/kb-evaluate ss-alone ss-48ms-compact --data data/valid-ss --split val --metrics si_sdri,snri --output out/results/ss
-	$(BIN)/kb-evaluate tse-alone tse-48ms-compact --data data/valid-tse --split val --metrics si_sdri,snri \
-		--output out/results/tse
+	for set in valid valid-more; do for task in ss tse; do \
+		$(BIN)/kb-evaluate $$task-alone $$task-48ms-compact --data data/$$set-$$task --split val \
+			--metrics si_sdri,snri --output out/results/$$set-$$task && \
+		$(BIN)/python -m benchmarks.conditions out/results/$$set-$$task data/$$set-$$task/val \
+			--json out/results/$$set-$$task/conditions.json || exit; \
+	done; done
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

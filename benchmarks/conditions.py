@@ -1,26 +1,28 @@
-"""What boosting gives by mixture: ``python benchmarks/conditions.py out/results/ss data/valid-ss/val``.
+"""Quality by condition: ``python benchmarks/conditions.py out/results/ss data/valid-ss/val``.
 
-Takes the items.csv of ``kb-evaluate`` on a pair and its network alone, and the metadata.csv of the mixtures. Prints
-SI-SDRi of both and the large network's, in classes of the angle between the talkers, of their level difference, of the
-reverberation time and, for target speech extraction, of how much alike their voices are (cosine of the d-vectors), and
-writes the same as JSON. Intervals are 95 % bootstrap intervals of the paired difference.
+Takes the items.csv of ``kb-evaluate`` and the metadata.csv of the mixtures. Prints the SI-SDRi of every system in
+classes of what listens (a head, two microphones, one), of the angle between the speakers, of the reverberation time,
+of the speakers' level difference and, for target speech extraction, of how much alike their voices are (cosine of the
+d-vectors), and writes the same as JSON. Intervals are 95 % bootstrap intervals of the paired difference.
 """
 
 import argparse
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from training.evaluation_plot import bootstrap
 
 Record = dict[str, str]
+Mask = NDArray[np.bool_]
 
 
 def angle(record: Record) -> float:
@@ -55,10 +57,30 @@ TALKERS: dict[str, dict[str, Condition]] = {
 }
 
 
+def listener(record: Record) -> str:
+    """What heard an item, a head by its name."""
+    return record.get("listener", "head")
+
+
+def classes_of(task: str, records: list[Record], folders: list[Path]) -> Iterator[tuple[str, str, Mask]]:
+    """Conditions, their classes, and which items belong to each."""
+    everything = np.ones(len(records), dtype=bool)
+    yield "all", "all", everything
+    heard = np.array([listener(record) for record in records])
+    for name in sorted(set(heard)):
+        yield "listener", name, heard == name
+    for condition, (value_of, edges) in (ROOM | TALKERS[task]).items():
+        pairs = enumerate(zip(records, folders, strict=True))
+        values = np.array([value_of(record, index, folder) for index, (record, folder) in pairs])
+        for low, high in pairwise(edges):
+            yield condition, f"{low:g} to {high:g}", (values >= low) & ((values < high) | (high == edges[-1]))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, help="folder of kb-evaluate with one pair and one network alone")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder of kb-evaluate")
     parser.add_argument("split", type=Path, help="folder of the mixtures, with metadata.csv")
+    parser.add_argument("--against", help="MODEL:SYSTEM that others are compared with; the first network alone if not")
     parser.add_argument("--json", type=Path, default=Path("out/conditions.json"))
     arguments = parser.parse_args()
     task = json.loads((arguments.results / "results.json").read_text())["task"]
@@ -67,47 +89,33 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     with (arguments.results / "items.csv").open() as file:
         for line in csv.DictReader(file):
-            if line["trained_delay"] != "false":
-                figures.setdefault(line["system"], {})[line["item"]] = float(line["si_sdri"])
-    items = list(figures["boosted"])
-    alone, boosted, large = (
-        np.array([figures[name][item] for item in items]) for name in ("alone", "boosted", "large")
-    )
+            if line["trained_delay"] != "false" and line["system"] != "mixture":
+                figures.setdefault(f"{line['model']}:{line['system']}", {})[line["item"]] = float(line["si_sdri"])
+    against = arguments.against or next((name for name in figures if name.endswith(":alone")), next(iter(figures)))
+    if against not in figures:
+        parser.error(f"--against {against}: not among {', '.join(figures)}")
+    items = list(figures[against])
+    scores = {name: np.array([own[item] for item in items]) for name, own in figures.items()}
+    chosen_records, folders = [records[item] for item in items], [arguments.split / item for item in items]
 
-    found: dict[str, list[dict[str, float | int | None]]] = {}
-    for name, (value_of, edges) in (ROOM | TALKERS[task]).items():
-        values = np.array([value_of(records[item], index, arguments.split / item) for index, item in enumerate(items)])
-        table = Table(name, "items", "alone", "boosted", "difference", "large", title=f"SI-SDRi, dB, {task.upper()}")
-        found[name] = []
-        for low, high in pairwise(edges):
-            chosen = (values >= low) & ((values < high) | (high == edges[-1]))
-            if not chosen.any():
-                continue
-            gain = bootstrap((boosted - alone)[chosen], seed=0)
-            entry = {
-                "low": low,
-                "high": high,
-                "items": int(chosen.sum()),
-                "alone": round(float(alone[chosen].mean()), 2),
-                "boosted": round(float(boosted[chosen].mean()), 2),
-                "large": round(float(large[chosen].mean()), 2),
-                "difference": gain.mean,
-                "difference_low": gain.low,
-                "difference_high": gain.high,
-            }
-            found[name].append(entry)
+    found: list[dict[str, object]] = []
+    table = Table("condition", "class", "items", "system", "SI-SDRi, dB", f"over {against}", title=task.upper())
+    for condition, name, mask in classes_of(task, chosen_records, folders):
+        if not mask.any():
+            continue
+        for system, score in scores.items():
+            gain = bootstrap((score - scores[against])[mask], seed=0)
+            entry = {"condition": condition, "class": name, "items": int(mask.sum()), "system": system}
+            entry |= {"si_sdri": round(float(score[mask].mean()), 2)}
+            entry |= {"difference": gain.mean, "difference_low": gain.low, "difference_high": gain.high}
+            found.append(entry)
             interval = "" if gain.low is None else f" ({gain.low:+.2f}…{gain.high:+.2f})"
-            table.add_row(
-                f"{low:g} to {high:g}",
-                str(entry["items"]),
-                f"{entry['alone']:.2f}",
-                f"{entry['boosted']:.2f}",
-                f"{gain.mean:+.2f}{interval}",
-                f"{entry['large']:.2f}",
-            )
-        Console().print(table)
+            difference = "" if system == against else f"{gain.mean:+.2f}{interval}"
+            table.add_row(condition, name, str(entry["items"]), system, f"{score[mask].mean():.2f}", difference)
+        table.add_section()
+    Console(width=160).print(table)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"task": task, "conditions": found}, indent=2) + "\n")
+    arguments.json.write_text(json.dumps({"task": task, "against": against, "conditions": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,46 +1,67 @@
-"""Time of one training step on this CPU: ``python benchmarks/train_step.py``.
+"""Training on this CPU: ``python benchmarks/train_step.py``.
 
-Forward, backward and optimiser, full published sizes, separation, batch of 4 x 3 s: the large network alone, and the
-small network with fusion beside a frozen large one. Prints a table and writes it as JSON. Random signals cost the same
-as speech.
+For every instruction set that the processor has, in a process that is limited to it, ours and torch's: GFLOP/s of one
+core in the residual LSTM (of the LSTM's own products alone), and audio-seconds that one core trains in a second of its
+time: forward, backward and optimiser, separation, batch of 2 x 1 s of noise, which costs the same as speech. Then
+``kb-train`` as a whole, on two cores with dynamic mixtures of 4 x 1 s, against the step that it takes. Prints tables
+and writes them as JSON.
 """
 
 import argparse
 import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from models import cpu_attention, cpu_lstm
 from models.checkpoint import build
-from models.config import Boosting, ModelConfig, NetworkSize
+from models.compiled import required_library
+from models.config import ModelConfig, NetworkSize
 from models.framing import pad_to_frames
-from models.pair import BoostedPair, SmallModel
+from models.pair import SmallModel
+from models.tfgridnet import torch_residual_lstm
 from training.losses import negative_si_sdr
 from training.memory import keep_freed_memory
 
-SMALL = NetworkSize(channels=16, hidden=16)
-LARGE = NetworkSize(channels=64, hidden=64, heads=8, self_attention=True)
+NETWORKS = {
+    "small": NetworkSize(channels=16, hidden=16),
+    "compact": NetworkSize(channels=32, hidden=32, heads=4, self_attention=True),
+    "full size": NetworkSize(channels=64, hidden=64, heads=8, self_attention=True),
+}
+# What limits compiler, torch, oneDNN and MKL to an instruction set.
+LIMITS = {
+    "AVX-512": ("x86-64-v4", "avx512", "AVX512_CORE", "AVX512"),
+    "AVX2": ("x86-64-v3", "avx2", "AVX2", "AVX2"),
+    "SSE": ("x86-64", "default", "SSE41", "SSE4_2"),
+}
+VARIABLES = ("CXXFLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+BATCH, COMMAND_BATCH, SECONDS = 2, 4, 1
 
 
-def step_of(config: ModelConfig, mixture: torch.Tensor, sources: torch.Tensor) -> Callable[[], None]:
-    """One optimiser step on a batch; a pair's large network is frozen."""
-    model = build(config)
-    if isinstance(model, BoostedPair):
-        model.large.network.requires_grad_(False)
-    optimiser = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
+def step_of(size: NetworkSize, batch: int) -> Callable[[], None]:
+    """One optimiser step of one network on a batch of noise."""
+    config = ModelConfig(task="ss", small=size)
+    model = build(config).get_submodule("small")
+    assert isinstance(model, SmallModel)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    sources = torch.randn(batch, 2, 2, 16000 * SECONDS)
+    mixture = sources.sum(1)
 
     def step() -> None:
-        if isinstance(model, BoostedPair):
-            estimate = model(mixture).small
-        else:
-            alone = model.get_submodule("small")
-            assert isinstance(alone, SmallModel)
-            estimate, _ = alone(pad_to_frames(mixture, config.framing), alone.initial_state(len(mixture)))
+        estimate, _ = model(pad_to_frames(mixture, config.framing), model.initial_state(batch))
         loss = negative_si_sdr(estimate[..., : mixture.shape[-1]], sources, "per_channel")
         optimiser.zero_grad()
         loss.backward()
@@ -50,46 +71,202 @@ def step_of(config: ModelConfig, mixture: torch.Tensor, sources: torch.Tensor) -
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--json", type=Path, default=Path("out/train_step.json"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def fastest(function: Callable[[], object], times: int) -> float:
+    """Seconds of the processor's time that one call takes."""
+    function()  # the first one allocates
+    taken = []
+    for _ in range(times):
+        started = time.process_time()
+        function()
+        taken.append(time.process_time() - started)
+    return min(taken)
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    with (
+        mock.patch.object(cpu_lstm, "fits", lambda *_: False),
+        mock.patch.object(cpu_attention, "fits", lambda *_: False),
+    ):
+        yield
+
+
+def kernel_rates(way: cpu_lstm.ResidualLstm, size: int, times: int) -> dict[str, float]:
+    """GFLOP/s of the LSTM's products, along time: 125 frames, 97 bins, two streams."""
+    modules = nn.LayerNorm(size), nn.LSTM(size, size), nn.Linear(size, size)
+    x, states = torch.randn(2, 125, 97, size, requires_grad=True), torch.zeros(2, 1, 194, size)
+    gradient = torch.randn_like(x)
+
+    def forward() -> torch.Tensor:
+        return way(x, cpu_lstm.TIME, *modules, *states)[0]
+
+    alone = fastest(forward, times)
+    both = fastest(lambda: forward().backward(gradient), times)
+    work = 2 * x.numel() * 8 * size / 1e9
+    return {"forward": round(work / alone, 1), "backward": round(2 * work / max(both - alone, 1e-9), 1)}
+
+
+def measure(times: int) -> dict[str, object]:
+    """All of one instruction set, on one core."""
+    torch.set_num_threads(1)
     keep_freed_memory()
     torch.manual_seed(0)
-    sources = torch.randn(arguments.batch, 2, 2, round(16000 * arguments.seconds))
-    configs = {
-        "large alone": ModelConfig(task="ss", small=LARGE),
-        "small with fusion, large frozen": ModelConfig(task="ss", small=SMALL, large=LARGE, boosting=Boosting(delay=6)),
+    kernels: dict[str, object] = {}
+    for size in (16, 32, 64):
+        ours, torchs = (kernel_rates(way, size, times) for way in (cpu_lstm.residual_lstm, torch_residual_lstm))
+        kernels[str(size)] = {"ours": ours, "torch": torchs}
+    steps: dict[str, object] = {}
+    for name, size_of_network in NETWORKS.items():
+        step = step_of(size_of_network, BATCH)
+        ours_rate = BATCH * SECONDS / fastest(step, times)
+        with torch_alone():
+            torch_rate = BATCH * SECONDS / fastest(step, times)
+        steps[name] = {"ours": round(ours_rate, 2), "torch": round(torch_rate, 2)}
+    instructions = required_library().instructions().decode()
+    return {"instructions": instructions, "lstm_gflops": kernels, "audio_s_per_cpu_s": steps}
+
+
+def bare_step(threads: int, steps: int) -> dict[str, float]:
+    """The step that the command takes, again and again."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    step = step_of(NETWORKS["compact"], COMMAND_BATCH)
+    step()
+    started, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        step()
+    audio = steps * COMMAND_BATCH * SECONDS
+    return {
+        "audio_s_per_s": round(audio / (time.perf_counter() - started), 2),
+        "audio_s_per_cpu_s": round(audio / (time.process_time() - cpu), 2),
     }
-    results = {}
-    table = Table("step", "median s", "fastest s", "audio s per s", title="One training step, batch of mixtures")
-    for name, config in configs.items():
-        step = step_of(config, sources.sum(1), sources)
-        step()  # the first one allocates
-        times = []
-        for _ in range(arguments.steps):
-            started = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - started)
-        median = float(np.median(times))
-        audio = arguments.batch * arguments.seconds / median
-        results[name] = {
-            "median_s": round(median, 3),
-            "fastest_s": round(min(times), 3),
-            "audio_per_s": round(audio, 3),
-        }
-        table.add_row(name, *(f"{value:.2f}" for value in results[name].values()))
-    Console().print(table)
+
+
+def command_rates(speech: Path, steps: int, threads: int) -> dict[str, float]:
+    """``kb-train`` without its start and end: what ``steps`` more of them take."""
+    scripts = Path(sys.executable).parent
+    make = [scripts / "kb-make-dataset", "--sofa", "samples/hrtf/mit_kemar_normal_pinna.sofa", "--anechoic", 1]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run([*make, "-o", folder / "rooms", "--responses-only", "--rooms", 8])
+        item = ["--speech", "tests/training/speech", "--task", "ss", "--val", 1, "--seconds", 1]
+        run([*make, "-o", folder / "data", *item])
+        taken = []
+        for count in (5, 5 + steps):
+            document = {
+                "model": {"task": "ss", "small": NETWORKS["compact"].model_dump()},
+                "train": {
+                    "kind": "dynamic",
+                    "speech": str(speech),
+                    "responses": str(folder / "rooms" / "responses.safetensors"),
+                    "items": COMMAND_BATCH * count,
+                    "seconds": SECONDS,
+                    "speed": 0.1,
+                },
+                "validation": {"kind": "folder", "root": str(folder / "data"), "split": "val"},
+                "epochs": 1,
+                "batch_size": COMMAND_BATCH,
+                "workers": 1,
+                "seed": 1,
+            }
+            config = folder / f"{count}.json"
+            config.write_text(json.dumps(document))
+            before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            run([scripts / "kb-train", "--config", config, "--run_dir", folder / f"run{count}"], threads=threads)
+            wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+            taken.append((wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+    audio = steps * COMMAND_BATCH * SECONDS
+    return {
+        "audio_s_per_s": round(audio / (taken[1][0] - taken[0][0]), 2),
+        "audio_s_per_cpu_s": round(audio / (taken[1][1] - taken[0][1]), 2),
+    }
+
+
+def run(call: list[object], *, threads: int = 1) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    result = subprocess.run([str(part) for part in call], env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(result.stderr)
+
+
+def in_process(limits: dict[str, str], *arguments: object) -> dict[str, object]:
+    """What this script measures in a process with these variables."""
+    call = [sys.executable, __file__, *map(str, arguments)]
+    # As kb-train has it.
+    environment = {"GOMP_SPINCOUNT": "1000", **os.environ, **limits}
+    result = subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+def instruction_sets() -> list[str]:
+    """What the processor has, the widest first; only natively elsewhere than on x86."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["native"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return list(LIMITS)[{"AVX512": 0, "AVX2": 1}.get(capability, 2) :]
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=4, help="the fastest of so many is told")
+    parser.add_argument("--steps", type=int, default=40, help="of kb-train")
+    parser.add_argument("--speech", type=Path, default=Path("samples/speech/valid"), help="that kb-train mixes")
+    parser.add_argument("--json", type=Path, default=Path("out/train_step.json"))
+    parser.add_argument("--part", choices=["measure", "bare"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part is not None:
+        part = measure(arguments.times) if arguments.part == "measure" else bare_step(2, arguments.steps)
+        print(json.dumps(part))
+        return
+    sets = [
+        in_process(
+            dict(zip(VARIABLES, (f"-march={LIMITS[name][0]}", *LIMITS[name][1:]), strict=True))
+            if name in LIMITS
+            else {},
+            "--part", "measure", "--times", arguments.times,
+        )
+        for name in instruction_sets()
+    ]  # fmt: skip
+    bare = in_process({}, "--part", "bare", "--steps", arguments.steps // 2)
+    command = command_rates(arguments.speech, arguments.steps, 2)
+    results: dict[str, object] = {
+        "torch": torch.__version__,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "instruction_sets": sets,
+        "two_cores_compact": {"bare_step": bare, "kb_train": command},
+    }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    setting = {key: value for key, value in vars(arguments).items() if key != "json"}
-    arguments.json.write_text(
-        json.dumps({"torch": torch.__version__, **setting, "steps_taken": results}, indent=2) + "\n"
-    )
+    arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+
+
+def show(results: dict[str, object]) -> None:
+    console = Console()
+    table = Table("with", "what", "ours", "torch", title=f"Training on one core of {results['processor']}")
+    sets = results["instruction_sets"]
+    assert isinstance(sets, list)
+    for each in sets:
+        for size, rates in each["lstm_gflops"].items():
+            told = (f"{rates[way]['forward']} / {rates[way]['backward']}" for way in ("ours", "torch"))
+            table.add_row(each["instructions"], f"LSTM of {size}, GFLOP/s forward / backward", *told)
+        for name, rates in each["audio_s_per_cpu_s"].items():
+            told = (str(rates[way]) for way in ("ours", "torch"))
+            table.add_row(each["instructions"], f"{name} step, audio s a CPU second", *told)
+    console.print(table)
+    table = Table("compact, 4 x 1 s, two cores", "audio s a second", "audio s a CPU second")
+    both = results["two_cores_compact"]
+    assert isinstance(both, dict)
+    for name, rates in both.items():
+        table.add_row(name.replace("_", " "), *(str(rate) for rate in rates.values()))
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def kb_server() -> NoReturn:
     _start("remote_server.main")
 
 
+def kb_store_hints() -> NoReturn:
+    """``kb-store-hints``."""
+    _start("training.stored_hints")
+
+
 def kb_train() -> NoReturn:
     """``kb-train``."""
     _start("training.trainer")

@@ -87,10 +87,11 @@ def _check_health(address: str) -> None:
     try:
         with connect(address, Credentials(), _ANSWER_TIMEOUT) as channel:
             request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
-            health = health_pb2_grpc.HealthStub(channel)  # type: ignore[attr-defined] # missing in its stubs
-            serving = health.Check(request, timeout=_ANSWER_TIMEOUT).status == health_pb2.HealthCheckResponse.SERVING
+            answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined] # missing in its stubs
+                request, timeout=_ANSWER_TIMEOUT
+            )
     except (InputError, grpc.RpcError) as error:
         why = error.details() if isinstance(error, grpc.Call) else str(error)
         raise Failure(f"the local server has started, but cannot be reached ({why})") from None
-    if not serving:
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise Failure("the local server has started, but does not serve")

@@ -157,6 +157,15 @@ class FasterLstm:
             self._speedups[channels, units] = self._measure(channels, units)
         return self._speedups[channels, units]
 
+    def describe(self, lstm: nn.LSTM) -> str:
+        """Which of the two will train an LSTM, and how much faster it is."""
+        if not fits(lstm.all_weights[0][0], lstm):
+            return "torch's operations"
+        speedup = self.speedup(lstm.input_size, lstm.hidden_size)
+        ours, torchs = f"the kernel with {required_library().instructions().decode()}", "torch's operations"
+        faster, slower = (ours, torchs) if speedup >= 1 else (torchs, ours)
+        return f"{faster}, {max(speedup, 1 / speedup):.1f} times as fast as {slower}"
+
     def _measure(self, channels: int, units: int) -> float:
         with torch.random.fork_rng(devices=()):  # what is trained draws as if nothing had been measured
             modules = nn.LayerNorm(channels), nn.LSTM(channels, units), nn.Linear(units, channels)

@@ -217,7 +217,7 @@ class SelfAttention(nn.Module):
             sections = [(heads, self.key), (heads, self.key), (heads, self.value)]
             query, key, value = cpu_attention.normalised_heads(projected, sections, slope, scale, shift)
         else:
-            projected = _prelu(projected, slope)
+            projected = prelu(projected, slope)
             split = 2 * heads * self.key
             qk = _heads(projected[..., :split], 2 * heads)
             query, key = normalise_frame(qk, self.scale_qk, self.shift_qk).chunk(2, dim=1)
@@ -286,8 +286,8 @@ class HintFusion(nn.Module):
                 projected, sections[:1], self.slope_query.expand(split), *self._affine(self.norm_query)
             )
         else:
-            key_value = _prelu(key_value, slope)
-            query = self.norm_query(_heads(_prelu(projected, self.slope_query), self.heads))
+            key_value = prelu(key_value, slope)
+            query = self.norm_query(_heads(prelu(projected, self.slope_query), self.heads))
             key = self.norm_key(_heads(key_value[..., :split], self.heads))
             value = self.norm_value(_heads(key_value[..., split:], self.heads))
         attended, cache = window_attention(query, key, value, state.cache, window, self.bins, mask_unseen=False)
@@ -315,11 +315,11 @@ def _add_normalised(x: Tensor, y: Tensor, slope: Tensor, norm: nn.LayerNorm) -> 
         size = y.shape[-1]
         (added,) = cpu_attention.normalised_heads(y, [(1, size)], slope.expand(size), norm.weight, norm.bias, x)
         return added.view_as(x)
-    normalised: Tensor = norm(_prelu(y, slope))
+    normalised: Tensor = norm(prelu(y, slope))
     return x + normalised
 
 
-def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
     """``x`` where it is positive, else ``x * slope``, of vectorised operations: the library's own is not, on a CPU."""
     y: Tensor = torch.addcmul(x * slope, x.relu(), 1 - slope)
     return y

@@ -5,7 +5,7 @@ audio in, hints out. :class:`BoostedPair` holds both, as in training and offline
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,12 @@ class LargeModel(nn.Module):
             Hints ``[B, T, hint channels, F]``, the embedding ``[B, T, F, 2S']`` they encode, at the level of the
             signal, and the state after the last frame. Hints of networks with a running level are at its reference.
         """
+        embedding, gain, state = self._embed(samples, state)
+        hints, encoder = self.encoder(embedding, state.encoder)
+        embedding = embedding if gain is None else embedding * gain
+        return hints.transpose(2, 3), embedding, replace(state, encoder=encoder)
+
+    def _embed(self, samples: Tensor, state: LargeState) -> tuple[Tensor, Tensor | None, LargeState]:
         # A frozen network (joint training may freeze it) runs several times as fast without autograd's records.
         frozen = not self.network.output_conv.conv.weight.requires_grad
         spectrum, level = self.stft.analyse(samples), state.level
@@ -126,9 +132,17 @@ class LargeModel(nn.Module):
             spectrum, gain, level = levels.spectrum, levels.gain, levels.power
         with torch.no_grad() if frozen else nullcontext():
             embedding, network = self.network(spectrum, state.network)
-        hints, encoder = self.encoder(embedding, state.encoder)
-        embedding = embedding if gain is None else embedding * gain
-        return hints.transpose(2, 3), embedding, LargeState(network, encoder, level)
+        return embedding, gain, replace(state, network=network, level=level)
+
+    def embed(self, mixture: Tensor, speaker_embedding: Tensor | None = None) -> Tensor:
+        """What the hint encoder takes of whole signals: mixtures ``[B, M, N]`` to ``[B, T, F, 2S']``."""
+        state = self.initial_state(len(mixture), speaker_embedding)
+        return self._embed(pad_to_frames(mixture, self.config.framing), state)[0]
+
+    def encode(self, embedding: Tensor) -> Tensor:
+        """Hints ``[B, T, hint channels, F]`` of whole signals, from what :meth:`embed` gives."""
+        hints: Tensor = self.encoder(embedding, self.encoder.initial_past(len(embedding), embedding.shape[2]))[0]
+        return hints.transpose(2, 3)
 
     def estimate(self, embedding: Tensor) -> Tensor:
         """What the large network itself makes of a whole signal: embedding ``[B, T, F, 2S']`` to ``[B, S, M, N]``."""

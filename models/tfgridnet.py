@@ -112,6 +112,14 @@ def _without_onednn() -> Iterator[None]:
 residual_lstm = FasterLstm(cpu_lstm.residual_lstm, torch_residual_lstm)
 
 
+def describe_lstms(model: nn.Module) -> str:
+    """By what the LSTMs of a model are trained on this CPU, as one line."""
+    blocks = (block for block in model.modules() if isinstance(block, GridNetBlock))
+    lstms = [block.intra_lstm for block in blocks if block.intra_lstm.weight_ih_l0.requires_grad]
+    told = (f"LSTMs of {lstm.hidden_size} units by {residual_lstm.describe(lstm)}" for lstm in lstms)
+    return "; ".join(dict.fromkeys(told))
+
+
 class TFGridNet(nn.Module):
     """Spectrum of the mixture in, spectrum of the estimate (the network's *embedding*) out."""
 

@@ -38,6 +38,7 @@ class HintService(HintServiceServicer):
         self.bundles = bundles
         self._limits, self._metrics = limits, metrics
         self._sessions: dict[Session, asyncio.Task[Any]] = {}
+        self._loading = 0  # calls that wait for a bundle
         self._peers: Counter[str] = Counter()
         self._enrollments: dict[str, deque[float]] = {}
         self._draining = False
@@ -230,11 +231,14 @@ class HintService(HintServiceServicer):
             raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
         CALLER.get().check_bundle(bundle.manifest.name)
         check_config(config, bundle.manifest.model)
+        self._loading += 1
         try:
             await self.bundles.load(bundle)
         except InputError:
             text = f"this server cannot load {bundle.manifest.label}; see its log"
             raise Refused(text, grpc.StatusCode.INTERNAL) from None
+        finally:
+            self._loading -= 1
         if bundle.retired:  # by now
             raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
         if not self.bundles.has_place(bundle):
@@ -259,7 +263,7 @@ class HintService(HintServiceServicer):
 
     async def _wait_until_empty(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self._sessions and time.monotonic() < deadline:
+        while (self._sessions or self._loading) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,12 +16,16 @@ from pathlib import Path
 
 import pytest
 
+# Seconds, for what must come: so many that only a test that has failed waits so long, however busy the machine is.
+PATIENCE = 240.0
+
 COMMANDS = {
     "kb-client": "device_client.main",
     "kb-evaluate": "training.evaluation",
     "kb-export": "models.export",
     "kb-make-dataset": "training.make_dataset",
     "kb-make-voices": "training.voices",
+    "kb-store-hints": "training.stored_hints",
     "kb-server": "remote_server.main",
     "kb-train": "training.trainer",
 }
@@ -33,7 +38,7 @@ def command(name: str, *arguments: object) -> list[str]:
 def run(name: str, *arguments: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
     """A command run to its end."""
     return subprocess.run(
-        command(name, *arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        command(name, *arguments), cwd=cwd, env=environment(), capture_output=True, text=True, check=False
     )
 
 
@@ -74,17 +79,24 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=PATIENCE)
 
-    def wait_for_log(self, pattern: str, seconds: float = 20) -> str:
+    def wait_for_log(self, pattern: str) -> str:
         """The first log line that matches; fails if none comes."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             for line in list(self.log):
                 if re.search(pattern, line):
                     return line
             time.sleep(0.02)
         raise AssertionError(f"no log line matches {pattern}: {self.log}")
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def cpu_seconds(pid: int) -> float:
@@ -139,7 +151,7 @@ def running_server(bundle: Path | None, *arguments: object) -> Iterator[Server]:
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(timeout=15)
+                process.wait(timeout=PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

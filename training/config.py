@@ -73,7 +73,15 @@ class DynamicData(Strict):
         return ratio
 
 
-Data = Annotated[FolderData | DynamicData, Field(discriminator="kind")]
+class StoredData(Strict):
+    """Mixtures with what the large network makes of them (``kb-store-hints``)."""
+
+    kind: Literal["stored"] = "stored"
+    root: Annotated[str, Field(min_length=1)]
+    items: Annotated[int | None, Field(ge=1, description="use only the first ones")] = None
+
+
+Data = Annotated[FolderData | DynamicData | StoredData, Field(discriminator="kind")]
 
 
 class Schedule(Strict):
@@ -153,6 +161,8 @@ class TrainingConfig(Strict):
             raise ValueError("speaker_components are for target speech extraction")
         if self.speaker_noise and not self.speaker_components:
             raise ValueError("speaker_noise: set speaker_components too, it is noise of theirs")
+        if isinstance(self.train, StoredData) and not self.freeze_large:
+            raise ValueError("train: stored hints are of a pair whose large network stays as it is; set freeze_large")
         if self.ideal_hints and not self.freeze_large:
             raise ValueError("ideal_hints: set freeze_large too, the large network learns nothing from them")
         if self.warm_start is not None and self.initial_checkpoint is not None:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
+import scipy.fft
 import soxr
 import torch
 from torch import Tensor
@@ -43,6 +44,20 @@ from training.corpus import (
 from training.rooms import read_bank
 
 Address = tuple[int, int]  # epoch, index
+
+
+class Examples(Protocol):
+    """Where examples come from."""
+
+    speakers: frozenset[str]
+
+    def __len__(self) -> int: ...
+
+    def example(self, address: Address) -> dict[str, Any]: ...
+
+    def speaker_embeddings(self) -> Tensor: ...
+
+
 _ENROLLMENT_SECONDS = 3
 _SPEEDS = 8  # slower and faster ones that are drawn from
 _DRAWS = 20
@@ -54,6 +69,7 @@ class Batch(TypedDict):
     names: list[str]
     mixture: NotRequired[Tensor]  # [B, M, N]
     sources: NotRequired[Tensor]  # [B, S, M, N]
+    embedding: NotRequired[Tensor]  # [B, T, F, 2S'], of stored hints
     speaker_embedding: NotRequired[Tensor]  # [B, 256], TSE; of dynamic mixing [B, 2, 256], of both talkers
     # Of dynamic mixing, before `render` makes mixture and sources of them:
     speech: NotRequired[Tensor]  # [B, 2, N], dry
@@ -339,7 +355,8 @@ def _gain(decibels: Tensor) -> Tensor:
 def _heard(signals: Tensor, responses: Tensor) -> Tensor:
     """Signals ``[B, 2, N]`` through responses ``[B, 2, M, K]``: ``[B, 2, M, N]``."""
     length = signals.shape[-1]
-    size = length + responses.shape[-1] - 1
+    # A transform of any other length takes several times as long.
+    size = scipy.fft.next_fast_len(length + responses.shape[-1] - 1, real=True)
     spectrum = torch.fft.rfft(signals, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
     heard: Tensor = torch.fft.irfft(spectrum, n=size)[..., :length]
     return heard
@@ -393,7 +410,7 @@ class _Fault:
 class _Batches(Dataset[Batch | _Fault]):
     """Examples by lists of addresses, collated."""
 
-    def __init__(self, examples: MixtureFolder | DynamicMixing) -> None:
+    def __init__(self, examples: Examples) -> None:
         self._examples = examples
 
     def __len__(self) -> int:
@@ -475,7 +492,7 @@ def _leave_signals(_worker: int) -> None:
 class Loader(DataLoader[Any]):
     """Batches in an order that can be gone on with; the order's place is the trainer's step, so it keeps no state."""
 
-    def __init__(self, examples: MixtureFolder | DynamicMixing, order: EpochOrder, workers: int) -> None:
+    def __init__(self, examples: Examples, order: EpochOrder, workers: int) -> None:
         """Batches of examples, read by ``workers`` processes (0: by this one)."""
         super().__init__(
             _Batches(examples),

@@ -8,13 +8,16 @@ features themselves, after every block but the first: SI-SDR tells a network tha
 next to nothing of what to change.
 """
 
+from functools import partial
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from models.framing import Stft, pad_to_frames
+from models.layers import HintFusion, prelu
 from models.pair import SmallModel
 
 _IDEAL_GAIN = 4.0  # trained large networks, free in scale, were found to give about this times the sources' spectra
@@ -50,13 +53,17 @@ class Guidance(nn.Module):
         self._heard: list[Tensor] = []
         listened = list(network.fusion) or list(network.blocks)[1:]
         for module in listened:
-            if network.fusion:
-                module.get_submodule("norm_merge").register_forward_hook(lambda m, x, _: self._hear(m, x[0]))
+            if isinstance(module, HintFusion):
+                module.merge.register_forward_hook(partial(self._hear_fusion, module))
             else:
                 module.register_forward_hook(lambda m, _, output: self._hear(m, output[0]))
         self.heads = nn.ModuleList(
             nn.Linear(config.small.channels, config.sources * config.microphones) for _ in listened
         )
+
+    def _hear_fusion(self, fusion: HintFusion, merge: nn.Module, _: Any, merged: Tensor) -> None:
+        # What the normalisation gets that fusion ends with.
+        self._hear(merge, prelu(merged, fusion.slope_merge))
 
     def _hear(self, module: nn.Module, features: Tensor) -> None:
         if module.training:

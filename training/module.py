@@ -27,11 +27,12 @@ from models.framing import pad_to_frames
 from models.manifest import find_bundle, read_manifest
 from models.pair import BoostedPair, LargeModel, SmallModel
 from training import metrics
-from training.config import TrainingConfig
+from training.config import StoredData, TrainingConfig
 from training.datasets import Batch, render
 from training.guidance import Guidance, ideal_embedding, source_spectra
 from training.losses import level_error, match_sources, negative_si_sdr
 from training.speaker_whitening import SpeakerWhitening
+from training.stored_hints import STORED_LARGE, large_digest
 
 MONITOR = "validation/si_sdri"
 
@@ -60,7 +61,7 @@ class TrainingModule(lightning.LightningModule):
         if config.averaged_with is not None:
             average_with(self.model, Path(config.averaged_with))
         if config.large_checkpoint is not None:
-            _start_large(self._pair, config.large_checkpoint)
+            _start_large(self.pair, config.large_checkpoint)
         # By part, for every source and microphone, measured at validation: the loss is blind to level and sign.
         self.output_gain: dict[str, list[float]] = {}
         self._products: dict[str, Tensor] = {}
@@ -69,20 +70,27 @@ class TrainingModule(lightning.LightningModule):
         for source in config.sources():
             self.training_speakers |= training_speakers(source)
         if config.freeze_large:
-            self._pair.large.network.requires_grad_(False)
+            self.pair.large.network.requires_grad_(False)
+        # Whose hints are stored; told before speaker layers change to take whitened embeddings.
+        self.stored_large: str | None = None
+        if isinstance(config.train, StoredData):
+            self.stored_large = large_digest(config.model, self.pair.large.network)
         self.guidance = Guidance(self._small) if config.guidance else None
         self.whitening = SpeakerWhitening() if config.speaker_components else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAINING_SPEAKERS] = sorted(self.training_speakers)
         checkpoint[OUTPUT_GAIN] = self.output_gain
+        if self.stored_large is not None:
+            checkpoint[STORED_LARGE] = self.stored_large
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.training_speakers |= set(checkpoint.get(TRAINING_SPEAKERS, ()))
         self.output_gain = checkpoint.get(OUTPUT_GAIN, {})
 
     @property
-    def _pair(self) -> BoostedPair:
+    def pair(self) -> BoostedPair:
+        """Both networks, of a configuration that has two."""
         assert isinstance(self.model, BoostedPair)
         return self.model
 
@@ -127,9 +135,7 @@ class TrainingModule(lightning.LightningModule):
         mask = self._hint_mask(len(batch["mixture"]))
         if self.guidance is not None:
             self.guidance.forget()
-        estimate = (
-            self._with_ideal_hints(batch, mask) if self.config.ideal_hints else self.estimates(batch, mask)["small"]
-        )
+        estimate = self._small_estimate(batch, mask)
         loss = negative_si_sdr(estimate.float(), batch["sources"], self.config.permutation)
         if not torch.isfinite(loss):
             raise Failure(f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}")
@@ -146,16 +152,25 @@ class TrainingModule(lightning.LightningModule):
             loss = loss + self.config.guidance * guidance
         return loss
 
-    def _with_ideal_hints(self, batch: Batch, mask: Tensor | None) -> Tensor:
-        """The small network's estimates with hints of a large network that makes no mistakes."""
-        large = self._pair.large
-        encoder = large.encoder
+    def _small_estimate(self, batch: Batch, mask: Tensor | None) -> Tensor:
+        """What is trained makes of a batch; the large network runs only where its part is not there already."""
+        if self.config.ideal_hints:
+            embedding = self._ideal_embedding(batch)
+        elif "embedding" in batch:
+            embedding = batch["embedding"]
+        else:
+            return self.estimates(batch, mask)["small"]
+        hints = self.pair.large.encode(embedding)
+        return self.pair.hear(batch["mixture"], hints, batch.get("speaker_embedding"), mask)
+
+    def _ideal_embedding(self, batch: Batch) -> Tensor:
+        """What a large network that makes no mistakes would give."""
+        large = self.pair.large
         embedding = ideal_embedding(source_spectra(large.stft, batch["sources"]))
         if large.level is not None:
             spectrum = large.stft.analyse(pad_to_frames(batch["mixture"], self.config.model.framing))
             embedding = embedding / large.level(spectrum, spectrum.new_zeros(len(spectrum))).scale
-        hints, _ = encoder(embedding, encoder.initial_past(len(embedding), embedding.shape[2]))
-        return self._pair.hear(batch["mixture"], hints.transpose(2, 3), batch.get("speaker_embedding"), mask)
+        return embedding
 
     def _speaker_noise(self, batch: int) -> Tensor:
         """What makes few voices many: each is looked for by embeddings around its own, ``[B, 256]``."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
@@ -27,11 +28,23 @@ from common.cli import end_signals
 from common.errors import InputError, reason
 from common.files import atomic_file
 from models.checkpoint import read_checkpoint
-from training.config import Data, DynamicData, FolderData, TrainingConfig, read_training_config
+from models.tfgridnet import describe_lstms
+from training.config import Data, DynamicData, FolderData, StoredData, TrainingConfig, read_training_config
 from training.corpus import refuse_shared_speakers
-from training.datasets import DynamicMixing, EpochOrder, Loader, MixtureFolder
+from training.datasets import DynamicMixing, EpochOrder, Examples, Loader, MixtureFolder, render
 from training.memory import keep_freed_memory
 from training.module import MONITOR, TrainingModule
+from training.stored_hints import (
+    SHARD,
+    STORED_LARGE,
+    Record,
+    StoredHints,
+    first_missing,
+    large_digest,
+    open_folder,
+    shard_path,
+    write_shard,
+)
 
 LAST = "last.ckpt"
 
@@ -86,8 +99,10 @@ def run_training(
     done = _steps_of(start, settings) if start is not None else 0
     # A run that goes on has its weights from its own checkpoint; where they once came from may be gone.
     module = TrainingModule(settings.without_sources() if start is not None else settings)
-    train = _examples(settings.train, settings, training=True, skip_broken=skip_broken)
-    validation = _examples(settings.validation, settings, training=False, skip_broken=skip_broken)
+    if start is not None:
+        module.stored_large = _content(start).get(STORED_LARGE)
+    train = _examples(settings.train, settings, module.stored_large, training=True, skip_broken=skip_broken)
+    validation = _examples(settings.validation, settings, None, training=False, skip_broken=skip_broken)
     refuse_shared_speakers(train.speakers, Path(settings.validation.root) / settings.validation.split)
     module.training_speakers |= train.speakers
     if start is None and module.whitening is not None:
@@ -133,6 +148,8 @@ def run_training(
     batch_size = settings.batch_size
     if batch_size % trainer.world_size:
         raise InputError(f"batch_size {batch_size} cannot be shared by {trainer.world_size} devices; choose a multiple")
+    if trainer.is_global_zero and not torch.cuda.is_available():
+        print(f"kb-train: {describe_lstms(module)}", file=sys.stderr)
     order = EpochOrder(
         len(train), batch_size, seed=settings.seed, shuffle=True, rank=trainer.global_rank, devices=trainer.world_size
     )
@@ -148,6 +165,37 @@ def run_training(
         print(f"kb-train: stopped at step {trainer.global_step}; --resume goes on from there", file=sys.stderr)
     else:
         trainer.save_checkpoint(run_dir / LAST)
+
+
+def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
+    """Draw mixtures, and keep them with what the large network makes of each (:mod:`training.stored_hints`).
+
+    Raises:
+        InputError: the configuration is not of a pair with a frozen large network and dynamic mixing, its data or
+            checkpoints cannot be used, or the folder holds something else.
+    """
+    _quiet()
+    data = settings.train
+    if not isinstance(data, DynamicData) or not settings.freeze_large:
+        raise InputError("--config: give that of a pair with freeze_large, and with dynamic mixing for training")
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    module = TrainingModule(settings).to("cuda" if torch.cuda.is_available() else "cpu")
+    examples = DynamicMixing(data, settings.model, seed=settings.seed, skip_broken=False)
+    targets = 2 if settings.model.task == "tse" else 1
+    record = Record(
+        large=large_digest(settings.model, module.pair.large.network),
+        mixtures=f"{items} of seed {settings.seed}, {data.model_dump_json(exclude={'items'})}",
+        shards=-(-items * targets // SHARD),
+        examples=items * targets,
+        speakers=sorted(examples.speakers | module.training_speakers),
+    )
+    open_folder(output, record)
+    order = EpochOrder(items, SHARD // targets, seed=settings.seed, shuffle=False)
+    order.first_batch = first_missing(output, record)
+    print(f"{output}: {record.shards - order.first_batch} of {record.shards} files to make", flush=True)
+    for shard, batch in enumerate(Loader(examples, order, settings.workers), start=order.first_batch):
+        write_shard(shard_path(output, shard), module.pair, render(move_data_to_device(batch, module.device)))
 
 
 def run_test(
@@ -170,7 +218,7 @@ def run_test(
     path = checkpoint or best_checkpoint(run_dir)
     module = TrainingModule(settings.without_sources().model_copy(update={"initial_checkpoint": str(path)}))
     refuse_shared_speakers(module.training_speakers, Path(settings.test.root) / settings.test.split)
-    test = _examples(settings.test, settings, training=False, skip_broken=skip_broken)
+    test = _examples(settings.test, settings, None, training=False, skip_broken=skip_broken)
     trainer = _trainer(settings, run_dir, devices, frac, loggers=[], callbacks=[])
     figures = trainer.test(module, _evaluation_loader(test, settings, trainer))
     if trainer.is_global_zero:
@@ -194,16 +242,17 @@ def best_checkpoint(run_dir: Path) -> Path:
 
 
 def _examples(
-    data: Data, settings: TrainingConfig, *, training: bool, skip_broken: bool
-) -> MixtureFolder | DynamicMixing:
+    data: Data, settings: TrainingConfig, large: str | None, *, training: bool, skip_broken: bool
+) -> Examples:
+    """Examples of any kind; ``large`` is the digest of the large network that stored hints must be of."""
+    if isinstance(data, StoredData):
+        return StoredHints(data, settings.model, large)
     if isinstance(data, DynamicData):
         return DynamicMixing(data, settings.model, seed=settings.seed, skip_broken=skip_broken)
     return MixtureFolder(data, settings.model, seed=settings.seed, training=training, skip_broken=skip_broken)
 
 
-def _evaluation_loader(
-    examples: MixtureFolder | DynamicMixing, settings: TrainingConfig, trainer: lightning.Trainer
-) -> Loader:
+def _evaluation_loader(examples: Examples, settings: TrainingConfig, trainer: lightning.Trainer) -> Loader:
     order = EpochOrder(
         len(examples),
         settings.evaluation_batch_size * trainer.world_size,
@@ -272,11 +321,16 @@ def _steps_of(checkpoint: Path, settings: TrainingConfig) -> int:
         InputError: the file is no checkpoint of a run, or of a model of another size.
     """
     read_checkpoint(checkpoint, settings.model)
+    return int(_content(checkpoint)["global_step"])
+
+
+def _content(checkpoint: Path) -> dict[str, Any]:
     try:
-        steps = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        int(content["global_step"])
     except Exception as error:  # torch raises nearly anything on files that are not its own
         raise InputError(f"{checkpoint}: not a readable checkpoint of a run ({reason(error).split('. ')[0]})") from None
-    return int(steps)
+    return content
 
 
 class _WholeCheckpoints(TorchCheckpointIO):

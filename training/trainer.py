@@ -53,6 +53,9 @@ def train(
     if ckpt is not None and not ckpt.is_file():
         raise InputError(f"{ckpt}: no such file; give a checkpoint of this configuration")
 
+    # By default torch's threads wait for each other by turning round and round, for milliseconds: where anything else
+    # runs, that takes most of the processor's time. Read as torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # What trains is imported only now, so that --help and mistakes in the call answer at once.
     from training.run import Devices, read_settings, run_test, run_training
 

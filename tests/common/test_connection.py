@@ -111,6 +111,7 @@ def test_a_host_behind_a_proxy_is_reached_through_it_or_the_proxy_is_named(
 
 def test_a_host_that_is_not_known() -> None:
     assert refusal("gpu-host.invalid:50051") == "no host of that name is known here; is it spelt right?"
+    # What no name can be is told alike.
     assert refusal("a..b:50051") == "no host of that name is known here; is it spelt right?"
 
 

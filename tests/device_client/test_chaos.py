@@ -17,17 +17,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.processes import Server, command, environment, memory_mib, run, running_server, threads
+from tests.processes import PATIENCE, Server, command, environment, free_port, memory_mib, run, running_server, threads
 
 SS = "ss_delay6_compression2"
-PATIENCE = 60.0  # seconds; only a test that has failed waits so long
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Live:
@@ -114,7 +106,7 @@ def test_a_draining_server_is_left_for_the_next_one(
     nobody = f"127.0.0.1:{silent.getsockname()[1]}"  # takes connections and never says a word
     with silent, running_server(bundle) as first:
         servers = [nobody, first.address, ss_server.address]
-        with live(tmp_path, bundle, 120, servers) as session:
+        with live(tmp_path, bundle, 300, servers) as session:
             leave_for_the_next(session, first, ss_server)
         session.check_output(bundle)
 
@@ -128,8 +120,9 @@ def leave_for_the_next(session: Live, first: Server, second: Server) -> None:
     session.wait_for_event(True, count)
     session.wait_for_hints()
     told = [line for line in session.lines if line["event"] == "server"]
-    assert [line["server"] for line in told] == [first.address, first.address, second.address]
-    assert "shuts down; moving to" in told[1]["text"]
+    moves = f"{first.address} shuts down; moving to {second.address}"
+    assert moves in [line["text"] for line in told]
+    assert told[-1]["server"] == second.address
     assert session.end()["server"] == second.address
 
 

@@ -16,7 +16,7 @@ from protos import hints_pb2 as pb
 from protos.codec import PCM_ENCODINGS, encode_pcm
 from protos.hints_pb2_grpc import HintServiceServicer, HintServiceStub, add_HintServiceServicer_to_server
 from tests.golden_cases import TOLERANCE
-from tests.processes import Server, refusal_here, run
+from tests.processes import PATIENCE, Server, refusal_here, run
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
@@ -57,7 +57,7 @@ def embedding(server: Server) -> list[float]:
     encoding = PCM_ENCODINGS["f32"]
     request = pb.EnrollRequest(sample_rate=16000, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding))
     with grpc.insecure_channel(server.address) as channel:
-        return list(HintServiceStub(channel).Enroll(request, timeout=60).speaker_embedding)
+        return list(HintServiceStub(channel).Enroll(request, timeout=PATIENCE).speaker_embedding)
 
 
 @pytest.mark.parametrize("status", ["DEADLINE_EXCEEDED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL"])
@@ -92,6 +92,11 @@ class Unable(HintServiceServicer):
     def StreamHints(
         self, request_iterator: Iterator[pb.StreamHintsRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StreamHintsResponse]:
+        context.abort(self._status, "not now")
+
+    def DescribeModel(
+        self, request: pb.DescribeModelRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeModelResponse:
         context.abort(self._status, "not now")
 
 

@@ -21,7 +21,7 @@ from device_client.onnx_engine import OnnxModel
 from models.manifest import read_manifest
 from protos.codec import Samples
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import Server, running_server
+from tests.processes import PATIENCE, Server, running_server
 
 SS = "ss_delay6_compression2"
 GetGolden = Callable[[str], Golden]
@@ -76,6 +76,13 @@ def real_time(_: int) -> None:
     time.sleep(0.008)
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def noise(frames: int) -> Samples:
     return np.random.default_rng(0).normal(0, 0.1, (2, 128 * frames + 64)).astype(np.float32)
 
@@ -102,8 +109,13 @@ def test_it_fuses_the_hints_of_the_published_computation(
     mixture, config = case.mixture[0].numpy(), manifest.model
     hints = LiveHints([ss_server.address], manifest, encodings=Encodings())
     hints.start()
-    time.sleep(0.5)  # so that the session has begun, most likely; else there are fewer hints to compare
-    frames, audio = Frames(), MemoryAudio(mixture, real_time)
+
+    def pace(frame: int) -> None:
+        real_time(frame)
+        if frame == 20:
+            wait_for(lambda: hints.server is not None)  # so that there are hints to compare
+
+    frames, audio = Frames(), MemoryAudio(mixture, pace)
     loop = LiveLoop(model.session(None), config, audio, hints, "1", frames)
     loop.run()
     hints.close()

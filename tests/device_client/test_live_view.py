@@ -17,7 +17,7 @@ import soundfile
 from rich.console import Console
 
 from device_client.live_view import Figures, Frame, log_line, too_slow, view
-from tests.processes import command, environment
+from tests.processes import PATIENCE, command, environment
 
 SS = "ss_delay6_compression2"
 NOW = Figures(
@@ -103,14 +103,14 @@ def test_keys_change_what_is_played(golden_bundle: Callable[[str], Path], tmp_pa
             before = len(screen)
             if key is not None:
                 os.write(ours, key)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while words not in screen[before:]:
                 assert time.monotonic() < deadline, screen
                 assert process.poll() is None, screen
                 time.sleep(0.02)
             time.sleep(0.5)  # the view tells what is wanted; some frames must be played so
         os.write(ours, b"q")
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     reader.join(timeout=10)

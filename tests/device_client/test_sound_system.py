@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import InputError
 from device_client.device_audio import Resampler
-from tests.processes import command, environment, refusal, run
+from tests.processes import PATIENCE, command, environment, refusal, run
 
 SS = "ss_delay6_compression2"
 RATE = 16000
@@ -148,7 +148,7 @@ def live_until(seconds: float, *flags: object) -> tuple[dict[str, object], str]:
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     last: dict[str, object] = json.loads(output.splitlines()[-1])
     return last, errors
@@ -236,7 +236,7 @@ def test_other_programs_record_from_the_virtual_microphone(
             stderr=subprocess.PIPE,
             text=True,
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while "\tclean\t" not in sources():
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -245,7 +245,7 @@ def test_other_programs_record_from_the_virtual_microphone(
         with recording("clean", folder / "clean.raw"), playing(sound, "room", folder):
             time.sleep(16)
             process.send_signal(signal.SIGTERM)
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
         assert "clean" not in sources()
         last = json.loads(output.splitlines()[-1])

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from models.pair import PairOutput
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import Server, command, run, running_server
+from tests.processes import PATIENCE, Server, command, free_port, run, running_server
 
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
 GetGolden = Callable[[str], Golden]
@@ -155,12 +157,25 @@ def test_a_virtual_run_is_the_same_however_busy_the_machine(
     assert busy_outputs.tobytes() == outputs.tobytes()
 
 
+def wait_for_frames(metrics_port: int, count: int) -> None:
+    """Until a server has computed so many."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=PATIENCE) as answer:
+            found = re.search(r"^kb_frames_total\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+        if found is not None and float(found[1]) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the server has not computed {count} frames")
+
+
 def test_a_killed_server_leaves_the_small_network_alone(
     golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
     case, repeats = golden(SS), 4
     mixture, _ = write_inputs(case, tmp_path, repeats)
-    with running_server(golden_bundle(SS)) as server:
+    port = free_port()
+    with running_server(golden_bundle(SS), "--metrics-port", port) as server:
         client = subprocess.Popen(
             command(
                 *("kb-client", "replay", mixture, "-o", tmp_path / "out.wav", "--output-format", "float"),
@@ -171,10 +186,9 @@ def test_a_killed_server_leaves_the_small_network_alone(
             stderr=subprocess.PIPE,
             text=True,
         )
-        server.wait_for_log("session_opened")
-        time.sleep(1.5)
+        wait_for_frames(port, 100)
         os.kill(server.process.pid, signal.SIGKILL)
-        _, errors = client.communicate(timeout=60)
+        _, errors = client.communicate(timeout=PATIENCE)
     assert client.returncode == 0, errors
     assert "the server was lost" in errors
     report = read_report(tmp_path)
@@ -196,7 +210,8 @@ def test_a_lost_server_is_an_error_if_it_is_required(
     golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
     mixture, _ = write_inputs(golden(SS), tmp_path, 4)
-    with running_server(golden_bundle(SS)) as server:
+    port = free_port()
+    with running_server(golden_bundle(SS), "--metrics-port", port) as server:
         client = subprocess.Popen(
             command(
                 *("kb-client", "replay", mixture, "-o", tmp_path / "out.wav", "--bundle", golden_bundle(SS)),
@@ -205,10 +220,9 @@ def test_a_lost_server_is_an_error_if_it_is_required(
             stderr=subprocess.PIPE,
             text=True,
         )
-        server.wait_for_log("session_opened")
-        time.sleep(1)
+        wait_for_frames(port, 60)
         os.kill(server.process.pid, signal.SIGKILL)
-        _, errors = client.communicate(timeout=60)
+        _, errors = client.communicate(timeout=PATIENCE)
     assert client.returncode == 1
     assert errors.startswith("kb-client: error: the server was lost after ")
     assert len(errors.splitlines()) == 1
@@ -259,7 +273,7 @@ def servers_of(bundle: Path) -> list[int]:
 def test_its_own_server_ends_with_it(
     number: signal.Signals, code: int, golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
-    mixture, _ = write_inputs(golden(SS), tmp_path, 8)
+    mixture, _ = write_inputs(golden(SS), tmp_path, 100)  # longer than any machine takes to come to the signal
     bundle = tmp_path / "bundle"
     bundle.symlink_to(golden_bundle(SS))
     client = subprocess.Popen(
@@ -267,13 +281,13 @@ def test_its_own_server_ends_with_it(
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not servers_of(bundle):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(4)  # into the run, or into the start of the server: either must end it
     client.send_signal(number)
-    _, errors = client.communicate(timeout=30)
+    _, errors = client.communicate(timeout=PATIENCE)
     assert client.returncode == code
     assert "Traceback" not in errors
     while servers_of(bundle):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import cpu_lstm
+from models.compiled import required_library
 from models.cpu_lstm import FREQUENCY, TIME
 from models.tfgridnet import torch_residual_lstm
 from tests.models.compiled import assert_near, builds, needs_compiler, outcome, set_build, torch_threads
@@ -114,6 +115,10 @@ def test_what_it_is_not_made_for_is_left_to_torch() -> None:
         assert not cpu_lstm.fits(torch.zeros(1, 2, 2, 16), nn.LSTM(16, 16))
 
 
+def instructions() -> str:
+    return str(required_library().instructions().decode())
+
+
 class Counted:
     """A way to compute it that counts its calls, and computes everything so often."""
 
@@ -143,6 +148,11 @@ def test_the_faster_one_is_taken(slow: str) -> None:
     for _ in range(3):
         faster(x, TIME, *modules, zeros, zeros)
     assert (ours.calls - before[0], torchs.calls - before[1]) == ((0, 3) if slow == "ours" else (3, 0))
+    told = faster.describe(modules[1])
+    assert told.startswith("torch's operations, " if slow == "ours" else "the kernel with ")
+    assert told.endswith(
+        "times as fast as the kernel with " + instructions() if slow == "ours" else "torch's operations"
+    )
 
 
 def test_without_gradients_torch_s_is_taken() -> None:

@@ -19,10 +19,7 @@ from protos import hints_pb2 as pb
 from protos.codec import PCM_ENCODINGS, PROTOCOL_VERSION, SERVICE_NAME, Samples, decode_hint, encode_pcm
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import Server
-
-# For what must come: so long that only a test that has failed reaches it.
-PATIENCE = 30.0  # seconds
+from tests.processes import PATIENCE, Server
 
 Request = pb.StreamHintsRequest
 

@@ -13,8 +13,8 @@ import numpy as np
 from protos import hints_pb2 as pb
 from protos.codec import Samples, encode_pcm
 from tests.golden_cases import TOLERANCE, worst
-from tests.processes import Server, descriptors, memory_mib, threads
-from tests.remote_server.driver import PATIENCE, Device, Material, message
+from tests.processes import PATIENCE, Server, descriptors, memory_mib, threads
+from tests.remote_server.driver import Device, Material, message
 
 _MOST_UNANSWERED = 90  # chunks; a device does not send more into a silence
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from protos import hints_pb2 as pb
 from protos.codec import SERVICE_NAME
-from tests.processes import Server, running_server
-from tests.remote_server.driver import PATIENCE, Device, Material, Request
+from tests.processes import PATIENCE, Server, running_server
+from tests.remote_server.driver import Device, Material, Request
 from tests.remote_server.real_time import fill, unharmed
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")

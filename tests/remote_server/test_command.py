@@ -20,7 +20,7 @@ from protos import hints_pb2 as pb
 from protos.hints_pb2_grpc import HintServiceStub
 from remote_server.server import why_not_listening
 from tests.golden_cases import Golden
-from tests.processes import Server, command, refusal, running_server
+from tests.processes import PATIENCE, Server, command, refusal, running_server
 from tests.remote_server.driver import Device, Material, assert_logged
 
 BUNDLE = "ss_delay6_compression2"
@@ -33,7 +33,7 @@ def bundle(golden_bundle: Callable[[str], Path]) -> Path:
 
 def described(address: str) -> pb.DescribeModelResponse:
     with grpc.insecure_channel(address) as channel:
-        return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=60)
+        return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def ready_line(process: "subprocess.Popen[str]") -> str:
 
 def end(process: "subprocess.Popen[str]") -> str:
     """Close the server's standard input; its log, once it has ended as it should."""
-    out, log = process.communicate(timeout=60)
+    out, log = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert not out
     assert "Traceback" not in log
@@ -90,7 +90,7 @@ def test_port_0_prints_the_port_that_answers_until_standard_input_ends(bundle: P
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_ends_the_server_and_tells_the_devices(number: signal.Signals, bundle: Path, ss: Material) -> None:
-    with running_server(bundle) as server, Device(server, ss.opening(), ss.audio(0)) as device:
+    with running_server(bundle, "--drain-seconds", 1) as server, Device(server, ss.opening(), ss.audio(0)) as device:
         session = device.started()
         assert device.hints(1)[0].frame == 0
         device.send(*(ss.audio(frame) for frame in range(1, 60)))
@@ -98,7 +98,7 @@ def test_a_signal_ends_the_server_and_tells_the_devices(number: signal.Signals, 
         status, why = device.end()
         assert status == "UNAVAILABLE"
         assert why == "the server is shutting down; try another"
-        assert server.process.wait(timeout=60) == 0
+        assert server.process.wait(timeout=PATIENCE) == 0
         assert_logged(server, 0, session=session, status=status, why=why)
         server.wait_for_log('"event": "server_stopped"')
         assert not any("Traceback" in line for line in server.log)
@@ -109,7 +109,7 @@ def test_a_signal_right_after_the_start_ends_the_server_as_it_should(bundle: Pat
         assert "listening" in ready_line(process)
         process.send_signal(signal.SIGTERM)
         # Its standard input is still open: nothing may wait for that.
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE) == 0
         assert '"event": "server_stopped"' in end(process)
 
 

@@ -12,8 +12,7 @@ from device_client.hint_stream import Encodings
 from device_client.live_hints import LiveHints
 from models.manifest import read_manifest
 from tests.load import write_random_bundle
-from tests.processes import running_server
-from tests.remote_server.driver import PATIENCE
+from tests.processes import PATIENCE, running_server
 
 DEVICES = 10
 SECOND = 125  # frames

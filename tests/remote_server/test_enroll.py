@@ -13,7 +13,7 @@ from protos import hints_pb2 as pb
 from protos.codec import ENROLLMENT_RATE, PCM_ENCODINGS, Samples, decode_pcm, encode_pcm
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, worst
-from tests.processes import Server, running_server
+from tests.processes import PATIENCE, Server, running_server
 from tests.remote_server.driver import Device, Material
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -35,13 +35,13 @@ def request(speech: Samples, encoding: str = "f32", rate: int = ENROLLMENT_RATE)
 
 def enroll(server: Server, message: pb.EnrollRequest) -> Samples:
     with grpc.insecure_channel(server.address) as channel:
-        answer = HintServiceStub(channel).Enroll(message, timeout=120)
+        answer = HintServiceStub(channel).Enroll(message, timeout=PATIENCE)
     return np.array(answer.speaker_embedding, dtype=np.float32)
 
 
 def refusal(server: Server, message: pb.EnrollRequest) -> tuple[str, str]:
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
-        HintServiceStub(channel).Enroll(message, timeout=120)
+        HintServiceStub(channel).Enroll(message, timeout=PATIENCE)
     return caught.value.code().name, caught.value.details() or ""
 
 
@@ -96,7 +96,7 @@ def test_hints_go_on_while_a_voice_is_learnt(tse_server: Server, tse: Material) 
     speech = np.tile(read_clip("enrollment.wav"), 3)
     frames = 40
     with grpc.insecure_channel(tse_server.address) as channel, Device(tse_server, tse.opening()) as device:
-        learning = HintServiceStub(channel).Enroll.future(request(speech), timeout=120)
+        learning = HintServiceStub(channel).Enroll.future(request(speech), timeout=PATIENCE)
         device.started()
         device.send(*(tse.audio(frame) for frame in range(frames)))
         hints = device.hints(frames)
@@ -172,7 +172,7 @@ def test_without_the_encoder_the_server_says_how_to_get_it(
         assert status == "UNIMPLEMENTED"
         assert "pip install 'knowledge-boosting[enroll]'" in why
         with grpc.insecure_channel(server.address) as channel:
-            assert not HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=60).enrolls
+            assert not HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE).enrolls
         # The server is as good as any other for a device that has its embedding.
         with Device(server, tse.opening(), tse.audio(0)) as device:
             device.started()
@@ -183,4 +183,4 @@ def test_without_the_encoder_the_server_says_how_to_get_it(
 @needs_encoder
 def test_the_server_tells_that_it_enrolls(tse_server: Server) -> None:
     with grpc.insecure_channel(tse_server.address) as channel:
-        assert HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=60).enrolls
+        assert HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE).enrolls

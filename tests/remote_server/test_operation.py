@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -20,8 +19,8 @@ from protos import hints_pb2 as pb
 from protos.codec import SERVICE_NAME
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import Server, command, environment, refusal, running_server, threads
-from tests.remote_server.driver import PATIENCE, Device, Material, material, wait_until_free
+from tests.processes import PATIENCE, Server, command, environment, free_port, refusal, running_server, threads
+from tests.remote_server.driver import Device, Material, material, wait_until_free
 
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
 
@@ -49,12 +48,6 @@ def health(server: Server) -> int:
 def described(server: Server, bundle: str = "") -> pb.DescribeModelResponse:
     with grpc.insecure_channel(server.address) as channel:
         return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(bundle=bundle), timeout=PATIENCE)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def test_metrics_count_what_happens(golden_bundle: Callable[[str], Path], ss: Material) -> None:
@@ -102,7 +95,7 @@ def test_hints_that_are_too_late_come_without_their_values(golden_bundle: Callab
 def test_a_draining_server_tells_its_devices_and_gives_them_time(
     golden_bundle: Callable[[str], Path], ss: Material
 ) -> None:
-    with running_server(golden_bundle(SS), "--drain-seconds", 2) as server:
+    with running_server(golden_bundle(SS), "--drain-seconds", 5) as server:
         with Device(server, ss.opening(), ss.audio(0)) as stays, Device(server, ss.opening(), ss.audio(0)) as goes:
             for device in (stays, goes):
                 device.started()
@@ -113,7 +106,7 @@ def test_a_draining_server_tells_its_devices_and_gives_them_time(
             for device in (stays, goes):
                 told = next(device.call)
                 assert told.WhichOneof("response") == "draining"
-                assert told.draining.seconds == 2
+                assert told.draining.seconds == 5
             assert health(server) == health_pb2.HealthCheckResponse.NOT_SERVING
             with Device(server, ss.opening()) as newcomer:
                 assert newcomer.end() == ("UNAVAILABLE", "the server is shutting down; try another")
@@ -123,8 +116,8 @@ def test_a_draining_server_tells_its_devices_and_gives_them_time(
             goes.finish()
             assert goes.end()[0] == "OK"
             assert stays.end() == ("UNAVAILABLE", "the server is shutting down; try another")
-            assert 1.5 < time.monotonic() - began < 15
-        assert server.process.wait(timeout=30) == 0
+            assert time.monotonic() - began > 4.5
+        assert server.process.wait(timeout=PATIENCE) == 0
 
 
 def test_a_session_that_comes_as_the_server_begins_to_drain_is_refused(
@@ -235,7 +228,7 @@ def test_another_bundle_is_loaded_beside_the_old_one_without_touching_a_session(
 
 def test_workers_share_a_port_and_one_that_dies_is_replaced(golden_bundle: Callable[[str], Path], ss: Material) -> None:
     with running_server(golden_bundle(SS), "--workers", 2) as server:
-        server.wait_for_log('"event": "server_started"', 60)
+        server.wait_for_log('"event": "server_started"')
         eventually(lambda: sum('"event": "server_started"' in line for line in server.log) == 2)
         workers = children(server.process.pid)
         assert len(workers) == 2

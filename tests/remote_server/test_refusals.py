@@ -11,7 +11,7 @@ import pytest
 
 from protos import hints_pb2 as pb
 from protos.codec import MAX_CHUNKS_PER_MESSAGE, SERVICE_NAME, encode_pcm
-from tests.processes import Server
+from tests.processes import PATIENCE, Server
 from tests.remote_server.driver import (
     Device,
     Material,
@@ -399,6 +399,6 @@ def test_the_log_tells_and_the_place_is_free_when_a_device_process_is_killed(
 def test_a_call_of_no_known_name_is_answered_so(ss_server: Server, ss_witness: Witness) -> None:
     with grpc.insecure_channel(ss_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE_NAME}/Nonsense")
-        method(b"", timeout=60)
+        method(b"", timeout=PATIENCE)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     ss_witness.assert_exact()

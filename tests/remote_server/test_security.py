@@ -18,8 +18,8 @@ from protos import hints_pb2 as pb
 from protos.hints_pb2_grpc import HintServiceStub
 from remote_server.security import check_security
 from tests.certificates import TOKENS, TOKENS_FILE, Certificates, bearer, channel, wait_until, write_private
-from tests.processes import Server, refusal_here
-from tests.remote_server.driver import PATIENCE, Material
+from tests.processes import PATIENCE, Server, refusal_here
+from tests.remote_server.driver import Material
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -29,7 +29,7 @@ UNKNOWN = "this server does not know the token"
 
 def describe(to: grpc.Channel, metadata: Metadata = ()) -> str:
     return status_of(
-        lambda: HintServiceStub(to).DescribeModel(pb.DescribeModelRequest(), metadata=metadata, timeout=30)
+        lambda: HintServiceStub(to).DescribeModel(pb.DescribeModelRequest(), metadata=metadata, timeout=PATIENCE)
     )[0]
 
 

@@ -10,7 +10,8 @@ from remote_server.bundles import Bundles
 from remote_server.limits import Limits
 from remote_server.metrics import Metrics
 from remote_server.service import HintService
-from tests.remote_server.driver import PATIENCE, Material, Request
+from tests.processes import PATIENCE
+from tests.remote_server.driver import Material, Request
 
 
 class Call:

@@ -21,7 +21,7 @@ from protos.codec import (
 )
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, worst
-from tests.processes import Server
+from tests.processes import PATIENCE, Server
 from tests.remote_server.driver import Device, Material, Request, assert_logged, message, send_bytes
 
 
@@ -221,7 +221,7 @@ def test_hints_that_can_be_computed_are_sent_before_the_end(ss_server: Server, s
 
 def described(server: Server) -> pb.DescribeModelResponse:
     with grpc.insecure_channel(server.address) as channel:
-        return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=60)
+        return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE)
 
 
 def test_the_separation_server_tells_what_it_runs(ss_server: Server, ss: Material) -> None:
@@ -259,7 +259,7 @@ def test_health_is_serving_for(service: str, ss_server: Server) -> None:
     request = health_pb2.HealthCheckRequest(service=service)
     with grpc.insecure_channel(ss_server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        answer = stub.Check(request, timeout=60)  # type: ignore[attr-defined] # missing in its stubs
+        answer = stub.Check(request, timeout=PATIENCE)  # type: ignore[attr-defined] # missing in its stubs
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
@@ -267,7 +267,7 @@ def test_health_knows_no_other_service(ss_server: Server) -> None:
     request = health_pb2.HealthCheckRequest(service="nonsense")
     with grpc.insecure_channel(ss_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         stub = health_pb2_grpc.HealthStub(channel)
-        stub.Check(request, timeout=60)  # type: ignore[attr-defined] # missing in its stubs
+        stub.Check(request, timeout=PATIENCE)  # type: ignore[attr-defined] # missing in its stubs
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -275,6 +275,6 @@ def test_reflection_lists_the_service(ss_server: Server) -> None:
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     with grpc.insecure_channel(ss_server.address) as channel:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-        answers = stub.ServerReflectionInfo(iter([request]), timeout=60)
+        answers = stub.ServerReflectionInfo(iter([request]), timeout=PATIENCE)
         names = {service.name for answer in answers for service in answer.list_services_response.service}
     assert {SERVICE_NAME, "grpc.health.v1.Health"} <= names

@@ -16,7 +16,7 @@ from protos import hints_pb2 as pb
 from protos.codec import PCM_ENCODINGS, PROTOCOL_VERSION, Samples, decode_hint, encode_pcm
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, worst
-from tests.processes import Server, run, running_server
+from tests.processes import PATIENCE, Server, run, running_server
 from tests.remote_server.driver import Device, Request, message
 
 DEFAULT, OTHER = "ss-48ms-compact", "tse-48ms-compact"
@@ -55,8 +55,8 @@ def loaded(server: Server) -> list[str]:
 
 def test_a_bundle_is_loaded_once_when_it_is_first_asked_for(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
-        described = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=60)
-        other = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(bundle=OTHER), timeout=60)
+        described = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE)
+        other = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(bundle=OTHER), timeout=PATIENCE)
     assert described.bundle_name == DEFAULT
     assert list(described.bundles) == [DEFAULT, OTHER]
     assert other.task == "tse"
@@ -90,7 +90,7 @@ def test_a_bundle_is_loaded_once_when_it_is_first_asked_for(server: Server) -> N
 
 def test_the_speaker_encoder_is_there_before_anybody_enrolls(server: Server) -> None:
     pytest.importorskip("resemblyzer", reason="needs the optional package resemblyzer")
-    server.wait_for_log('"speaker_encoder_loaded"', 120)
+    server.wait_for_log('"speaker_encoder_loaded"')
 
 
 def test_it_extracts_a_voice_as_the_readme_says(server: Server, tmp_path: Path) -> None:

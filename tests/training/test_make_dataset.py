@@ -21,6 +21,7 @@ import soundfile
 import torch
 
 import training.make_dataset
+from tests.processes import PATIENCE
 from training.corpus import find_speech, find_talkers, split_talkers
 from training.make_dataset import Mixtures, mixture_bytes
 from training.rooms import RESPONSE_LENGTH, Renderer, RoomRanges, draw_room, read_bank
@@ -177,12 +178,12 @@ def test_a_killed_run_is_gone_on_with_to_the_same_bytes(
     root = tmp_path / "data"
     call = [sys.executable, "-m", "training.make_dataset", *map(str, flags), "-o", str(root), "--workers", "1"]
     with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and process.poll() is None and not (root / "train" / "000001").exists():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         # The end of its output comes when the worker, which has the same pipe, ended too.
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL
     assert not list(root.rglob("metadata.csv"))
     made = {path: path.stat().st_mtime_ns for path in root.glob("*/0*/*.wav")}

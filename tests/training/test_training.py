@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from models.checkpoint import build, read_checkpoint
 from models.config import ModelConfig
 from models.framing import pad_to_frames
 from models.pair import BoostedPair, SmallModel
-from tests.processes import command, environment, refusal, refusal_here, run
+from tests.processes import PATIENCE, command, environment, refusal, refusal_here, run
 from training.config import FolderData, read_training_config
 from training.datasets import Batch, MixtureFolder
 from training.losses import permuted_si_sdr, si_sdr
@@ -85,7 +86,7 @@ def largest_difference(first: Path, second: Path) -> float:
 def train(*flags: object) -> None:
     result = run("kb-train", *flags)
     assert result.returncode == 0, result.stderr
-    assert not result.stderr
+    assert re.fullmatch(r"kb-train: (LSTMs of \d+ units by (the kernel|torch's)[^\n;]*(; )?)+\n", result.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -122,16 +123,16 @@ def test_an_interrupted_run_goes_on_exactly(whole_run: Path, tmp_path: Path) -> 
     process = subprocess.Popen(
         command("kb-train", *call), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not list((tmp_path / "run").glob("best/epoch*")):  # into the second epoch
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)  # its worker too, as a service manager or a terminal does
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     stopped = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"]
-    assert 3 <= stopped < 42
-    assert f"stopped at step {stopped}" in errors
+    assert 3 <= stopped <= 42
+    assert (f"stopped at step {stopped}" in errors) == (stopped < 42)
     train(*call, "--resume")
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 42
     assert largest_difference(tmp_path / "run" / "last.ckpt", whole_run / "run" / "last.ckpt") < 1e-6
@@ -323,7 +324,7 @@ def test_killing_a_run_at_any_moment_leaves_readable_checkpoints(dataset: Path, 
         flags = ["--resume", "--ckpt", max(known, key=lambda path: path.stat().st_mtime)] if kill else []
         call = command("kb-train", "--config", config, "--run_dir", folder, *flags)
         process = subprocess.Popen(call, env=environment(), stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         # Checkpoints are written all the time: every epoch has three steps.
         while not set(folder.glob("best/epoch*.ckpt")) - known:
             assert process.poll() is None

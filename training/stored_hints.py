@@ -1,0 +1,212 @@
+"""Mixtures with what a large network makes of them, kept: training a pair then costs the small network only.
+
+``kb-store-hints`` draws mixtures as a pair's configuration says, runs its large network, which must be frozen, and
+keeps both. ``"train": {"kind": "stored", "root": …}`` trains on them, as often as there are epochs.
+
+A folder holds ``hints.json``, which says what it was made with, and shards ``000000.safetensors``, … of half-precision
+tensors with a leading axis of examples: ``mixture`` ``[B, M, N]``, ``sources`` ``[B, S, M, N]``, ``embedding``
+``[B, T, F, 2S']`` (what the hint encoder takes) and for TSE ``speaker_embedding`` ``[B, 256]``. The samples of an
+example are scaled to a peak of one; ``scale`` ``[B]``, in single precision, brings their level back.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import common.cli
+from common.errors import InputError, existing_file, reason
+from common.files import atomic_file
+from models.config import ModelConfig, Strict
+from models.manifest import read_json, validate
+from models.pair import BoostedPair
+from training.config import StoredData
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+RECORD_FILE = "hints.json"
+SHARD = 32  # examples
+STORED_LARGE = "stored_large"  # what a run's checkpoint keeps of the digest
+_AT_ONCE = 8  # examples that the large network hears at once
+
+
+class Record(Strict):
+    """The content of ``hints.json``."""
+
+    large: Annotated[str, Field(description="digest of the large network")]
+    mixtures: Annotated[str, Field(description="how many there are, and how they are drawn")]
+    shards: Annotated[int, Field(ge=1, description="files, of which all but the last are full")]
+    examples: Annotated[int, Field(ge=1)]
+    speakers: list[str]
+
+
+def large_digest(model: ModelConfig, network: nn.Module) -> str:
+    """A digest of a pair's large network: of its weights, and of what it is given and gives."""
+    hidden = {"small", "boosting"}
+    text = json.dumps(model.model_dump(mode="json", exclude=hidden), sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+class StoredHints:
+    """The examples of a folder that ``kb-store-hints`` made."""
+
+    def __init__(self, data: StoredData, model: ModelConfig, large: str | None) -> None:
+        """Open a folder.
+
+        Args:
+            large: digest of the large network whose hints they must be.
+
+        Raises:
+            InputError: no such folder, it is not finished, or it is of another large network.
+        """
+        self._root = Path(data.root)
+        record = read_record(self._root)
+        if record.large != large:
+            raise InputError(
+                f"{self._root}: has hints of another large network than the configuration's; make them again with "
+                "kb-store-hints"
+            )
+        missing = first_missing(self._root, record)
+        if missing < record.shards:
+            path = shard_path(self._root, missing)
+            raise InputError(f"{path}: no such file; the same kb-store-hints command makes what is missing")
+        self.speakers = frozenset(record.speakers)
+        self._examples = min(record.examples, data.items or record.examples)
+        self._task = model.task
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def example(self, address: tuple[int, int]) -> dict[str, Any]:
+        """One example by epoch and index.
+
+        Raises:
+            InputError: its file cannot be used.
+        """
+        shard, number = divmod(address[1], SHARD)
+        path = shard_path(self._root, shard)
+        names = ["mixture", "sources", "embedding", "scale", *(["speaker_embedding"] if self._task == "tse" else [])]
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: file.get_slice(name)[number].float() for name in names}
+        except (OSError, SafetensorError, IndexError) as error:
+            raise InputError(f"{path}: not a readable file of stored hints ({reason(error)}); make it again") from None
+        scale = found.pop("scale")
+        found["mixture"] *= scale
+        found["sources"] *= scale
+        return {"names": f"{path.name}[{number}]", **found}
+
+    def speaker_embeddings(self) -> Tensor:
+        """The d-vectors of the first 2000 examples, ``[N, 256]``."""
+        count = min(len(self), 2000)
+        return torch.stack([self.example((0, index))["speaker_embedding"] for index in range(count)])
+
+
+def read_record(root: Path) -> Record:
+    """What a folder of stored hints says of itself.
+
+    Raises:
+        InputError: the folder has no record, or it is damaged.
+    """
+    path = existing_file(root / RECORD_FILE, "the record of stored hints; kb-store-hints makes it")
+    return validate(Record, read_json(path), path)
+
+
+def shard_path(root: Path, shard: int) -> Path:
+    """The file of a shard."""
+    return root / f"{shard:06d}.safetensors"
+
+
+def open_folder(root: Path, record: Record) -> None:
+    """Make a folder of stored hints, or find that what is there is of the same kind.
+
+    Raises:
+        InputError: it holds something else, or cannot be written.
+    """
+    if (root / RECORD_FILE).is_file():
+        if read_record(root) != record:
+            raise InputError(f"{root}: has hints of other mixtures or of another large network; give another --output")
+        return
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(f"{root}: exists already and holds no stored hints; give another --output")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{root}: cannot make the folder ({reason(error)})") from None
+    with atomic_file(root / RECORD_FILE) as temporary:
+        temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def first_missing(root: Path, record: Record) -> int:
+    """The first shard that is not there; those before it are."""
+    return next((shard for shard in range(record.shards) if not shard_path(root, shard).is_file()), record.shards)
+
+
+def write_shard(path: Path, pair: BoostedPair, batch: Mapping[str, Any]) -> None:
+    """Write a shard of rendered examples.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    packed = _packed(pair, batch)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(save(packed))
+
+
+@torch.no_grad()
+def _packed(pair: BoostedPair, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    mixture, sources, speakers = batch["mixture"], batch["sources"], batch.get("speaker_embedding")
+    embeddings = [
+        pair.large.embed(mixture[some], None if speakers is None else speakers[some]).half()
+        for some in torch.arange(len(mixture)).split(_AT_ONCE)
+    ]
+    scale = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1))).clamp_min(1e-8)
+    packed = {
+        "mixture": (mixture / scale[:, None, None]).half(),
+        "sources": (sources / scale[:, None, None, None]).half(),
+        "embedding": torch.cat(embeddings),
+        "scale": scale,
+    }
+    if speakers is not None:
+        packed["speaker_embedding"] = speakers.half()
+    return {name: value.contiguous().cpu() for name, value in packed.items()}
+
+
+@app.command()
+def store_hints(
+    config: Annotated[
+        Path, typer.Option("--config", help="Training configuration of a pair with a frozen large network.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or to go on with.")],
+    items: Annotated[int, typer.Option("--items", min=1, help="Mixtures; for TSE each is kept for both speakers.")],
+    large: Annotated[
+        str | None,
+        typer.Option("--large", help="Checkpoint or bundle of the large network, for the configuration's."),
+    ] = None,
+) -> None:
+    """Keep mixtures and what a large network makes of them. The same command goes on with an interrupted run."""
+    # What trains is imported only now, so that --help and mistakes in the call answer at once.
+    from training import run
+
+    run.store_hints(run.read_settings(config, data=None, large=large), output, items)
+
+
+def main() -> None:
+    """Entry point of ``kb-store-hints``."""
+    common.cli.run(app, "kb-store-hints", "train")
+
+
+if __name__ == "__main__":
+    main()
