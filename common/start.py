@@ -45,7 +45,7 @@ def kb_server() -> NoReturn:
 
 def kb_store_hints() -> NoReturn:
     """``kb-store-hints``."""
-    _start("training.stored_hints")
+    _start("training.store_hints")
 
 
 def kb_train() -> NoReturn:

@@ -25,7 +25,7 @@ COMMANDS = {
     "kb-export": "models.export",
     "kb-make-dataset": "training.make_dataset",
     "kb-make-voices": "training.voices",
-    "kb-store-hints": "training.stored_hints",
+    "kb-store-hints": "training.store_hints",
     "kb-server": "remote_server.main",
     "kb-train": "training.trainer",
 }

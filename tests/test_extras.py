@@ -69,6 +69,7 @@ CALLS = {
     "kb-make-dataset --speech samples/speech/valid --sofa samples/hrtf/mit_kemar_normal_pinna.sofa --task ss --val 2 "
     "-o out": "train",
     "kb-make-voices --speech samples/speech/valid --output out": "train",
+    "kb-store-hints --config configs/demo/train-ss-joint.json --items 1 --output out": "train",
 }
 
 

@@ -16,21 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import common.cli
 from common.errors import InputError, existing_file, reason
 from common.files import atomic_file
 from models.config import ModelConfig, Strict
 from models.manifest import read_json, validate
 from models.pair import BoostedPair
 from training.config import StoredData
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 RECORD_FILE = "hints.json"
 SHARD = 32  # examples
@@ -182,31 +178,3 @@ def _packed(pair: BoostedPair, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     if speakers is not None:
         packed["speaker_embedding"] = speakers.half()
     return {name: value.contiguous().cpu() for name, value in packed.items()}
-
-
-@app.command()
-def store_hints(
-    config: Annotated[
-        Path, typer.Option("--config", help="Training configuration of a pair with a frozen large network.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or to go on with.")],
-    items: Annotated[int, typer.Option("--items", min=1, help="Mixtures; for TSE each is kept for both speakers.")],
-    large: Annotated[
-        str | None,
-        typer.Option("--large", help="Checkpoint or bundle of the large network, for the configuration's."),
-    ] = None,
-) -> None:
-    """Keep mixtures and what a large network makes of them. The same command goes on with an interrupted run."""
-    # What trains is imported only now, so that --help and mistakes in the call answer at once.
-    from training import run
-
-    run.store_hints(run.read_settings(config, data=None, large=large), output, items)
-
-
-def main() -> None:
-    """Entry point of ``kb-store-hints``."""
-    common.cli.run(app, "kb-store-hints", "train")
-
-
-if __name__ == "__main__":
-    main()

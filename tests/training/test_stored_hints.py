@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from models.checkpoint import build
 from models.config import ModelConfig
 from tests.processes import refusal, run
 from training.config import StoredData, TrainingConfig
-from training.datasets import Batch, DynamicMixing, EpochOrder, Loader, render
+from training.datasets import Batch, DynamicMixing, Examples, render
 from training.module import TrainingModule
 from training.rooms import write_bank
 from training.run import store_hints
@@ -76,21 +76,10 @@ def opened(config: TrainingConfig) -> tuple[TrainingModule, StoredHints]:
     return module, StoredHints(config.train, config.model, module.stored_large)
 
 
-def batch_of(examples: Any, indices: list[int]) -> Batch:
-    (batch,) = Loader(_Only(examples, indices), EpochOrder(len(indices), len(indices), seed=0, shuffle=False), 0)
-    return render(batch)
-
-
-class _Only:
-    def __init__(self, examples: Any, indices: list[int]) -> None:
-        self._examples, self._indices = examples, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def example(self, address: tuple[int, int]) -> dict[str, Any]:
-        example: dict[str, Any] = self._examples.example((0, self._indices[address[1]]))
-        return example
+def batch_of(examples: Examples, indices: list[int]) -> Batch:
+    found = [examples.example((0, index)) for index in indices]
+    batch = {key: torch.stack([example[key] for example in found]) for key in found[0].keys() - {"names"}}
+    return render(cast("Batch", {"names": [example["names"] for example in found], **batch}))
 
 
 @pytest.mark.parametrize("task", ["ss", "tse"])
