@@ -18,10 +18,14 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from models.pair import PairOutput
+from models.bundle import write_bundle
+from models.checkpoint import build
+from models.config import Boosting, ModelConfig, NetworkSize
+from models.pair import BoostedPair, PairOutput
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import PATIENCE, Server, command, free_port, run, running_server
 
+SAMPLES = Path(__file__).parents[2] / "samples"
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
 GetGolden = Callable[[str], Golden]
 GetBundle = Callable[[str], Path]
@@ -294,3 +298,38 @@ def test_its_own_server_ends_with_it(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_running_level_makes_every_level_sound_the_same(tmp_path: Path) -> None:
+    """From -60 dBFS to -6, with an offset, and silence: one output at the level of the input, hints included."""
+    size = NetworkSize(channels=8, hidden=8, blocks=2, heads=2)
+    config = ModelConfig(task="ss", small=size, large=size, boosting=Boosting(delay=6), running_level=True)
+    torch.manual_seed(0)
+    pair = build(config)
+    assert isinstance(pair, BoostedPair)
+    write_bundle(tmp_path / "level", pair, config, untrained=True, source="", configuration="")
+    speech = soundfile.read(SAMPLES / "mixture.wav", dtype="float32")[0][8000:32000]
+    speech *= 10 ** (-26 / 20) / np.sqrt(np.mean(speech**2))
+    with torch.inference_mode():
+        expected = pair(torch.from_numpy(speech.T.copy())[None]).small[0].numpy()
+    loudest = np.abs(expected).max()
+    with running_server(tmp_path / "level") as server:
+
+        def replayed(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+            soundfile.write(tmp_path / "in.wav", samples, 16000, subtype="FLOAT")
+            flags = ["--bundle", tmp_path / "level", "--server", server.address]
+            result = run(
+                *("kb-client", "replay", tmp_path / "in.wav", "-o", tmp_path / "out.wav", *flags),
+                *("--delay-ms", 48, "--output-format", "float"),
+            )
+            assert result.returncode == 0, result.stderr
+            names = ["out-speaker1.wav", "out-speaker2.wav"]
+            return np.stack([soundfile.read(tmp_path / name, dtype="float32")[0].T for name in names])
+
+        for level in (-60, -6):
+            gain = 10 ** ((level + 26) / 20)
+            np.testing.assert_allclose(replayed(speech * gain) / gain, expected, atol=1e-3 * loudest)
+        # The last window reaches past the end of the signal, where the offset ends too.
+        whole = replayed(speech + np.float32(0.3))[..., :-192]
+        np.testing.assert_allclose(whole, expected[..., :-192], atol=1e-2 * loudest)
+        assert np.abs(replayed(np.zeros_like(speech))).max() <= 1e-5
