@@ -95,7 +95,7 @@ def read_training_speakers(path: Path) -> list[str]:
 
 
 def level_output(model: nn.Module, path: Path) -> None:
-    """Bring a model's outputs to the level and sign of the sources, by the gains its training run's checkpoint tells.
+    """Bring a model's outputs to the energy and sign of the sources, by the gains its training run's checkpoint tells.
 
     The loss is blind to both, source by source and microphone by microphone, and so networks come out of training with
     any. Hints stay as they are.
