@@ -11,6 +11,7 @@ import typer
 import common.cli
 from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from common.cli import warn
+from common.environment import prepare_to_serve
 from common.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -86,6 +87,7 @@ def serve(
     """Serve large networks of bundles to devices."""
     if context.invoked_subcommand is not None:
         return
+    prepare_to_serve()
     if workers > 1 and worker is None:
         from remote_server.workers import run_workers
 
@@ -95,9 +97,10 @@ def serve(
     from models.manifest import UNTRAINED_NOTICE
     from remote_server.bundles import Bundles
     from remote_server.limits import read_limits
+    from remote_server.log import start_log
     from remote_server.metrics import Metrics
     from remote_server.security import check_security
-    from remote_server.server import Listening, address_of, start_log
+    from remote_server.server import Listening, address_of
     from remote_server.server import serve as run_server
     from remote_server.service import HintService
     from remote_server.workers import device_of, pin

@@ -1,0 +1,149 @@
+"""The server's log: one JSON object a line on standard error, written so that nothing ever waits for its reader."""
+
+import atexit
+import io
+import json
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+_log = logging.getLogger("kb-server")
+
+_LINES = 10_000  # that may wait for the reader
+_LAST_SECONDS = 1.0  # that the reader has at the end for what still waits
+_CALLERS = 1000  # whose refusals are counted apart
+_OTHERS = "others"
+
+
+def log_event(event: str, **fields: object) -> None:
+    """One structured log line."""
+    _log.info({"event": event, **fields})
+
+
+def start_log() -> None:
+    """Log to standard error, and let all else that writes there wait for nobody either."""
+    sys.stderr = _Background(sys.stderr)
+    atexit.register(end_log)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def end_log() -> None:
+    """Give the reader a moment for what still waits."""
+    if isinstance(sys.stderr, _Background):
+        sys.stderr.finish()
+
+
+class Refusals:
+    """Logs calls that got nothing: of each caller at once, and then at most once a second, with a count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._callers: dict[str, _Refused] = {}
+
+    def add(self, caller: str, event: str, **fields: object) -> None:
+        """A refusal.
+
+        Args:
+            caller: whose refusals are counted together.
+            event: of the log line, as its fields; of several refusals the last one's.
+        """
+        if caller not in self._callers and len(self._callers) >= _CALLERS:
+            caller = _OTHERS
+        known = self._callers.setdefault(caller, _Refused())
+        known.count += 1
+        known.event, known.fields = event, fields
+        self._tell(caller)
+
+    def flush(self) -> None:
+        """Log what has been counted and is due. To be called now and then."""
+        for caller in list(self._callers):
+            self._tell(caller)
+
+    def _tell(self, caller: str) -> None:
+        known, now = self._callers[caller], self._clock()
+        if now < known.due:
+            return
+        if not known.count:
+            del self._callers[caller]
+            return
+        log_event(known.event, **known.fields, count=known.count)
+        known.count, known.due = 0, now + 1
+
+
+class _Refused:
+    def __init__(self) -> None:
+        self.count, self.due, self.event = 0, 0.0, ""
+        self.fields: dict[str, object] = {}
+
+
+class _Background(io.TextIOBase):
+    """A text stream whose lines a thread of its own writes. Those that find no room are counted, and told of later."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(_LINES)
+        self._lock = threading.Lock()
+        self._begun, self._dropped = "", 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        """Leave text, which goes out once its line is whole."""
+        with self._lock:
+            whole, newline, self._begun = (self._begun + text).rpartition("\n")
+            if newline:
+                try:
+                    self._lines.put_nowait(whole + newline)
+                except queue.Full:
+                    self._dropped += 1
+        return len(text)
+
+    def finish(self) -> None:
+        """Wait, not for long, until all has been written."""
+        try:
+            self._lines.put(None, timeout=_LAST_SECONDS)
+        except queue.Full:
+            return
+        self._thread.join(_LAST_SECONDS)
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with self._lock:
+                dropped, self._dropped = self._dropped, 0
+            if dropped:
+                line = json.dumps({"event": "log_dropped", "count": dropped}) + "\n" + line
+            try:
+                self._stream.write(line)
+                self._stream.flush()
+            except (OSError, ValueError):  # nobody reads it any more
+                continue
+
+
+class _JsonLines(logging.Formatter):
+    """An event as it is, anything else as the event ``log``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), "level": record.levelname}
+        if isinstance(record.msg, dict):
+            fields |= record.msg
+        else:
+            fields |= {"event": "log", "logger": record.name, "text": record.getMessage()}
+        if record.exc_info:
+            fields["trace"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
