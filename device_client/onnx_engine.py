@@ -4,7 +4,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from common.errors import InputError, reason
-from device_client.engine import Engine
+from device_client.engine import CheckedEngine, Engine
 from models.manifest import find_bundle, read_manifest, verify_graph, verify_part
 from models.onnx_stream import OnnxStream, load_graph
 from protos.codec import Samples
@@ -44,4 +44,4 @@ class OnnxModel:
             modulation = weight.astype(np.float32) @ speaker_embedding + bias.astype(np.float32)
             parts = modulation.reshape(2, model.framing.bins, model.small.channels)
             speaker[f"speaker_weight_{index}"], speaker[f"speaker_bias_{index}"] = parts
-        return OnnxStream(self._graph, model, speaker)
+        return CheckedEngine(OnnxStream(self._graph, model, speaker))

@@ -82,6 +82,15 @@ class OnnxStream:
                 bind(value.name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
         return binding
 
+    def reset(self) -> None:
+        """Begin again, as if nothing had been heard."""
+        for name, buffer in self._buffers.items():
+            if not name.startswith("speaker_"):
+                buffer[:] = 0
+        self._overlap[:] = 0
+        self._waiting[:] = 0
+        self._number = 0
+
     def step(self, window: Samples, hint: Samples | None) -> Samples:
         """The next frame.
 
