@@ -64,17 +64,18 @@ class CheckedEngine:
 
     def _replace(self, estimate: Samples, samples: Samples, finite: bool) -> Samples:
         """The chunk of a change between estimate and input, without a click, or the input alone."""
-        ramp = np.arange(1, samples.shape[1] + 1, dtype=np.float32) / np.float32(samples.shape[1])
+        ramp: Samples = np.arange(1, samples.shape[1] + 1, dtype=np.float32) / np.float32(samples.shape[1])
         if finite:
-            mixed: Samples = samples * (1 - ramp) + estimate * ramp
-            return mixed
+            return _fade(samples, estimate, ramp)
         self.overflows += 1
         self._network.reset()
-        given = np.nan_to_num(np.broadcast_to(samples, estimate.shape))
-        if self._last is None or self._replaced:
-            return given
-        fade: Samples = self._last * (1 - ramp) + given * ramp
-        return fade
+        given: Samples = np.nan_to_num(np.broadcast_to(samples, estimate.shape))
+        return given if self._last is None or self._replaced else _fade(self._last, given, ramp)
+
+
+def _fade(before: Samples, after: Samples, ramp: Samples) -> Samples:
+    faded: Samples = (before * (1 - ramp) + after * ramp).astype(np.float32)
+    return faded
 
 
 class Model(Protocol):

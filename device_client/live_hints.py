@@ -228,7 +228,8 @@ class LiveHints:
                 if following is not None:
                     if self._feed(following) is not None:
                         following.end()
-                        following, search = None, _Search(self._open, following.turn + 1, len(self._servers))
+                        search = _Search(self._open, following.turn + 1, len(self._servers))
+                        following = None
                     elif following.in_time:
                         return "moves", following
                 why = self._feed(session)

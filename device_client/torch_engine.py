@@ -32,7 +32,7 @@ class _TorchEngine:
     def __init__(self, model: SmallModel, speaker_embedding: Samples | None) -> None:
         self._model = model
         self._speaker = _batch(speaker_embedding) if speaker_embedding is not None else None
-        self.reset()
+        self._state = model.initial_state(1, self._speaker)
         config = model.config
         self._no_hint = torch.zeros(1, 1, config.hint_channels, config.framing.bins) if config.boosting else None
 

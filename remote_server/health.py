@@ -28,7 +28,7 @@ class Health(health_pb2_grpc.HealthServicer):
         """The status of a service, or of the server for an empty name."""
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
-        return health_pb2.HealthCheckResponse(status=self._status)  # type: ignore[arg-type] # enumerations are integers
+        return health_pb2.HealthCheckResponse(status=self._status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
         """The status now, and again when it changes."""
@@ -50,5 +50,5 @@ class Health(health_pb2_grpc.HealthServicer):
         known = service in self._services
         status = self._status if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         async with asyncio.timeout(_WRITING_SECONDS):
-            await context.write(health_pb2.HealthCheckResponse(status=status))  # type: ignore[arg-type]
+            await context.write(health_pb2.HealthCheckResponse(status=status))
         return status

@@ -35,6 +35,14 @@ class Hostile(HintServiceServicer):
         self._chunk = 8 * manifest.model.microphones // 2 * manifest.model.framing.chunk
         self._answer = answer
 
+    def Enroll(self, request: pb.EnrollRequest, context: grpc.ServicerContext) -> pb.EnrollResponse:
+        raise NotImplementedError
+
+    def DescribeModel(
+        self, request: pb.DescribeModelRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeModelResponse:
+        raise NotImplementedError
+
     def StreamHints(
         self, request_iterator: Iterator[pb.StreamHintsRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StreamHintsResponse]:
@@ -47,7 +55,7 @@ class Hostile(HintServiceServicer):
 @contextmanager
 def hostile(manifest: Manifest, answer: Answer) -> Iterator[str]:
     server = grpc.server(ThreadPoolExecutor(4))
-    add_HintServiceServicer_to_server(Hostile(manifest, answer), server)  # type: ignore[no-untyped-call]
+    add_HintServiceServicer_to_server(Hostile(manifest, answer), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
@@ -107,7 +115,7 @@ def test_words_of_a_server_command_no_terminal(golden_bundle: Callable[[str], Pa
             context.abort(grpc.StatusCode.INTERNAL, "\x1b]0;title\x07 \x1b[2J no\u202e more\r\n" + "x" * 5000)
 
     server = grpc.server(ThreadPoolExecutor(2))
-    add_HintServiceServicer_to_server(Rude(manifest, lambda *_: iter(())), server)  # type: ignore[no-untyped-call]
+    add_HintServiceServicer_to_server(Rude(manifest, lambda *_: iter(())), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
@@ -156,21 +164,27 @@ def test_a_server_whose_hints_are_never_in_time_is_left_for_the_next(
 
 
 @pytest.mark.slow  # in real time
-def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path], ss_server: Server) -> None:
-    """From the first hint to the end of the run, though the server is told to end in the middle."""
+def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
+    """Though the next server takes a while until its first hint, the first one's go on until then."""
     bundle = golden_bundle(SS)
     manifest = read_manifest(bundle)
     used: list[bool] = []
 
-    class Loop(LiveHints):
+    class Kept(LiveHints):
         def take(self, frame: int, now: int) -> Samples | None:
             hint = super().take(frame, now)
             used.append(hint is not None)
             return hint
 
+    def slow_to_begin(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
+        if frames > 20:  # the past that a session begins with
+            time.sleep(0.5)
+        for frame in range(audio.first_frame, audio.first_frame + frames):
+            yield hint(manifest, frame)
+
     stopping: list[threading.Thread] = []
-    with running_server(bundle) as first:
-        hints = Loop([first.address, ss_server.address], manifest, encodings=Encodings())
+    with running_server(bundle) as first, hostile(manifest, slow_to_begin) as second:
+        hints = Kept([first.address, second], manifest, encodings=Encodings())
         moved: list[int] = []
 
         def pace(frame: int) -> None:
@@ -179,7 +193,7 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path], ss_server:
             if not stopping and len(used) > 400 and used[-1]:
                 stopping.append(threading.Thread(target=first.stop))
                 stopping[0].start()
-            if hints.server == ss_server.address and not moved:
+            if hints.server == second and not moved:
                 moved.append(frame)
             if moved and frame == moved[0] + 100:
                 audio.stop()
@@ -191,8 +205,8 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path], ss_server:
         hints.close()
         stopping[0].join(PATIENCE)
     after = used[used.index(True) + 50 :]
-    # 0.41 s are 51 frames; a machine that is busy may be late for some.
-    assert after.count(False) < 15, [index for index, there in enumerate(after) if not there]
+    # Half a second has 62 frames; a machine that is busy may be late for some.
+    assert after.count(False) < 20, [index for index, there in enumerate(after) if not there]
     assert [event.connected for event in hints.events] == [True, False, True], hints.events
 
 
