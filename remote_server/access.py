@@ -119,6 +119,8 @@ def _read(path: Path, open_sessions: Counter[str | None]) -> list[tuple[bytes, C
         document = tomllib.loads(read_secret(path, "tokens").decode())
     except UnicodeDecodeError:
         raise InputError(f"{path}: is no text in UTF-8") from None
+    except RecursionError:
+        raise InputError(f"{path}: is no TOML (it is nested too deep)") from None
     except tomllib.TOMLDecodeError as error:
         # The rest of the parser's text can quote the file.
         where = re.search(r"at line \d+, column \d+|at end of document", str(error))
