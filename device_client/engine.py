@@ -64,7 +64,7 @@ class CheckedEngine:
 
     def _replace(self, estimate: Samples, samples: Samples, finite: bool) -> Samples:
         """The chunk of a change between estimate and input, without a click, or the input alone."""
-        ramp: Samples = np.arange(1, samples.shape[1] + 1, dtype=np.float32) / np.float32(samples.shape[1])
+        ramp: Samples = np.linspace(0, 1, samples.shape[1] + 1, dtype=np.float32)[1:]
         if finite:
             return _fade(samples, estimate, ramp)
         self.overflows += 1

@@ -125,9 +125,7 @@ class ModelConfig(Strict):
     def _fits_a_machine(self) -> Self:
         for name, size in (("small", self.small), ("large", self.large)):
             if size is not None and (values := self._most_values(size)) > _MOST_VALUES:
-                raise ValueError(
-                    f"{name} would have some {values:.1e} values, more than the {_MOST_VALUES:.1e} allowed"
-                )
+                raise ValueError(f"{name} would have some {values:.0e} values, more than {_MOST_VALUES:.0e}")
         return self
 
     def _most_values(self, size: NetworkSize) -> int:

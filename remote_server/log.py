@@ -1,6 +1,5 @@
 """The server's log: one JSON object a line on standard error, written so that nothing ever waits for its reader."""
 
-import atexit
 import io
 import json
 import logging
@@ -8,7 +7,8 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 _log = logging.getLogger("kb-server")
@@ -24,13 +24,19 @@ def log_event(event: str, **fields: object) -> None:
     _log.info({"event": event, **fields})
 
 
-def start_log() -> None:
-    """Log to standard error, and let all else that writes there wait for nobody either."""
-    sys.stderr = _Background(sys.stderr)
-    atexit.register(end_log)
-    handler = logging.StreamHandler(sys.stderr)
+@contextmanager
+def running_log() -> Iterator[None]:
+    """In this block log to standard error, and let all else that writes there wait for nobody either."""
+    before = sys.stderr
+    sys.stderr = background = _Background(before)
+    handler = logging.StreamHandler(background)
     handler.setFormatter(_JsonLines("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    try:
+        yield
+    finally:
+        background.finish()
+        sys.stderr = before
 
 
 def end_log() -> None:

@@ -97,7 +97,7 @@ def serve(
     from models.manifest import UNTRAINED_NOTICE
     from remote_server.bundles import Bundles
     from remote_server.limits import read_limits
-    from remote_server.log import start_log
+    from remote_server.log import running_log
     from remote_server.metrics import Metrics
     from remote_server.security import check_security
     from remote_server.server import Listening, address_of
@@ -106,7 +106,6 @@ def serve(
     from remote_server.workers import device_of, pin
 
     limits, most = read_limits(limit or []), _session_count(max_sessions)
-    start_log()
     if worker is not None:
         pin(worker, workers)
         device = device_of(device, worker)
@@ -134,7 +133,8 @@ def serve(
             print(f"kb-server: metrics on http://{address_of(metrics_host, metrics_port)}/metrics", flush=True)
 
     where = Listening(host, port, drain_seconds, until_stdin_ends, shared_port=worker is not None)
-    asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))
+    with running_log():
+        asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))
 
 
 @app.command()

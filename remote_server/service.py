@@ -16,7 +16,7 @@ from common.errors import InputError
 from protos import hints_pb2 as pb
 from protos.codec import PROTOCOL_VERSION
 from protos.hints_pb2_grpc import HintServiceServicer
-from remote_server.access import CALLER
+from remote_server.access import CALLER, Caller
 from remote_server.bundles import Bundles, ServedBundle
 from remote_server.enrollment import SpeakerEncoder
 from remote_server.limits import Limits
@@ -41,6 +41,7 @@ class HintService(HintServiceServicer):
         self._limits, self._metrics, self._refusals = limits, metrics, Refusals()
         self._sessions: dict[Session, asyncio.Task[Any]] = {}
         self._loading = 0  # calls that wait for a bundle
+        self._callers: dict[Session, Caller] = {}
         self._peers: Counter[str] = Counter()
         self._enrollments: dict[str, deque[float]] = {}
         self._draining = False
@@ -64,11 +65,18 @@ class HintService(HintServiceServicer):
             self.bundles.check()
             now = time.monotonic()
             for session, task in list(self._sessions.items()):
-                why = session.overdue(now)
+                why = session.overdue(now) or self._taken_away(session)
                 if why is not None:
                     session.end(why)
                 if session.stuck(now):
                     task.cancel()  # it waits for a device that does not read
+
+    def _taken_away(self, session: Session) -> Refused | None:
+        try:
+            self._callers[session].check_still(session.bundle_name)
+        except Refused as error:
+            return error
+        return None
 
     async def drain(self, seconds: float) -> None:
         """Accept no more sessions, tell the devices to go elsewhere, and end those still here after ``seconds``."""
@@ -117,7 +125,7 @@ class HintService(HintServiceServicer):
             session = record.session = Session(config, bundle, self._limits, self._metrics)
             task = asyncio.current_task()
             assert task is not None
-            self._sessions[session] = task
+            self._sessions[session], self._callers[session] = task, CALLER.get()
             self._metrics.sessions.labels(bundle.manifest.name).inc()
             record.log_start(bundle)
             # Closed before the place is given away; left to the interpreter, it would be closed some time later.
@@ -149,6 +157,7 @@ class HintService(HintServiceServicer):
                 self._metrics.refused.labels(record.status).inc()
             else:
                 self._sessions.pop(record.session, None)  # type: ignore[arg-type]
+                self._callers.pop(record.session, None)  # type: ignore[arg-type]
                 bundle.sessions -= 1
                 self._metrics.sessions.labels(bundle.manifest.name).dec()
                 self._metrics.ended.labels(bundle.manifest.name, record.status).inc()
@@ -178,7 +187,7 @@ class HintService(HintServiceServicer):
 
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
         """What this server runs."""
-        allowed = [served for served in self.bundles.served if CALLER.get().may_use(served.manifest.name)]
+        allowed = self._allowed()
         bundle = self.bundles.find(request.bundle) if request.bundle or not allowed else allowed[0]
         if bundle is None:
             names = ", ".join(served.manifest.name for served in allowed)
@@ -210,6 +219,10 @@ class HintService(HintServiceServicer):
             bundles=[served.manifest.name for served in allowed],
         )
 
+    def _allowed(self) -> list[ServedBundle]:
+        """The bundles that whoever calls may use, and hear of."""
+        return [served for served in self.bundles.served if CALLER.get().may_use(served.manifest.name)]
+
     async def _configuration(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> pb.SessionConfig:
         seconds = self._limits.config_seconds
         try:
@@ -232,7 +245,7 @@ class HintService(HintServiceServicer):
         """
         bundle = self.bundles.find(config.bundle_id) if config.bundle_id else None
         if bundle is None or bundle.manifest.id != config.bundle_id:
-            raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
+            raise unknown_bundle(config, [served.manifest for served in self._allowed()])
         CALLER.get().check_bundle(bundle.manifest.name)
         check_config(config, bundle.manifest.model)
         self._loading += 1
@@ -244,7 +257,7 @@ class HintService(HintServiceServicer):
         finally:
             self._loading -= 1
         if bundle.retired:  # by now
-            raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
+            raise unknown_bundle(config, [served.manifest for served in self._allowed()])
         if not self.bundles.has_place(bundle):
             text = f"all {bundle.slots} sessions of this server are taken; try again later or another server"
             raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)

@@ -85,6 +85,11 @@ class Session:
             reading.cancel()
             self._stream.close()
 
+    @property
+    def bundle_name(self) -> str:
+        """Of the bundle whose hints these are."""
+        return self._bundle.manifest.name
+
     def end(self, why: Refused) -> None:
         """End the session once the hints there are have gone out."""
         if self.ended is None:

@@ -228,7 +228,7 @@ def _read_checkpoint(path: Path) -> None:
 def _make_embedding(path: Path) -> None:
     np.save(path, np.full(256, 1 / 16, np.float32))
     np.savez(path.with_name("archive.npz"), np.zeros(3))
-    np.save(path.with_name("structured.npy"), np.zeros(256, [("a", "f4"), ("b", "O" if False else "i4")]))
+    np.save(path.with_name("structured.npy"), np.zeros(256, [("a", "f4"), ("b", "i4")]))
 
 
 def _make_configuration(path: Path) -> None:
@@ -284,6 +284,12 @@ def _read_sound(path: Path) -> None:
 
 _TOKENS = '[[token]]\nname = "laptop"\ntoken = "0123456789abcdef0123456789abcdef"\nsessions = 2\nbundles = ["a", "b"]\n'
 
+
+def _make_tokens(path: Path) -> None:
+    path.write_text(_TOKENS)
+    path.chmod(0o600)
+
+
 KINDS: dict[str, Bundle | File] = {
     "bundle": Bundle("bundle.json", _read_bundle),
     "graph": Bundle("small.onnx", _read_graph),
@@ -295,7 +301,7 @@ KINDS: dict[str, Bundle | File] = {
         lambda path: __import__("device_client.speakers", fromlist=["read_embedding"]).read_embedding(path),
     ),
     "configuration": File("config.json", _make_configuration, _read_configuration, json_or_bytes),
-    "tokens": File("tokens.toml", lambda path: (path.write_text(_TOKENS), path.chmod(0o600)), _read_tokens),
+    "tokens": File("tokens.toml", _make_tokens, _read_tokens),
     "sofa": File("head.sofa", _make_sofa, _read_sofa),
     "trace": File("trace.csv", lambda path: path.write_text("up_ms,down_ms\n" + "4.0,5.5\n" * 50), _read_trace),
     "sound": File("sound.wav", _make_sounds, _read_sound),

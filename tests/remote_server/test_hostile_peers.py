@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from common.addresses import host_of
 from models.manifest import MANIFEST_FILE
 from remote_server.limits import Limits
 from remote_server.log import Refusals
+from remote_server.metrics import Metrics
 from tests import attackers
 from tests.processes import Server, command, environment, running_server
 from tests.remote_server.driver import PATIENCE, Device, Material, message
@@ -245,6 +248,19 @@ def test_a_log_that_nobody_reads_stops_nothing(golden_bundle: Callable[[str], Pa
         process.wait()
         process.stdout.close()
         process.stderr.close()
+
+
+def test_idle_connections_take_few_threads_of_the_metrics() -> None:
+    port = Metrics().serve("127.0.0.1", 0)
+    before = threading.active_count()
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(16)]
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+            assert b"kb_sessions" in answer.read()
+        assert threading.active_count() <= before + 8
+    finally:
+        for connection in silent:
+            connection.close()
 
 
 def test_lines_that_find_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
