@@ -71,8 +71,10 @@ class SpeakerEncoder:
             self._waiting -= 1
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it is at."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
 
 
 def _new_executor() -> ProcessPoolExecutor:
@@ -80,9 +82,9 @@ def _new_executor() -> ProcessPoolExecutor:
 
 
 def _tell_loaded(loading: Future[Samples]) -> None:
-    if loading.cancelled():  # by the end of the server
-        return
-    if (error := loading.exception()) is not None:
+    if loading.cancelled() or isinstance(error := loading.exception(), BrokenProcessPool):
+        return  # by the end of the server, or of the process, which the next enrollment finds out
+    if error is not None:
         _log.error("the speaker encoder cannot be loaded; nobody can be enrolled", exc_info=error)
     else:
         _log.info({"event": "speaker_encoder_loaded"})
