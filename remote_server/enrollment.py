@@ -56,6 +56,8 @@ class SpeakerEncoder:
             ValueError: no speech was found in it.
             Refused: too many wait already.
         """
+        if not speech.any():
+            raise ValueError("silence")
         if self._waiting >= _MOST_WAITING:
             text = f"{_MOST_WAITING} enrollments wait already; try again in a minute"
             raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -117,8 +119,6 @@ def _embed(speech: Samples) -> Samples:
         warnings.simplefilter("ignore")  # of the packages that Resemblyzer builds on, about themselves
         import resemblyzer
 
-        if not speech.any():
-            raise ValueError("silence")
         voiced = resemblyzer.preprocess_wav(speech, source_sr=ENROLLMENT_RATE)
         if len(voiced) < ENROLLMENT_RATE // 2:
             raise ValueError("less than half a second of speech")

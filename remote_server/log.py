@@ -16,6 +16,7 @@ _log = logging.getLogger("kb-server")
 _LINES = 10_000  # that may wait for the reader
 _LAST_SECONDS = 1.0  # that the reader has at the end for what still waits
 _CALLERS = 1000  # whose refusals are counted apart
+_KINDS = 8  # of a caller's refusals that wait to be told; further ones count as the last
 _OTHERS = "others"
 
 
@@ -57,13 +58,16 @@ class Refusals:
 
         Args:
             caller: whose refusals are counted together.
-            event: of the log line, as its fields; of several refusals the last one's.
+            event: of the log line, as its fields. Those of the same status and reason are counted in one line.
         """
         if caller not in self._callers and len(self._callers) >= _CALLERS:
             caller = _OTHERS
         known = self._callers.setdefault(caller, _Refused())
-        known.count += 1
-        known.event, known.fields = event, fields
+        kind = f"{event} {fields.get('status')} {fields.get('why')}"
+        if kind not in known.waiting and len(known.waiting) >= _KINDS:
+            kind = next(reversed(known.waiting))
+        count = known.waiting[kind][0] if kind in known.waiting else 0
+        known.waiting[kind] = count + 1, event, fields
         self._tell(caller)
 
     def flush(self) -> None:
@@ -75,17 +79,20 @@ class Refusals:
         known, now = self._callers[caller], self._clock()
         if now < known.due:
             return
-        if not known.count:
+        if not known.waiting:
             del self._callers[caller]
             return
-        log_event(known.event, **known.fields, count=known.count)
-        known.count, known.due = 0, now + 1
+        count, event, fields = known.waiting.pop(next(iter(known.waiting)))
+        log_event(event, **fields, count=count)
+        known.due = now + 1
 
 
 class _Refused:
+    """A caller's refusals that have not been told yet, by kind, and when one may be."""
+
     def __init__(self) -> None:
-        self.count, self.due, self.event = 0, 0.0, ""
-        self.fields: dict[str, object] = {}
+        self.waiting: dict[str, tuple[int, str, dict[str, object]]] = {}
+        self.due = 0.0
 
 
 class _Background(io.TextIOBase):

@@ -292,7 +292,7 @@ def test_refusals_are_told_once_a_second_and_caller(caplog: pytest.LogCaptureFix
         for turn in range(40):
             now = turn / 10
             for caller in ("one", "another"):
-                refusals.add(caller, "call_refused", of=caller, why=str(turn))
+                refusals.add(caller, "call_refused", of=caller, why="full", turn=turn)
         now = 10.0
         refusals.flush()
         refusals.flush()
@@ -300,7 +300,7 @@ def test_refusals_are_told_once_a_second_and_caller(caplog: pytest.LogCaptureFix
     assert all(isinstance(line, dict) for line in told)
     of_one: list[dict[str, Any]] = [line for line in told if line["of"] == "one"]  # type: ignore[misc, index]
     assert [line["count"] for line in of_one] == [1, 10, 10, 10, 9]
-    assert of_one[-1]["why"] == "39"
+    assert of_one[-1]["turn"] == 39
     assert len(told) == 10
 
 
