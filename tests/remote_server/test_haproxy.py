@@ -13,8 +13,8 @@ from protos import hints_pb2 as pb
 from protos.hints_pb2_grpc import HintServiceStub
 from tests.attackers import WATCH
 from tests.haproxy import haproxy, running_haproxy
-from tests.processes import Server, environment
-from tests.remote_server.driver import PATIENCE, Device, Material
+from tests.processes import PATIENCE, Server, environment
+from tests.remote_server.driver import Device, Material
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = [

@@ -27,8 +27,8 @@ from remote_server.limits import Limits
 from remote_server.log import Refusals
 from remote_server.metrics import Metrics
 from tests import attackers
-from tests.processes import Server, command, environment, running_server
-from tests.remote_server.driver import PATIENCE, Device, Material, message
+from tests.processes import PATIENCE, Server, command, environment, running_server
+from tests.remote_server.driver import Device, Material, message
 
 ROOT = Path(__file__).parent.parent.parent
 SS = "ss_delay6_compression2"
