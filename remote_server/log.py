@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import queue
 import sys
 import threading
@@ -142,10 +143,21 @@ class _Background(io.TextIOBase):
             if dropped:
                 line = json.dumps({"event": "log_dropped", "count": dropped}) + "\n" + line
             try:
-                self._stream.write(line)
-                self._stream.flush()
+                self._write(line)
             except (OSError, ValueError):  # nobody reads it any more
                 continue
+
+    def _write(self, line: str) -> None:
+        try:
+            descriptor = self._stream.fileno()
+        except OSError:  # it has none: a test's
+            self._stream.write(line)
+            self._stream.flush()
+            return
+        # Not by the stream, whose lock a write that never ends would keep from whoever closes it in the end.
+        left = line.encode(errors="backslashreplace")
+        while left:
+            left = left[os.write(descriptor, left) :]
 
 
 class _JsonLines(logging.Formatter):
