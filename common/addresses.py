@@ -3,7 +3,7 @@
 import ipaddress
 import os
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from common.errors import InputError
 
@@ -85,3 +85,15 @@ def _is_excepted(host: str, entries: Iterable[str]) -> bool:
         except ValueError:
             continue
     return False
+
+
+def host_of(peer: str) -> str:
+    """The host of a gRPC peer such as ``ipv4:192.0.2.1:54321``; of IPv6 the network of 64 bits, which is one host's."""
+    kind, _, rest = unquote(peer).partition(":")
+    address = rest.rpartition(":")[0].removeprefix("[").removesuffix("]") or rest
+    if kind != "ipv6" or is_loopback(address):
+        return address
+    try:
+        return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return address

@@ -10,7 +10,7 @@ import grpc
 
 from common.addresses import proxy_of, split_address
 from common.call_credentials import TOKEN_VARIABLE, Credentials
-from common.errors import Failure, InputError
+from common.errors import Failure, InputError, printable
 
 # What ends a call otherwise is no fault of what was asked.
 _ASKED_WRONGLY = {
@@ -73,7 +73,7 @@ def call_failed(server: str, what: str, call: grpc.Call) -> InputError | Failure
     Args:
         what: was asked of the server.
     """
-    text = f"{server}: {what} ({call.code().name}: {call.details()})"
+    text = f"{server}: {what} ({call.code().name}: {printable(str(call.details())[:1000])})"
     if call.code() is grpc.StatusCode.UNAUTHENTICATED:
         return Refused(f"{text}; give --token-file or {TOKEN_VARIABLE} a token of that server")
     if call.code() is grpc.StatusCode.PERMISSION_DENIED:

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
+import numpy as np
 
 from common.call_credentials import Credentials
 from common.connection import call_failed, connect
-from common.errors import Failure, InputError
+from common.errors import Failure, InputError, printable
 from models.manifest import Manifest
 from protos import hints_pb2 as pb
 from protos.codec import (
     ENROLLMENT_RATE,
     HINT_ENCODINGS,
+    MAX_HINT,
     PCM_ENCODINGS,
     PROTOCOL_VERSION,
     Samples,
@@ -102,7 +104,7 @@ class HintStream:
         self._hold = hold
         self._outbox: queue.SimpleQueue[tuple[int, Samples] | None] = queue.SimpleQueue()
         self._channel = connect(server, credentials, min(patience, _CONNECT_TIMEOUT))
-        self.first_frame = self._next_frame = first_frame()
+        self.first_frame = self._next_frame = self._end_sent = first_frame()
         self._config = pb.SessionConfig(
             protocol_version=PROTOCOL_VERSION,
             bundle_name=manifest.name,
@@ -138,6 +140,9 @@ class HintStream:
 
     def send(self, frame: int, samples: Samples) -> None:
         """Send the samples ``[M, n]`` that complete a frame; the first ones with the lookahead before them."""
+        framing = self._manifest.model.framing
+        before = framing.lookahead if frame == self.first_frame else 0
+        self._end_sent = frame + (samples.shape[1] - before) // framing.chunk
         self._outbox.put((frame, samples))
 
     def receive(self) -> ReceivedHint | None:
@@ -148,18 +153,24 @@ class HintStream:
         try:
             response = next(self._call)
             while response.WhichOneof("response") == "draining":
+                if self.draining:
+                    raise ValueError("the server said more than once that it shuts down")
                 self.draining = True
                 response = next(self._call)
             hint = response.hint
             if hint.frame != self._next_frame:
                 raise ValueError(f"hint of frame {hint.frame} came where that of {self._next_frame} was due")
+            if hint.frame >= self._end_sent:
+                raise ValueError(f"hint of frame {hint.frame} came before its audio was sent")
             late = self._config.hint_deadline_ms and not hint.payload
             values = None if late else decode_hint(hint, self._hint_encoding, model.hint_channels, model.framing.bins)
+            if values is not None and np.abs(values).max() > MAX_HINT:
+                raise ValueError(f"hint of frame {hint.frame} has values above {MAX_HINT:g}")
         except StopIteration:
             self.ended = StreamEnd("OK", "the server ended the session")
             return None
         except grpc.RpcError:
-            self.ended = StreamEnd(self._call.code().name, str(self._call.details()))
+            self.ended = StreamEnd(self._call.code().name, printable(str(self._call.details())[:1000]))
             return None
         except ValueError as error:
             self.ended = StreamEnd("DATA_LOSS", str(error))
@@ -198,8 +209,6 @@ def enroll(server: str, speech: Samples, credentials: Credentials = _NONE) -> Sa
         InputError: the server cannot be reached, has no speaker encoder, or refuses the speech.
         Failure: it took too long, or failed.
     """
-    import numpy as np
-
     encoding = PCM_ENCODINGS["f32"]
     request = pb.EnrollRequest(
         sample_rate=ENROLLMENT_RATE, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding)

@@ -82,6 +82,11 @@ class LiveLoop:
         self.compute_ms = 0.0  # sum over all frames
         self.slowest_ms = 0.0
 
+    @property
+    def overflows(self) -> int:
+        """Frames at which the network gave no numbers, and the input was played."""
+        return self._engine.overflows
+
     def run(self) -> None:
         """Run until the audio ends."""
         framing, delay, hints = self._model.framing, self._model.delay, self._hints

@@ -29,6 +29,7 @@ _SETTLING = 3.0  # until something is known of the servers
 _PAUSES = (0.5, 15.0)  # between attempts, the shortest and the longest
 # Pauses grow slowly: an outage of a few seconds is then over at most a second or two after the server is back.
 _GROWTH = 1.15
+_USELESS = 5.0  # in which no hint comes in time: another server may do better
 _STEADY = 2.0  # a session that lasted so long was worth having, and the next attempt is made at once
 _NONE = Credentials()
 
@@ -78,6 +79,7 @@ class LiveHints:
         self._backfill = round(_BACKFILL * per_second)
         self._most_unanswered = round(_MOST_UNANSWERED * per_second)
         self._most_waiting = round(_MOST_WAITING * per_second)
+        self._most_late = round(_USELESS * per_second)
         self._history = 2 * self._most_waiting
         # The newest chunk of every frame's window, by frame.
         self._audio = np.zeros((self._history, model.microphones, model.framing.chunk), np.float32)
@@ -93,8 +95,6 @@ class LiveHints:
         self._answers = False
         self._refused: Refused | None = None
         self._thread = threading.Thread(target=self._keep_connected, name="kb-network", daemon=True)
-        # Of the session: frames answered, when the last answer came (ns), and the first frame whose hint may be used.
-        self._answered = self._answered_at = self._warm = 0
         self.server: str | None = None  # that hints come from
         self.late = 0  # hints that came after their frame had started
         self.events: deque[ServerEvent] = deque(maxlen=32)
@@ -141,25 +141,28 @@ class LiveHints:
 
     def _keep_connected(self) -> None:
         failures, turn, known_lost = 0, 0, False
-        following: _Opened | None = None
+        session: _Session | None = None
         while not self._closed.is_set():
-            if following is None:
-                following = self._open(turn)
-            opened, following = following, None
-            server, turn, why = opened.server, opened.turn + 1, opened.why
-            began = time.monotonic()
-            if opened.stream is not None:
-                why, following = self._session(opened)
+            if session is None:
+                opened = self._open(turn)
+                server, turn, why = opened.server, opened.turn + 1, opened.why
+                session = self._begin(opened) if opened.stream is not None else None
+            else:
+                server, turn = session.server, session.turn + 1
+            steady, following = False, None
+            if session is not None:
+                why, following = self._run_session(session)
+                steady = time.monotonic() - session.began > _STEADY and not self._useless(session)
             if turn >= len(self._servers):
                 self._settled.set()
             if self._closed.is_set():
-                if following is not None and following.stream is not None:
-                    following.stream.close()
+                if following is not None:
+                    following.end()
                 return
+            lost, session = session is not None, following
             if following is not None:
-                self.events.append(ServerEvent(server, False, f"{server} shuts down; moving to {following.server}"))
                 continue
-            if opened.stream is not None:
+            if lost:
                 self.events.append(
                     ServerEvent(server, False, f"lost {server} ({why}); the small network goes on alone")
                 )
@@ -168,7 +171,6 @@ class LiveHints:
                 text = f"{why}; the small network goes on alone, and connecting in the background"
                 self.events.append(ServerEvent(server, False, text))
                 known_lost = True
-            steady = opened.stream is not None and time.monotonic() - began > _STEADY
             failures = 0 if steady else failures + 1
             rounds = failures - len(self._servers)
             if rounds >= 0:
@@ -201,55 +203,72 @@ class LiveHints:
         self._settled.set()
         return _Opened(server, turn, stream)
 
-    def _session(self, opened: "_Opened") -> "tuple[str, _Opened | None]":
-        """One session to its end: why it ended, and the one that follows if that is open already."""
-        stream, server = opened.stream, opened.server
-        assert stream is not None
-        # A network that has heard everything from the start is warm already.
-        self._warm = stream.first_frame + self._backfill if stream.first_frame else 0
-        self._answered, self._answered_at = stream.first_frame, time.perf_counter_ns()
-        receiver = threading.Thread(target=self._receive, args=(stream, server), name="kb-hints", daemon=True)
-        receiver.start()
-        search = _Search(self._open, opened.turn + 1, len(self._servers))
+    def _begin(self, opened: "_Opened") -> "_Session":
+        """Listen to a session that was opened."""
+        assert opened.stream is not None
+        session = _Session(opened.server, opened.turn, opened.stream, self._backfill)
+        session.listen(lambda: self._receive(session))
+        return session
+
+    def _run_session(self, session: "_Session") -> "tuple[str, _Session | None]":
+        """One session to its end: why it ended, and the one that follows if that has begun already."""
+        search = _Search(self._open, session.turn + 1, len(self._servers))
+        following: _Session | None = None
+        why: str | None = None
         try:
-            why = self._feed(stream, search)
+            while why is None and not self._closed.is_set():
+                self._wake.wait(0.1)
+                if session.stream.draining:
+                    # This one serves on until hints of another one are there.
+                    search.start()
+                if following is None and search.found is not None:
+                    following = self._begin(search.found)
+                    text = f"{session.server} shuts down; moving to {following.server}"
+                    self.events.append(ServerEvent(session.server, False, text))
+                if following is not None:
+                    if self._feed(following) is not None:
+                        following.end()
+                        search = _Search(self._open, following.turn + 1, len(self._servers))
+                        following = None
+                    elif following.in_time:
+                        return "moves", following
+                why = self._feed(session)
         finally:
             search.stop()
-            # A connection takes seconds to close when its peer has vanished; the next session does not wait for that.
-            threading.Thread(target=stream.close, name="kb-close").start()
-            receiver.join()
-            self.server = None  # not before: a last hint would set it again
-        return why, search.found
+            session.end()
+            if self.server == session.server and (following is None or not following.in_time):
+                self.server = None
+        if following is None and search.found is not None:  # as it was told to stop
+            following = self._begin(search.found)
+        return why or "closed", following
 
-    def _feed(self, stream: HintStream, search: "_Search") -> str:
-        """Send what the loop leaves until the session is over, one way or another; why it is."""
-        sent = stream.first_frame
-        while not self._closed.is_set():
-            self._wake.wait(0.1)
-            if stream.ended is not None:
-                return f"{stream.ended.status}: {stream.ended.detail}"
-            if stream.draining:
-                # This one serves on until another is there.
-                search.start()
-            if search.found is not None:
-                return "moves"
-            waiting = self._frames - sent
-            unanswered = sent - self._answered
-            if unanswered and time.perf_counter_ns() - self._answered_at > 1e9 * _SILENCE:
-                return "no answer any more"
-            if sent > stream.first_frame and waiting > self._most_waiting:
-                return "falls behind"
-            count = min(waiting, self._most_unanswered - unanswered, MAX_CHUNKS_PER_MESSAGE)
-            if count <= 0:
-                continue
-            samples = self._samples(sent, count, first=sent == stream.first_frame)
-            if self._frames - sent >= self._history:  # overwritten while it was read
-                return "falls behind"
-            if not unanswered:
-                self._answered_at = time.perf_counter_ns()
-            stream.send(sent, samples)
-            sent += count
-        return "closed"
+    def _feed(self, session: "_Session") -> str | None:
+        """Send a session what the loop has left; why the session is over, if it is."""
+        stream = session.stream
+        if stream.ended is not None:
+            return f"{stream.ended.status}: {stream.ended.detail}"
+        waiting = self._frames - session.sent
+        unanswered = session.sent - session.answered
+        if unanswered and time.perf_counter_ns() - session.answered_at > 1e9 * _SILENCE:
+            return "no answer any more"
+        if session.sent > stream.first_frame and waiting > self._most_waiting:
+            return "falls behind"
+        if self._useless(session):
+            return f"no hint came in time for {_USELESS:g} s"
+        count = min(waiting, self._most_unanswered - unanswered, MAX_CHUNKS_PER_MESSAGE)
+        if count <= 0:
+            return None
+        samples = self._samples(session.sent, count, first=session.sent == stream.first_frame)
+        if self._frames - session.sent >= self._history:  # overwritten while it was read
+            return "falls behind"
+        if not unanswered:
+            session.answered_at = time.perf_counter_ns()
+        stream.send(session.sent, samples)
+        session.sent += count
+        return None
+
+    def _useless(self, session: "_Session") -> bool:
+        return session.late_in_row >= self._most_late
 
     def _samples(self, frame: int, count: int, *, first: bool) -> Samples:
         """The samples ``[M, n]`` that complete ``count`` frames; a session's first ones with the lookahead before."""
@@ -260,21 +279,50 @@ class LiveHints:
             samples = np.concatenate([before, samples], axis=1)
         return samples
 
-    def _receive(self, stream: HintStream, server: str) -> None:
-        while (received := stream.receive()) is not None:
+    def _receive(self, session: "_Session") -> None:
+        while (received := session.stream.receive()) is not None:
             now, frame = time.perf_counter_ns(), received.frame
-            self._answered, self._answered_at = frame + 1, now
-            if frame < self._warm:
+            session.answered, session.answered_at = frame + 1, now
+            if frame < session.warm:
                 continue
             self._ages[frame % self._history] = (now - self._captured_at[frame % self._history]) / 1e6
-            self.late += frame < self._taken or received.hint is None
+            late = frame < self._taken or received.hint is None
+            self.late += late
+            session.late_in_row = session.late_in_row + 1 if late else 0
             if received.hint is None:
                 continue
             self._buffer.put(frame, received.hint, now)
-            if self.server is None:
-                self.server = server
-                self.events.append(ServerEvent(server, True, f"hints come from {server}"))
+            if not session.in_time and (not late or self.server is None):
+                session.in_time = not late
+                if self.server != session.server:
+                    self.server = session.server
+                    self.events.append(ServerEvent(session.server, True, f"hints come from {session.server}"))
         self._wake.set()
+
+
+class _Session:
+    """A session with a server, as far as it has come."""
+
+    def __init__(self, server: str, turn: int, stream: HintStream, backfill: int) -> None:
+        self.server, self.turn, self.stream = server, turn, stream
+        self.began = time.monotonic()
+        # A network that has heard everything from the start is warm already.
+        self.warm = stream.first_frame + backfill if stream.first_frame else 0  # first frame whose hint may be used
+        self.sent = self.answered = stream.first_frame  # frames
+        self.answered_at = time.perf_counter_ns()
+        self.in_time = False  # whether a hint that may be used has come before its frame
+        self.late_in_row = 0  # hints, of the last ones
+
+    def listen(self, receive: Callable[[], None]) -> None:
+        """Receive hints on a thread."""
+        self._receiver = threading.Thread(target=receive, name="kb-hints", daemon=True)
+        self._receiver.start()
+
+    def end(self) -> None:
+        """End it; no hint comes after this."""
+        # A connection takes seconds to close when its peer has vanished; the next session does not wait for that.
+        threading.Thread(target=self.stream.close, name="kb-close").start()
+        self._receiver.join()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Figures:
     server: str | None  # that hints come from
     hints: bool  # whether they are to be used
     play: Play
+    overflows: int = 0  # frames at which the network gave no numbers, and the input was played
 
 
 def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_seconds: float) -> Figures:
@@ -71,6 +72,7 @@ def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_sec
         server=hints.server if hints is not None else None,
         hints=loop.hints_on,
         play=loop.play,
+        overflows=loop.overflows,
     )
 
 
@@ -91,6 +93,10 @@ def _xruns(now: Figures) -> str:
     return ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts)
 
 
+def _overflowed(frames: int) -> str:
+    return f"the network overflowed at {frames} frame{'s' * (frames != 1)}, and the input was played"
+
+
 def log_line(now: Figures) -> str:
     """One line for a log."""
     age = f", {now.hint_age_ms:.1f} ms old" if now.hint_age_ms is not None else ""
@@ -101,6 +107,8 @@ def log_line(now: Figures) -> str:
         _xruns(now),
         f"server {now.server or 'none'}",
     ]
+    if now.overflows:
+        parts.append(_overflowed(now.overflows))
     return "; ".join(parts)
 
 
@@ -155,6 +163,8 @@ def view(now: Figures, frame: Frame, last_event: str) -> RenderableType:
     parts: list[RenderableType] = [Text(f" {frame.title}   {_clock(now.seconds)} ", style="reverse"), Text(), grid]
     if (slow := too_slow(now)) is not None:
         parts.append(Text(slow, style="bold red"))
+    if now.overflows:
+        parts.append(Text(_overflowed(now.overflows), style="bold red"))
     return Group(*parts, Text(), Text(last_event, style="dim"), Text("   ".join([*keys, "q quit"]), style="bold"))
 
 

@@ -4,9 +4,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from common.errors import InputError, reason
-from device_client.engine import Engine
-from models.manifest import find_bundle, read_manifest, verify_graph, verify_part
-from models.onnx_stream import OnnxStream, load_graph
+from device_client.engine import CheckedEngine, Engine
+from models.config import SPEAKER_EMBEDDING_SIZE
+from models.manifest import GRAPH_FILE, find_bundle, read_manifest, verify_graph, verify_part
+from models.onnx_stream import OnnxStream, check_sizes, load_graph
 from protos.codec import Samples
 
 
@@ -34,6 +35,20 @@ class OnnxModel:
             except Exception as error:  # safetensors has errors of its own
                 raise InputError(f"{path}: not the weights of this network ({reason(error)})") from None
 
+        # A graph of another network, or of sizes that only it knows, is told before it is needed.
+        model = self.manifest.model
+        silence = np.zeros((model.microphones, model.framing.n_fft), np.float32)
+        try:
+            check_sizes(self._graph)
+            speaker = np.zeros(SPEAKER_EMBEDDING_SIZE, np.float32) if model.task == "tse" else None
+            estimate = self.session(speaker).step(silence, None)
+            if estimate.shape != (model.sources, model.microphones, model.framing.chunk):
+                raise ValueError(f"it gives {list(estimate.shape)}")
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            path = directory / GRAPH_FILE
+            text = f"{path}: not the graph of this bundle's network ({reason(error)[:200]}); export the bundle again"
+            raise InputError(text) from None
+
     def session(self, speaker_embedding: Samples | None) -> Engine:
         """A session from its start; ``speaker_embedding`` is ``[256]`` for TSE."""
         model, speaker = self.manifest.model, {}
@@ -44,4 +59,4 @@ class OnnxModel:
             modulation = weight.astype(np.float32) @ speaker_embedding + bias.astype(np.float32)
             parts = modulation.reshape(2, model.framing.bins, model.small.channels)
             speaker[f"speaker_weight_{index}"], speaker[f"speaker_bias_{index}"] = parts
-        return OnnxStream(self._graph, model, speaker)
+        return CheckedEngine(OnnxStream(self._graph, model, speaker))

@@ -32,6 +32,7 @@ class Run:
     server_compute: Tally = field(default_factory=Tally)
     bytes_up: int = 0
     bytes_down: int = 0
+    overflows: int = 0  # frames at which the network gave no numbers, and the input was taken
     lost: StreamEnd | None = None  # why hints ended before the audio did
 
     def count(self, hint: ReceivedHint) -> None:
@@ -101,6 +102,7 @@ def run_frames(
         frame += 1
         progress()
     log.end(frame)
+    run.overflows = engine.overflows
     if hints is not None:
         hints.finish()
 

@@ -188,6 +188,7 @@ def replay_file(options: ReplayOptions) -> None:
         seed=options.seed,
         network=network if server is not None else None,
         frames=len(run.log.used),
+        overflows=run.overflows,
         hints=reporting.hint_report(run, seconds) if server is not None else None,
         server_lost=reporting.lost_report(run),
         quality=_quality(measured, estimates) if measured is not None else {},

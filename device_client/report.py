@@ -127,6 +127,9 @@ class Report(Record):
     seed: int
     network: NetworkReport | None = Field(description="null for a bundle of one network alone")
     frames: int
+    overflows: int = Field(
+        default=0, description="frames at which the small network gave no numbers, and the input was taken in its place"
+    )
     hints: HintReport | None
     server_lost: ServerLost | None
     quality: dict[str, Quality] = Field(
@@ -237,6 +240,8 @@ def table(report: Report) -> Table:
     else:
         grid.add_row("hints", "none: this bundle is one network alone")
     grid.add_row("device", f"compute {_spread(took.compute_ms)}; real-time factor {took.real_time_factor:.2f}")
+    if report.overflows:
+        grid.add_row("overflowed", f"{report.overflows} frames: the input was taken; scale samples to +-1")
     if took.frames_behind:
         grid.add_row("device too slow", f"{took.frames_behind} frames started more than a chunk late")
     names = {

@@ -1,5 +1,6 @@
 """Voices that were enrolled, kept under names in the user's configuration folder."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from common.errors import InputError, existing_file, reason
 from common.files import atomic_file, check_files
 from models.config import SPEAKER_EMBEDDING_SIZE
 from protos.codec import Samples
+
+_LARGEST = 8192  # bytes of a file that are read; an embedding has 1152
 
 
 def save(name: str, embedding: Samples) -> Path:
@@ -47,8 +50,19 @@ def read_embedding(path: Path) -> Samples:
     """
     existing_file(path, "a speaker embedding")
     try:
-        embedding = np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, AttributeError, EOFError) as error:
+        with path.open("rb") as file:
+            content = io.BytesIO(file.read(_LARGEST))
+        if np.lib.format.read_magic(content) != (1, 0):
+            raise ValueError("of another version of the format")
+        # Before anything is made of a size that the file merely claims.
+        shape, _, kind = np.lib.format.read_array_header_1_0(content)
+        if shape != (SPEAKER_EMBEDDING_SIZE,) or kind.kind not in "fiu":
+            raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} finite numbers")
+        with np.errstate(over="ignore"):
+            embedding = np.frombuffer(content.read(SPEAKER_EMBEDDING_SIZE * kind.itemsize), kind).astype(np.float32)
+    except InputError:
+        raise
+    except Exception as error:  # the header is Python's own syntax, and whatever that says of bad ones
         raise InputError(f"{path}: not readable as an array ({reason(error)})") from None
     if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all():
         raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} finite numbers")

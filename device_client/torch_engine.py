@@ -2,7 +2,7 @@
 
 import torch
 
-from device_client.engine import Engine
+from device_client.engine import CheckedEngine, Engine
 from models.bundle import load_large, load_small
 from models.framing import pad_to_frames
 from models.pair import SmallModel
@@ -24,14 +24,15 @@ class TorchModel:
 
     def session(self, speaker_embedding: Samples | None) -> Engine:
         """A session from its start; ``speaker_embedding`` is ``[256]`` for TSE."""
-        return _TorchEngine(self._model, speaker_embedding)
+        return CheckedEngine(_TorchEngine(self._model, speaker_embedding))
 
 
 class _TorchEngine:
     @torch.inference_mode()
     def __init__(self, model: SmallModel, speaker_embedding: Samples | None) -> None:
         self._model = model
-        self._state = model.initial_state(1, _batch(speaker_embedding) if speaker_embedding is not None else None)
+        self._speaker = _batch(speaker_embedding) if speaker_embedding is not None else None
+        self._state = model.initial_state(1, self._speaker)
         config = model.config
         self._no_hint = torch.zeros(1, 1, config.hint_channels, config.framing.bins) if config.boosting else None
 
@@ -41,6 +42,10 @@ class _TorchEngine:
         estimate, self._state = self._model(_batch(window), self._state, hints)
         samples: Samples = estimate[0].numpy()
         return samples
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        self._state = self._model.initial_state(1, self._speaker)
 
 
 def _batch(values: Samples) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Weights into models: our own checkpoints and the published ones, never unpickled without ``weights_only``."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from models.published import config_from_published, convert, is_published, is_pu
 
 # What a training run's checkpoint tells besides weights.
 TRAINING_SPEAKERS = "training_speakers"
+_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OUTPUT_GAIN = "output_gain"  # by part, for every source and microphone
 # Tensors beside the model's, of a run that sees speaker embeddings whitened.
 WHITENING_MATRIX, WHITENING_MEAN = "whitening.matrix", "whitening.mean"
@@ -181,6 +183,11 @@ def average_with(model: nn.Module, path: Path) -> None:
 def _content(path: Path) -> Any:
     existing_file(path, "a checkpoint")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch stores what it writes as it is. What is compressed may be of any size.
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on files that are not its own
         raise InputError(f"{path}: not a readable checkpoint ({reason(error).split('. ')[0]})") from None
@@ -189,8 +196,14 @@ def _content(path: Path) -> Any:
 def _state_dict(path: Path) -> dict[str, Tensor]:
     content = _content(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise InputError(f"{path}: holds no state dict of tensors; give a .ckpt or .pt file of the network's weights")
+    for name, value in state.items():
+        _check_plain(value, name, path)
     if is_published(state):
         return state
     # A training run's checkpoint holds the model beside what only training needs.
@@ -198,6 +211,22 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if WHITENING_MATRIX in state and WHITENING_MEAN in state:
         _take_whitening_in(model, state[WHITENING_MATRIX], state[WHITENING_MEAN], path)
     return model or state
+
+
+def _check_plain(tensor: Tensor, name: str, source: Path) -> None:
+    """Whether a tensor is dense, on this machine, and has all its values in the file.
+
+    Raises:
+        InputError: not; it is named.
+    """
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(f"{source}: tensor {name} is no plain tensor ({_kind(tensor)}); save it dense, on a CPU")
+
+
+def _kind(tensor: Tensor) -> str:
+    words = [str(kind).removeprefix("torch.") for kind in (tensor.dtype, tensor.layout)]
+    return " ".join(word for word in (*words, tensor.device.type) if word not in ("strided", "cpu"))
 
 
 def _take_whitening_in(model: dict[str, Tensor], matrix: Tensor, mean: Tensor, path: Path) -> None:
@@ -208,7 +237,7 @@ def _take_whitening_in(model: dict[str, Tensor], matrix: Tensor, mean: Tensor, p
             weight = model[name].double() @ matrix.double()
             model[bias] = (model[bias].double() - weight @ mean.double()).float()
             model[name] = weight.float()
-        except (KeyError, RuntimeError):
+        except (KeyError, RuntimeError, NotImplementedError):
             raise InputError(f"{path}: its speaker layers are damaged; give another checkpoint of the run") from None
 
 
@@ -237,6 +266,9 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
         if tensor.shape != own[name].shape:
             expected = list(own[name].shape)
             raise InputError(f"{source}: tensor {name} has shape {list(tensor.shape)}, expected {expected}")
+        _check_plain(tensor, name, source)
+        if tensor.dtype not in _WEIGHTS:
+            raise InputError(f"{source}: tensor {name} is of {_kind(tensor)}; weights are float16, 32, 64 or bfloat16")
         if not torch.isfinite(tensor).all():
             raise InputError(f"{source}: tensor {name} has values that are not finite")
     model.load_state_dict(state)

@@ -7,13 +7,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveInt,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
 SPEAKER_EMBEDDING_SIZE = 256
+_MOST_VALUES = 2**27  # of a network's weights and state: half a gibibyte; the largest published one has 2**23
 
 
 class Strict(BaseModel):
@@ -25,9 +25,9 @@ class Strict(BaseModel):
 class Framing(Strict):
     """How a signal is cut into frames: frame ``t`` covers samples ``[chunk t, chunk (t + 1) + lookahead)``."""
 
-    sample_rate: PositiveInt = 16000
-    chunk: PositiveInt = 128
-    lookahead: PositiveInt = 64
+    sample_rate: Annotated[int, Field(ge=1, le=384_000)] = 16000
+    chunk: Annotated[int, Field(ge=1, le=8192)] = 128
+    lookahead: Annotated[int, Field(ge=1, le=8192)] = 64
 
     @model_validator(mode="after")
     def _overlap_reaches_one_frame(self) -> Self:
@@ -64,12 +64,14 @@ class Framing(Strict):
 class NetworkSize(Strict):
     """The size of one TF-GridNet: D channels, H LSTM units, attention heads."""
 
-    channels: PositiveInt
-    hidden: PositiveInt
-    blocks: PositiveInt = 3
-    heads: Annotated[int, Field(ge=1, description="of self-attention, and of the fusion's cross-attention")] = 4
+    channels: Annotated[int, Field(ge=1, le=4096)]
+    hidden: Annotated[int, Field(ge=1, le=4096)]
+    blocks: Annotated[int, Field(ge=1, le=64)] = 3
+    heads: Annotated[int, Field(ge=1, le=256, description="of self-attention, and of the fusion's cross-attention")] = 4
     self_attention: bool = False
-    window: Annotated[int, Field(ge=2, description="frames that attention sees, the current one included")] = 50
+    window: Annotated[
+        int, Field(ge=2, le=10_000, description="frames that attention sees, the current one included")
+    ] = 50
 
     @model_validator(mode="after")
     def _heads_share_channels(self) -> Self:
@@ -81,7 +83,7 @@ class NetworkSize(Strict):
 class Boosting(Strict):
     """How the large network helps the small one."""
 
-    delay: Annotated[int, Field(ge=0, description="frames that a hint may be late")]
+    delay: Annotated[int, Field(ge=0, le=10_000, description="frames that a hint may be late")]
     compression: Literal[1, 2, 4] = 1
 
 
@@ -89,7 +91,7 @@ class ModelConfig(Strict):
     """One network alone (``small``), or a pair in which ``large`` sends hints to ``small``."""
 
     task: Literal["tse", "ss"]
-    microphones: PositiveInt = 2
+    microphones: Annotated[int, Field(ge=1, le=64)] = 2
     framing: Framing = Framing()
     small: NetworkSize
     large: NetworkSize | None = None
@@ -118,6 +120,23 @@ class ModelConfig(Strict):
         if self.boosting is not None and self.spectrum_channels % self.boosting.compression:
             raise ValueError(f"compression must divide the {self.spectrum_channels} channels of the large embedding")
         return self
+
+    @model_validator(mode="after")
+    def _fits_a_machine(self) -> Self:
+        for name, size in (("small", self.small), ("large", self.large)):
+            if size is not None and (values := self._most_values(size)) > _MOST_VALUES:
+                raise ValueError(f"{name} would have some {values:.0e} values, more than {_MOST_VALUES:.0e}")
+        return self
+
+    def _most_values(self, size: NetworkSize) -> int:
+        """About as many values as the weights of a network have, or more, with the state of one stream."""
+        bins, channels, hidden = self.framing.bins, size.channels, size.hidden
+        lstms = 3 * 4 * hidden * (channels + hidden + 2) + 3 * hidden * channels
+        attention = 4 * channels * (channels + bins) + 2 * bins * channels * size.window
+        between = 2 * (SPEAKER_EMBEDDING_SIZE + 1) * bins * channels if self.task == "tse" else 0
+        waiting = self.delay * bins * (channels + self.hint_channels)
+        framing = 4 * self.framing.n_fft * bins
+        return size.blocks * (lstms + 2 * attention + between + waiting) + framing
 
     @property
     def sources(self) -> int:

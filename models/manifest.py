@@ -17,6 +17,7 @@ from common.errors import InputError, existing_file, reason
 from models.config import ModelConfig, Strict
 
 SCHEMA_VERSION: Final = 1
+_LARGEST_JSON = 4 * 2**20  # bytes; a list of ten thousand training speakers takes a fifth of a MiB
 MANIFEST_FILE = "bundle.json"
 GRAPH_FILE = "small.onnx"
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -150,7 +151,11 @@ def verify_graph(directory: Path, manifest: Manifest) -> Path:
     path = directory / GRAPH_FILE
     if manifest.graph_digest is None or not path.is_file():
         raise InputError(f"{path}: no such file; export the bundle again with kb-export, or use --engine torch")
-    if file_digest(path) != manifest.graph_digest:
+    try:
+        digest = file_digest(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    if digest != manifest.graph_digest:
         raise InputError(f"{path}: digest differs from {MANIFEST_FILE}; the file was changed or cut, copy it again")
     return path
 
@@ -162,9 +167,15 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read or is no JSON object.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_JSON + 1)
+        if len(content) > _LARGEST_JSON:
+            raise InputError(f"{path}: is larger than the {_LARGEST_JSON >> 20} MiB that such a file may have")
+        document = json.loads(content.decode())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({reason(error)})") from None
+    except RecursionError:
+        raise InputError(f"{path}: not readable as JSON (it is nested too deep)") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: must hold a JSON object")
     return document
@@ -180,6 +191,8 @@ def validate(kind: type[Record], document: dict[str, Any], source: Path) -> Reco
         return kind.model_validate_json(json.dumps(document))
     except ValidationError as error:
         raise InputError(f"{source}: {first_fault(error)}") from None
+    except RecursionError:
+        raise InputError(f"{source}: is nested too deep") from None
 
 
 def first_fault(error: ValidationError, rename: Callable[[str], str] = str) -> str:

@@ -4,6 +4,7 @@ Every buffer is made once and bound once. Whole states come in two copies that t
 of attention are written one row a frame, and stay where they are. What the graph computes: :mod:`models.onnx_graph`.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from common.errors import InputError, reason
 from models.config import ModelConfig
 
 Samples = NDArray[np.float32]
+_MOST_VALUES = 2**24  # of an input or output
 
 
 def load_graph(source: Path | bytes) -> onnxruntime.InferenceSession:
@@ -32,6 +34,20 @@ def load_graph(source: Path | bytes) -> onnxruntime.InferenceSession:
     except Exception as error:  # the runtime's own exceptions have no common base
         name = "the graph" if isinstance(source, bytes) else source
         raise InputError(f"{name}: not a graph that ONNX Runtime can run ({reason(error)})") from None
+
+
+def check_sizes(graph: onnxruntime.InferenceSession) -> None:
+    """Whether all inputs and outputs of a graph are of sizes that it says, and that fit a machine.
+
+    Raises:
+        ValueError: not.
+    """
+    for value in (*graph.get_inputs(), *graph.get_outputs()):
+        sizes = value.shape
+        if value.type != "tensor(float)" or not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"{value.name} is {value.type} of {sizes}")
+        if math.prod(sizes) > _MOST_VALUES:
+            raise ValueError(f"{value.name} has {sizes} values")
 
 
 class OnnxStream:
@@ -81,6 +97,15 @@ class OnnxStream:
                 buffer = buffers[value.name]
                 bind(value.name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
         return binding
+
+    def reset(self) -> None:
+        """Begin again, as if nothing had been heard."""
+        for name, buffer in self._buffers.items():
+            if not name.startswith("speaker_"):
+                buffer[:] = 0
+        self._overlap[:] = 0
+        self._waiting[:] = 0
+        self._number = 0
 
     def step(self, window: Samples, hint: Samples | None) -> Samples:
         """The next frame.

@@ -10,6 +10,7 @@ from protos import hints_pb2 as pb
 PROTOCOL_VERSION = 1
 SERVICE_NAME = "knowledge_boosting.v1.HintService"
 MAX_CHUNKS_PER_MESSAGE = 125  # one second of 8 ms chunks
+MAX_HINT = 65504.0  # magnitude of a hint's values that a device takes, the largest of float16
 ENROLLMENT_RATE = 16000  # hertz
 ENROLLMENT_SECONDS = (1.0, 30.0)
 
@@ -84,7 +85,7 @@ def encode_hints(hints: Samples, encoding: int) -> tuple[NDArray[Any], Samples]:
         with np.errstate(invalid="ignore"):
             hints = np.rint(hints / scales[..., None, None])
     elif encoding == pb.HINT_ENCODING_F16LE:
-        hints = np.clip(hints, -65504, 65504)
+        hints = np.clip(hints, -MAX_HINT, MAX_HINT)
     with np.errstate(invalid="ignore"):  # the values of one that overflows may be anything
         return hints.astype(kind), scales
 

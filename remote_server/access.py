@@ -4,10 +4,10 @@ import hmac
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +22,7 @@ from remote_server.messages import Refused
 from remote_server.reloading import Reloading
 
 _SHORTEST_TOKEN = 16  # characters
+_LARGEST_FILE = 2**18  # bytes; a thousand tokens and more
 
 
 class Denied(Refused):
@@ -36,6 +37,7 @@ class Caller:
     sessions: int | None = None  # most at once
     bundles: frozenset[str] | None = None
     _open: Counter[str | None] = field(default_factory=Counter, repr=False, compare=False)
+    _now: "Callable[[], Caller | None] | None" = field(default=None, repr=False, compare=False)  # of the token
 
     def may_use(self, bundle: str) -> bool:
         """Whether this caller may use a bundle of that name."""
@@ -50,6 +52,18 @@ class Caller:
         if not self.may_use(bundle):
             text = f"the token of {self.name} is not for the bundle {bundle}; ask whoever runs this server"
             raise Denied(text, grpc.StatusCode.PERMISSION_DENIED)
+
+    def check_still(self, bundle: str) -> None:
+        """Refuse a session that goes on when its token has been taken away, or is for other bundles now.
+
+        Raises:
+            Denied: UNAUTHENTICATED, or as :meth:`check_bundle`.
+        """
+        if self._now is not None:
+            now = self._now()
+            if now is None:
+                raise Denied("this server does not know the token any more", grpc.StatusCode.UNAUTHENTICATED)
+            now.check_bundle(bundle)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -94,6 +108,9 @@ class Access:
         self._open: Counter[str | None] = Counter()
         self._callers = Reloading([path], lambda: _read(path, self._open))
 
+    def _of(self, digest: bytes) -> Caller | None:
+        return dict(self._callers.get()).get(digest)
+
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """Whom a call is from, by its metadata.
 
@@ -110,15 +127,20 @@ class Access:
         known = [caller for other, caller in self._callers.get() if hmac.compare_digest(other, digest)]
         if not known:
             raise Denied("this server does not know the token", grpc.StatusCode.UNAUTHENTICATED)
-        return known[0]
+        return replace(known[0], _now=lambda: self._of(digest))
 
 
 def _read(path: Path, open_sessions: Counter[str | None]) -> list[tuple[bytes, Caller]]:
     """Callers by their tokens' digests."""
     try:
-        document = tomllib.loads(read_secret(path, "tokens").decode())
+        content = read_secret(path, "tokens")
+        if len(content) > _LARGEST_FILE:
+            raise InputError(f"{path}: is larger than {_LARGEST_FILE >> 10} KiB; give a file of tokens")
+        document = tomllib.loads(content.decode())
     except UnicodeDecodeError:
         raise InputError(f"{path}: is no text in UTF-8") from None
+    except RecursionError:
+        raise InputError(f"{path}: is no TOML (it is nested too deep)") from None
     except tomllib.TOMLDecodeError as error:
         # The rest of the parser's text can quote the file.
         where = re.search(r"at line \d+, column \d+|at end of document", str(error))

@@ -3,23 +3,38 @@
 import asyncio
 import importlib.util
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from typing import Any
 
+import grpc
 import numpy as np
 
 from protos.codec import ENROLLMENT_RATE, Samples
+from remote_server.messages import Refused
 
 _log = logging.getLogger("kb-server")
 
+_MOST_WAITING = 8  # enrollments, the one under way included
+_NICE = 10  # of the process: what steps leave it
+
 
 class SpeakerEncoder:
-    """The voice encoder, on a thread of its own so that hints go on meanwhile."""
+    """The voice encoder, in a process of its own that begins on first use.
+
+    It takes seconds of a processor for each enrollment, much of it under the interpreter's lock. Hints go first: the
+    process runs when no step wants the processor, and enrollments wait for one another.
+    """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="enrollment")
-        self._encoder: Any = None
+        self._waiting = 0
+        self._executor = _new_executor()
 
     @staticmethod
     def installed() -> bool:
@@ -31,41 +46,83 @@ class SpeakerEncoder:
 
         Most of what it builds on is loaded, or compiled, only when there is something to hear.
         """
-        self._executor.submit(self._load)
+        noise = np.random.default_rng(0).normal(0, 0.1, ENROLLMENT_RATE).astype(np.float32)
+        self._executor.submit(_embed, noise).add_done_callback(_tell_loaded)
 
     async def embed(self, speech: Samples) -> Samples:
         """The embedding ``[256]`` of speech ``[N]`` at 16 kHz.
 
         Raises:
             ValueError: no speech was found in it.
+            Refused: too many wait already.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._embed, speech)
+        if not speech.any():
+            raise ValueError("silence")
+        if self._waiting >= _MOST_WAITING:
+            text = f"{_MOST_WAITING} enrollments wait already; try again in a minute"
+            raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        self._waiting += 1
+        executor = self._executor
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, _embed, speech)
+        except BrokenProcessPool:
+            if self._executor is executor:
+                self._executor = _new_executor()
+            raise
+        finally:
+            self._waiting -= 1
 
     def close(self) -> None:
-        """Wait for the embedding under way and end the thread."""
-        self._executor.shutdown()
+        """End the process, whatever it is at."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
 
-    def _load(self) -> None:
-        try:
-            self._embed(np.random.default_rng(0).normal(0, 0.1, ENROLLMENT_RATE).astype(np.float32))
-        except Exception:
-            _log.exception("the speaker encoder cannot be loaded; nobody can be enrolled")
-        else:
-            _log.info({"event": "speaker_encoder_loaded"})
 
-    def _embed(self, speech: Samples) -> Samples:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the packages that Resemblyzer builds on, about themselves
-            import resemblyzer
+def _new_executor() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin)
 
-            if self._encoder is None:
-                self._encoder = resemblyzer.VoiceEncoder("cpu", verbose=False)
-            if not speech.any():
-                raise ValueError("silence")
-            voiced = resemblyzer.preprocess_wav(speech, source_sr=ENROLLMENT_RATE)
-            if len(voiced) < ENROLLMENT_RATE // 2:
-                raise ValueError("less than half a second of speech")
-            embedding: Samples = np.asarray(self._encoder.embed_utterance(voiced), dtype=np.float32)
-            if not np.isfinite(embedding).all():
-                raise ValueError("the encoder overflows; scale the samples to +-1")
-            return embedding
+
+def _tell_loaded(loading: Future[Samples]) -> None:
+    if loading.cancelled() or isinstance(error := loading.exception(), BrokenProcessPool):
+        return  # by the end of the server, or of the process, which the next enrollment finds out
+    if error is not None:
+        _log.error("the speaker encoder cannot be loaded; nobody can be enrolled", exc_info=error)
+    else:
+        _log.info({"event": "speaker_encoder_loaded"})
+
+
+def _begin() -> None:
+    # Ctrl-C comes to the server's processes all at once; the server ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
+    threading.Thread(target=_end_with_server, daemon=True).start()
+
+
+def _end_with_server() -> None:
+    server = multiprocessing.parent_process()
+    assert server is not None
+    server.join()
+    os._exit(0)
+
+
+@lru_cache(1)
+def _encoder() -> Any:
+    import resemblyzer
+
+    return resemblyzer.VoiceEncoder("cpu", verbose=False)
+
+
+def _embed(speech: Samples) -> Samples:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages that Resemblyzer builds on, about themselves
+        import resemblyzer
+
+        voiced = resemblyzer.preprocess_wav(speech, source_sr=ENROLLMENT_RATE)
+        if len(voiced) < ENROLLMENT_RATE // 2:
+            raise ValueError("less than half a second of speech")
+        embedding: Samples = np.asarray(_encoder().embed_utterance(voiced), dtype=np.float32)
+        if not np.isfinite(embedding).all():
+            raise ValueError("the encoder overflows; scale the samples to +-1")
+        return embedding

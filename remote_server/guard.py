@@ -1,6 +1,5 @@
 """The gate in front of every call: no token, no answer."""
 
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -8,8 +7,6 @@ import grpc
 from grpc_health.v1 import health
 
 from remote_server.access import CALLER, Access, Denied
-
-_log = logging.getLogger("kb-server")
 
 _OPEN = f"/{health.SERVICE_NAME}/"  # whoever balances load or watches a server has no token
 
@@ -20,8 +17,8 @@ class Guard(grpc.aio.ServerInterceptor):
     The coroutine that answers a call finds whom it is from in :data:`remote_server.access.CALLER`.
     """
 
-    def __init__(self, access: Access, refused: Callable[[str], None]) -> None:
-        """``refused`` is told the status of every call that is not let through."""
+    def __init__(self, access: Access, refused: Callable[[str, str, str, str], None]) -> None:
+        """``refused`` is told peer, method, status and reason of every call that is not let through."""
         self._access, self._refused = access, refused
 
     async def intercept_service(
@@ -32,17 +29,15 @@ class Guard(grpc.aio.ServerInterceptor):
             try:
                 CALLER.set(self._access.caller(handler_call_details.invocation_metadata))
             except Denied as error:
-                self._refused(error.status.name)
-                return _refuse(method, error)
+                return self._refuse(method, error)
         return await continuation(handler_call_details)
 
+    def _refuse(self, method: str, why: Denied) -> Any:
+        """A method of any kind that ends at once."""
 
-def _refuse(method: str, why: Denied) -> Any:
-    """A method of any kind that ends at once."""
+        async def refuse(_requests: AsyncIterator[bytes], context: Any) -> NoReturn:
+            self._refused(context.peer(), method, why.status.name, str(why))
+            await context.abort(why.status, str(why))
+            raise AssertionError  # abort has raised
 
-    async def refuse(_requests: AsyncIterator[bytes], context: Any) -> NoReturn:
-        _log.warning("%s %r: %s: %s", context.peer(), method[:100], why.status.name, why)
-        await context.abort(why.status, str(why))
-        raise AssertionError  # abort has raised
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
+        return grpc.stream_stream_rpc_method_handler(refuse)

@@ -11,6 +11,7 @@ import typer
 import common.cli
 from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from common.cli import warn
+from common.environment import prepare_to_serve
 from common.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -86,6 +87,7 @@ def serve(
     """Serve large networks of bundles to devices."""
     if context.invoked_subcommand is not None:
         return
+    prepare_to_serve()
     if workers > 1 and worker is None:
         from remote_server.workers import run_workers
 
@@ -95,15 +97,15 @@ def serve(
     from models.manifest import UNTRAINED_NOTICE
     from remote_server.bundles import Bundles
     from remote_server.limits import read_limits
+    from remote_server.log import running_log
     from remote_server.metrics import Metrics
     from remote_server.security import check_security
-    from remote_server.server import Listening, address_of, start_log
+    from remote_server.server import Listening, address_of
     from remote_server.server import serve as run_server
     from remote_server.service import HintService
     from remote_server.workers import device_of, pin
 
     limits, most = read_limits(limit or []), _session_count(max_sessions)
-    start_log()
     if worker is not None:
         pin(worker, workers)
         device = device_of(device, worker)
@@ -131,7 +133,8 @@ def serve(
             print(f"kb-server: metrics on http://{address_of(metrics_host, metrics_port)}/metrics", flush=True)
 
     where = Listening(host, port, drain_seconds, until_stdin_ends, shared_port=worker is not None)
-    asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))
+    with running_log():
+        asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))
 
 
 @app.command()

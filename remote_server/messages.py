@@ -50,7 +50,7 @@ def read_config(request: pb.StreamHintsRequest) -> pb.SessionConfig:
 
 def unknown_bundle(config: pb.SessionConfig, served: Sequence[Manifest]) -> Refused:
     """What to tell a device whose bundle is none of those served."""
-    there = " and ".join(f"{manifest.label} ({manifest.id})" for manifest in served)
+    there = " and ".join(f"{manifest.label} ({manifest.id})" for manifest in served) or "none for this token"
     return Refused(
         f"config.bundle_id: the device has {config.bundle_name[:80]!r} ({config.bundle_id[:64]!r}), "
         f"this server runs {there}; use the same bundle on both",

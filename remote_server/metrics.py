@@ -1,6 +1,12 @@
 """What Prometheus reads of a server: ``kb-server --metrics-port``."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+import socket
+import threading
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from common.errors import InputError, reason
 from remote_server.engine import Step
@@ -52,7 +58,50 @@ class Metrics:
             InputError: the port is taken, or the address not this machine's.
         """
         try:
-            server, _ = start_http_server(port, host, self._registry)
+            server = _Server(host, port)
         except (OSError, UnicodeError) as error:
             raise InputError(f"--metrics-port {port}: cannot listen on {host} ({reason(error)})") from None
+        server.set_app(make_wsgi_app(self._registry))
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return int(server.server_port)
+
+
+_ASKERS = 8  # at once
+_PATIENCE = 1.0  # seconds for a question, and for whoever asked to take the answer
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _PATIENCE
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """Takes a thread for each connection, but of so many at most, and for no longer than a question takes."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._room = threading.BoundedSemaphore(_ASKERS)
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        # WSGIServer's own looks the host's name up, which may take its time.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._room.acquire(timeout=2 * _PATIENCE):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None: ...  # one that says nothing is no news

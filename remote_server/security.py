@@ -22,8 +22,8 @@ class Security:
     credentials: grpc.ServerCredentials | None  # of TLS
     reflection: bool
 
-    def interceptors(self, refused: Callable[[str], None]) -> list[grpc.aio.ServerInterceptor]:
-        """What stands before every call; ``refused`` is told the status of those it does not let through."""
+    def interceptors(self, refused: Callable[[str, str, str, str], None]) -> list[grpc.aio.ServerInterceptor]:
+        """What stands before every call; ``refused`` is told peer, method, status and reason of those it stops."""
         return [Guard(self.access, refused)] if self.access is not None else []
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import errno
 import gc
-import json
-import logging
 import os
 import signal
 import socket
@@ -15,15 +13,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.errors import InputError, reason
 from protos.codec import SERVICE_NAME
 from protos.hints_pb2_grpc import add_HintServiceServicer_to_server
+from remote_server.health import Health
 from remote_server.limits import Limits
+from remote_server.log import end_log, log_event
 from remote_server.security import Security
-from remote_server.service import HintService, log_event
+from remote_server.service import HintService
+
+_STOPPING_SECONDS = 3.0  # that connections have to end
+# What one connection may cost before anybody knows whose it is.
+_CONNECTION = [
+    # A device may ping once a second, and no more; at the third time too many its connection ends.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 2),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # As many as devices behind one gateway can be.
+    ("grpc.max_concurrent_streams", 256),
+    ("grpc.http2.max_requests_per_read", 8),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_metadata_size", 8192),
+]
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ async def serve(
     # The event loop needs the interpreter several times a message, and would wait 5 ms for it each time.
     sys.setswitchinterval(0.0005)
     server = grpc.aio.server(
-        interceptors=security.interceptors(service.count_refused),
+        interceptors=security.interceptors(service.refused),
         options=[
             # Two servers on one port would share its connections without a word.
             ("grpc.so_reuseport", int(where.shared_port)),
@@ -60,14 +75,11 @@ async def serve(
             # A device that fell silent without closing its connection is noticed.
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
-            # A device may ping so often, but no more.
-            ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
-            ("grpc.keepalive_permit_without_calls", 1),
+            *_CONNECTION,
         ],
     )
     add_HintServiceServicer_to_server(service, server)
-    checks = health.aio.HealthServicer()
+    checks = Health("", SERVICE_NAME)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     if security.reflection:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -90,8 +102,6 @@ async def serve(
     loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
     reloading = loop.create_task(_reload_when(asked_to_reload, service))
     await server.start()
-    for name in ("", SERVICE_NAME):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     # A full collection goes through all that the libraries have made, and holds everybody up for that long.
     gc.collect()
     gc.freeze()
@@ -109,7 +119,7 @@ async def serve(
     if failure is not None:
         where = replace(where, drain_seconds=0)
     log_event("server_draining", seconds=where.drain_seconds)
-    await checks.enter_graceful_shutdown()
+    checks.stop_serving()
     draining = loop.create_task(service.drain(where.drain_seconds))
     # A second signal ends it at once.
     hurry = loop.create_task(at_once.wait())
@@ -119,9 +129,18 @@ async def serve(
         await service.drain(0)
     for task in (watching, stopping, hurry, reloading):
         task.cancel()
-    await server.stop(grace=1)
+    abandoned = False
+    try:
+        async with asyncio.timeout(_STOPPING_SECONDS):
+            await server.stop(grace=1)
+    except TimeoutError:
+        abandoned = True
     service.close()
-    log_event("server_stopped")
+    log_event("server_stopped", **({"why": str(failure)} if failure is not None else {}))
+    if abandoned:
+        # A connection whose peer sends without end does not let go of gRPC, which waits for it as the process ends.
+        end_log()
+        os._exit(0 if failure is None else 1)
     if failure is not None:
         raise failure
 
@@ -156,32 +175,14 @@ async def _reload_when(asked: asyncio.Event, service: HintService) -> None:
         asked.clear()
         try:
             found = await asyncio.to_thread(service.bundles.load_new)
+            added, retired = service.bundles.take_in(found)
         except InputError as error:
             log_event("reload_failed", why=str(error))
             continue
-        added, retired = service.bundles.take_in(found)
+        except Exception as error:  # whatever a file of somebody else can bring about: the next signal finds us here
+            log_event("reload_failed", why=f"{type(error).__name__}: {reason(error)[:500]}")
+            continue
         log_event("reloaded", added=added, retired=retired)
-
-
-def start_log() -> None:
-    """Log to standard error, one JSON object a line."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-
-
-class _JsonLines(logging.Formatter):
-    """An event as it is, anything else as the event ``log``."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, object] = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), "level": record.levelname}
-        if isinstance(record.msg, dict):
-            fields |= record.msg
-        else:
-            fields |= {"event": "log", "logger": record.name, "text": record.getMessage()}
-        if record.exc_info:
-            fields["trace"] = self.formatException(record.exc_info)
-        return json.dumps(fields, default=str)
 
 
 def _when_stdin_ends(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

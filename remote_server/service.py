@@ -11,14 +11,16 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from common.addresses import host_of
 from common.errors import InputError
 from protos import hints_pb2 as pb
 from protos.codec import PROTOCOL_VERSION
 from protos.hints_pb2_grpc import HintServiceServicer
-from remote_server.access import CALLER
+from remote_server.access import CALLER, Caller
 from remote_server.bundles import Bundles, ServedBundle
 from remote_server.enrollment import SpeakerEncoder
 from remote_server.limits import Limits
+from remote_server.log import Refusals, log_event
 from remote_server.messages import Refused, check_config, check_enrollment, read_config, unknown_bundle
 from remote_server.metrics import Metrics
 from remote_server.session import Session
@@ -36,17 +38,20 @@ class HintService(HintServiceServicer):
 
     def __init__(self, bundles: Bundles, limits: Limits, metrics: Metrics) -> None:
         self.bundles = bundles
-        self._limits, self._metrics = limits, metrics
+        self._limits, self._metrics, self._refusals = limits, metrics, Refusals()
         self._sessions: dict[Session, asyncio.Task[Any]] = {}
         self._loading = 0  # calls that wait for a bundle
+        self._callers: dict[Session, Caller] = {}
         self._peers: Counter[str] = Counter()
         self._enrollments: dict[str, deque[float]] = {}
         self._draining = False
         self._speakers = SpeakerEncoder() if SpeakerEncoder.installed() else None
 
-    def count_refused(self, status: str) -> None:
-        """Count a call that got nothing."""
+    def refused(self, peer: str, method: str, status: str, why: str) -> None:
+        """Count and log a call that got nothing."""
         self._metrics.refused.labels(status).inc()
+        caller = CALLER.get().name or host_of(peer)
+        self._refusals.add(caller, "call_refused", peer=peer, method=method[:100], status=status, why=why)
 
     async def watch(self) -> None:
         """End sessions whose time is up, as long as the server runs.
@@ -56,14 +61,22 @@ class HintService(HintServiceServicer):
         """
         while True:
             await asyncio.sleep(0.5)
+            self._refusals.flush()
             self.bundles.check()
             now = time.monotonic()
             for session, task in list(self._sessions.items()):
-                why = session.overdue(now)
+                why = session.overdue(now) or self._taken_away(session)
                 if why is not None:
                     session.end(why)
                 if session.stuck(now):
                     task.cancel()  # it waits for a device that does not read
+
+    def _taken_away(self, session: Session) -> Refused | None:
+        try:
+            self._callers[session].check_still(session.bundle_name)
+        except Refused as error:
+            return error
+        return None
 
     async def drain(self, seconds: float) -> None:
         """Accept no more sessions, tell the devices to go elsewhere, and end those still here after ``seconds``."""
@@ -92,28 +105,27 @@ class HintService(HintServiceServicer):
     ) -> AsyncIterator[pb.StreamHintsResponse]:
         """One session, from its configuration to the end of its audio."""
         peer = context.peer()
-        host = peer.rpartition(":")[0]
-        record = _Record(peer)
+        host = host_of(peer)
+        record = _Record(peer, self._refusals)
         bundle: ServedBundle | None = None
         self._peers[host] += 1
         stack = ExitStack()
         try:
             if self._draining:
                 raise _shutting_down()
-            if self._limits.sessions_per_peer and self._peers[host] > self._limits.sessions_per_peer:
-                text = f"{self._limits.sessions_per_peer} sessions of this host are open already; end one of them"
-                raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            self._check_host(host, self._limits.sessions_per_peer or 0)
             config = await self._configuration(request_iterator)
             found = await self._admit(config)
             if self._draining:  # by now
                 raise _shutting_down()
+            self._check_host(host, self._limits.sessions_of(host, found.slots))
             stack.enter_context(CALLER.get().session())
             bundle = found
             bundle.sessions += 1
             session = record.session = Session(config, bundle, self._limits, self._metrics)
             task = asyncio.current_task()
             assert task is not None
-            self._sessions[session] = task
+            self._sessions[session], self._callers[session] = task, CALLER.get()
             self._metrics.sessions.labels(bundle.manifest.name).inc()
             record.log_start(bundle)
             # Closed before the place is given away; left to the interpreter, it would be closed some time later.
@@ -142,9 +154,10 @@ class HintService(HintServiceServicer):
             self._peers[host] -= 1
             self._peers += Counter()  # forgets those that have none
             if bundle is None:
-                self.count_refused(record.status)
+                self._metrics.refused.labels(record.status).inc()
             else:
                 self._sessions.pop(record.session, None)  # type: ignore[arg-type]
+                self._callers.pop(record.session, None)  # type: ignore[arg-type]
                 bundle.sessions -= 1
                 self._metrics.sessions.labels(bundle.manifest.name).dec()
                 self._metrics.ended.labels(bundle.manifest.name, record.status).inc()
@@ -160,10 +173,10 @@ class HintService(HintServiceServicer):
                     "pip install 'knowledge-boosting[enroll]'",
                     grpc.StatusCode.UNIMPLEMENTED,
                 )
-            self._count_enrollment(context.peer().rpartition(":")[0])
+            self._count_enrollment(host_of(context.peer()))
             embedding = await self._speakers.embed(speech)
         except Refused as error:
-            self.count_refused(error.status.name)
+            self.refused(context.peer(), "Enroll", error.status.name, str(error))
             await context.abort(error.status, str(error))
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"pcm: no voice to learn from ({error})")
@@ -174,7 +187,7 @@ class HintService(HintServiceServicer):
 
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
         """What this server runs."""
-        allowed = [served for served in self.bundles.served if CALLER.get().may_use(served.manifest.name)]
+        allowed = self._allowed()
         bundle = self.bundles.find(request.bundle) if request.bundle or not allowed else allowed[0]
         if bundle is None:
             names = ", ".join(served.manifest.name for served in allowed)
@@ -206,6 +219,10 @@ class HintService(HintServiceServicer):
             bundles=[served.manifest.name for served in allowed],
         )
 
+    def _allowed(self) -> list[ServedBundle]:
+        """The bundles that whoever calls may use, and hear of."""
+        return [served for served in self.bundles.served if CALLER.get().may_use(served.manifest.name)]
+
     async def _configuration(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> pb.SessionConfig:
         seconds = self._limits.config_seconds
         try:
@@ -228,7 +245,7 @@ class HintService(HintServiceServicer):
         """
         bundle = self.bundles.find(config.bundle_id) if config.bundle_id else None
         if bundle is None or bundle.manifest.id != config.bundle_id:
-            raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
+            raise unknown_bundle(config, [served.manifest for served in self._allowed()])
         CALLER.get().check_bundle(bundle.manifest.name)
         check_config(config, bundle.manifest.model)
         self._loading += 1
@@ -240,11 +257,17 @@ class HintService(HintServiceServicer):
         finally:
             self._loading -= 1
         if bundle.retired:  # by now
-            raise unknown_bundle(config, [served.manifest for served in self.bundles.served])
+            raise unknown_bundle(config, [served.manifest for served in self._allowed()])
         if not self.bundles.has_place(bundle):
             text = f"all {bundle.slots} sessions of this server are taken; try again later or another server"
             raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
         return bundle
+
+    def _check_host(self, host: str, most: int) -> None:
+        """Refuse a session of a host that has so many already; 0: no limit."""
+        if most and self._peers[host] > most:
+            text = f"{most} sessions of this host are open already; end one of them"
+            raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
     def _count_enrollment(self, host: str) -> None:
         most, now = self._limits.enrollments_per_minute, time.monotonic()
@@ -270,10 +293,10 @@ class HintService(HintServiceServicer):
 class _Record:
     """What the log tells of a call."""
 
-    def __init__(self, peer: str) -> None:
+    def __init__(self, peer: str, refusals: Refusals) -> None:
         self.session: Session | None = None
         self.status = ""
-        self._peer = peer
+        self._peer, self._refusals = peer, refusals
         self._opened = time.monotonic()
 
     def log_start(self, bundle: ServedBundle) -> None:
@@ -283,21 +306,14 @@ class _Record:
 
     def end(self, status: str, why: str) -> None:
         self.status = status
-        log_event(
-            "session_closed",
-            session=self.session.id if self.session is not None else None,
-            peer=self._peer,
-            status=status,
-            why=why,
-            frames=self.session.frames if self.session is not None else 0,
-            seconds=round(time.monotonic() - self._opened, 3),
-        )
+        fields = {"peer": self._peer, "status": status, "why": why}
+        seconds = round(time.monotonic() - self._opened, 3)
+        if self.session is None:
+            caller = CALLER.get().name or host_of(self._peer)
+            self._refusals.add(caller, "session_closed", session=None, **fields, frames=0, seconds=seconds)
+        else:
+            log_event("session_closed", session=self.session.id, **fields, frames=self.session.frames, seconds=seconds)
 
 
 def _shutting_down() -> Refused:
     return Refused("the server is shutting down; try another", grpc.StatusCode.UNAVAILABLE)
-
-
-def log_event(event: str, **fields: object) -> None:
-    """One structured log line."""
-    _log.info({"event": event, **fields})

@@ -49,8 +49,10 @@ class Session:
         self._ended_at = 0.0
         self._read_all = False
         self._refused: Refused | None = None  # what was read last, after the hints of what came before
-        # When it began, audio came last, a hint went last, and until when what came may last; of the monotonic clock.
+        # When it began, audio came last, a hint went last, until when what came may last, and until when it must have
+        # been followed by more; of the monotonic clock.
         self._opened = self._heard = self._moved = self._paid = time.monotonic()
+        self._enough_until = self._opened + limits.slow_seconds
         name = bundle.manifest.name
         self._late, self._queue = metrics.late.labels(name), metrics.queue.labels(name)
 
@@ -83,6 +85,11 @@ class Session:
             reading.cancel()
             self._stream.close()
 
+    @property
+    def bundle_name(self) -> str:
+        """Of the bundle whose hints these are."""
+        return self._bundle.manifest.name
+
     def end(self, why: Refused) -> None:
         """End the session once the hints there are have gone out."""
         if self.ended is None:
@@ -108,6 +115,9 @@ class Session:
         if limits.idle_seconds and now - self._heard > limits.idle_seconds:
             text = f"no audio for {limits.idle_seconds:g} s; open a session when there is some"
             return Refused(text, grpc.StatusCode.DEADLINE_EXCEEDED)
+        if limits.least_speed and now > self._enough_until:
+            text = f"audio came at less than {limits.least_speed:g} of its speed for {limits.slow_seconds:g} s"
+            return Refused(f"{text}; open a session when there is more", grpc.StatusCode.DEADLINE_EXCEEDED)
         if limits.session_seconds and now - self._opened > limits.session_seconds:
             text = f"a session here may last {limits.session_seconds:g} s; open a new one"
             return Refused(text, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -119,6 +129,7 @@ class Session:
                 first, samples = self._reader.read(request)
                 self._heard = time.monotonic()
                 frames = self._reader.next_frame - first
+                self._credit(frames)
                 stream.send(samples, frames)
                 # Not reading is what holds a device back.
                 ahead = self._ahead(frames)
@@ -137,6 +148,13 @@ class Session:
             self._refused = Refused(f"the connection broke ({type(error).__name__})", grpc.StatusCode.CANCELLED)
         self._read_all = True
         self._wake.set()
+
+    def _credit(self, frames: int) -> None:
+        """Let audio that came keep the session for as long as it may last at the least speed."""
+        limits = self._limits
+        if limits.least_speed:
+            earned = frames * self._bundle.manifest.model.framing.chunk_seconds / limits.least_speed
+            self._enough_until = min(self._enough_until + earned, self._heard + limits.slow_seconds)
 
     def _ahead(self, frames: int) -> float:
         """The seconds by which the audio has come too fast."""

@@ -3,10 +3,12 @@
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.table import Table
+from rich.text import Text
 
 from common.call_credentials import Credentials
 from common.cli import console
 from common.connection import call_failed, connect
+from common.errors import printable
 from protos import hints_pb2 as pb
 from protos.codec import SERVICE_NAME
 from protos.hints_pb2_grpc import HintServiceStub
@@ -43,9 +45,10 @@ def print_status(server: str, credentials: Credentials) -> bool:
         name = f"{answer.bundle_name} (UNTRAINED)" if answer.untrained else answer.bundle_name
         delay = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"
         left = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "known when loaded"
-        table.add_row(name, answer.bundle_id, answer.task.upper(), delay, str(answer.sessions), left)
-    words = "serving" if serving else "shutting down: takes no new sessions"
+        words = (printable(text) for text in (name, answer.bundle_id, answer.task.upper(), delay))
+        table.add_row(*map(Text, words), str(answer.sessions), left)
+    state = "serving" if serving else "shutting down: takes no new sessions"
     enrolls = "enrolls speakers" if first.enrolls else "enrolls no speakers"
-    print(f"{server}: {words}; protocol {first.protocol_version}; {enrolls}")
+    print(f"{server}: {state}; protocol {first.protocol_version}; {enrolls}")
     console().print(table)
     return serving

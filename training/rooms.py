@@ -230,10 +230,14 @@ def check_sofa(path: Path) -> None:
                 raise InputError(_not_sofa(path, f"lacks {', '.join(missing)}"))
             responses, delay, position = (file[name][:] for name in ("Data.IR", "Data.Delay", "SourcePosition"))
             spherical = getattr(file["SourcePosition"], "Type", "") == "spherical"
-    except OSError as error:
+    except InputError:
+        raise
+    except Exception as error:  # HDF5's of damaged files are of many kinds
         raise InputError(_not_sofa(path, reason(error))) from None
     if responses.ndim != 3 or responses.shape[1] != 2:
         raise InputError(f"{path}: Data.IR is {list(responses.shape)}; give [directions, 2 ears, samples]")
+    if not np.issubdtype(responses.dtype, np.floating) or position.ndim != 2 or position.shape[1] != 3:
+        raise InputError(_not_sofa(path, "Data.IR or SourcePosition is of another kind or shape"))
     if not np.isfinite(responses).all() or not responses.any():
         raise InputError(f"{path}: Data.IR is zero, NaN or infinite; give another file")
     if delay.any():

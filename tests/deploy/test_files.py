@@ -65,6 +65,24 @@ def test_systemd_waits_longer_than_a_drain_takes() -> None:
     assert int(wait[1]) >= int(drain[1]) + 5
 
 
+def test_systemd_bounds_what_a_server_takes() -> None:
+    text = (DEPLOY / "systemd" / "kb-server.service").read_text()
+    assert {"MemoryMax", "TasksMax", "LimitNOFILE"} <= set(re.findall(r"^(\w+)=", text, re.MULTILINE))
+
+
+def test_the_lock_has_the_versions_of_the_constraints_and_digests_of_all() -> None:
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    locked = (ROOT / "requirements.lock").read_text()
+    entries = re.findall(
+        r"^([\w.-]+)==([^\s;]+)[^\n]*\n((?:    --hash=sha256:[0-9a-f]{64}[ \\]*\n)+)", locked, re.MULTILINE
+    )
+    assert len(entries) == len(re.findall(r"^\S+==", locked, re.MULTILINE)) > 50
+    for name, version, _ in entries:
+        assert pinned.get(name, version) == version
+    assert {"torch", "grpcio", "onnxruntime", "resemblyzer"} <= {name for name, *_ in entries}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kubernetes_waits_longer_than_a_drain_takes(variant: str, tmp_path: Path) -> None:
     deployment = next(thing for thing in rendered(variant, tmp_path) if thing["kind"] == "Deployment")

@@ -1,6 +1,7 @@
 """A server that other machines can reach: TLS, tokens, and what each is refused without."""
 
 import os
+import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +168,47 @@ def test_a_changed_file_of_tokens_counts_at_once_and_a_broken_one_does_not(
             path.write_text(TOKENS_FILE)
         wait_until(lambda: describe(to, bearer(TOKENS["laptop"])) == "OK", "the old tokens are not back")
     secrets_are_kept(guarded_server, certificates, added, "short")
+
+
+def test_sessions_of_a_token_that_was_taken_away_end(
+    guarded_server: Server, certificates: Certificates, ss: Material
+) -> None:
+    path = certificates.folder / "tokens.toml"
+    added = TOKENS_FILE + '[[token]]\nname = "lost"\ntoken = "lost-0123456789-Zk82jq"\n'
+    with channel(guarded_server.address, certificates.ca) as to:
+
+        def session(token: str) -> Any:
+            requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            requests.put(ss.opening())
+            return HintServiceStub(to).StreamHints(iter(requests.get, None), metadata=bearer(token), timeout=PATIENCE)
+
+        try:
+            path.write_text(added)
+            wait_until(lambda: describe(to, bearer("lost-0123456789-Zk82jq")) == "OK", "the new token is not known")
+            gone, stays = session("lost-0123456789-Zk82jq"), session(TOKENS["laptop"])
+            assert next(gone).WhichOneof("response") == next(stays).WhichOneof("response") == "started"
+        finally:
+            path.write_text(TOKENS_FILE)
+        with pytest.raises(grpc.RpcError):
+            next(gone)
+        assert gone.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "does not know the token any more" in gone.details()
+        assert stays.is_active()
+        stays.cancel()
+
+
+def test_nobody_hears_of_bundles_that_are_not_for_him(
+    guarded_server: Server, certificates: Certificates, ss: Material
+) -> None:
+    with channel(guarded_server.address, certificates.ca) as to:
+        call = HintServiceStub(to).StreamHints(
+            iter([ss.opening(bundle_id="fedcba9876543210")]), metadata=bearer(TOKENS["elsewhere"]), timeout=PATIENCE
+        )
+        with pytest.raises(grpc.RpcError):
+            next(call)
+    assert call.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert ss.manifest.name not in call.details().replace(f"'{ss.manifest.name}' ('fedcba9876543210')", "")
+    assert ss.manifest.id not in call.details()
 
 
 def test_a_renewed_certificate_is_shown_to_new_connections(guarded_server: Server, certificates: Certificates) -> None:

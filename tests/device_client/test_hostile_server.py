@@ -1,0 +1,262 @@
+"""What a server can do to a device: nothing it sends is heard as noise, keeps the loop, or is waited for."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from device_client.engine import CheckedEngine, load_model
+from device_client.hint_stream import Encodings, HintStream
+from device_client.live import LiveLoop
+from device_client.live_hints import LiveHints
+from models.manifest import Manifest, read_manifest
+from protos import hints_pb2 as pb
+from protos.codec import Samples
+from protos.hints_pb2_grpc import HintServiceServicer, add_HintServiceServicer_to_server
+from tests.device_client.test_live_loop import MemoryAudio, noise, real_time
+from tests.processes import Server, running_server
+
+SS = "ss_delay6_compression2"
+PATIENCE = 30.0
+Answer = Callable[[Any, int], Iterator[pb.StreamHintsResponse]]  # to an audio message, the number of its frames
+
+
+class Hostile(HintServiceServicer):
+    """Answers every message of audio by a function."""
+
+    def __init__(self, manifest: Manifest, answer: Answer) -> None:
+        self._chunk = 8 * manifest.model.microphones // 2 * manifest.model.framing.chunk
+        self._answer = answer
+
+    def Enroll(self, request: pb.EnrollRequest, context: grpc.ServicerContext) -> pb.EnrollResponse:
+        raise NotImplementedError
+
+    def DescribeModel(
+        self, request: pb.DescribeModelRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeModelResponse:
+        raise NotImplementedError
+
+    def StreamHints(
+        self, request_iterator: Iterator[pb.StreamHintsRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.StreamHintsResponse]:
+        next(request_iterator)
+        yield pb.StreamHintsResponse(started=pb.SessionStarted(session_id="hostile"))
+        for request in request_iterator:
+            yield from self._answer(request.audio, len(request.audio.pcm) // self._chunk)
+
+
+@contextmanager
+def hostile(manifest: Manifest, answer: Answer) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_HintServiceServicer_to_server(Hostile(manifest, answer), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(0)
+
+
+def hint(manifest: Manifest, frame: int, value: float = 0.0) -> pb.StreamHintsResponse:
+    model = manifest.model
+    payload = np.full((model.hint_channels, model.framing.bins), value, np.float32).tobytes()
+    return pb.StreamHintsResponse(hint=pb.Hint(frame=frame, payload=payload, scale=1))
+
+
+def flood(_manifest: Manifest, _first: int) -> Iterator[pb.StreamHintsResponse]:
+    for _ in range(100_000):
+        yield pb.StreamHintsResponse(draining=pb.Draining(seconds=1))
+
+
+def ahead(manifest: Manifest, first: int) -> Iterator[pb.StreamHintsResponse]:
+    for frame in range(first, first + 1000):
+        yield hint(manifest, frame)
+
+
+def huge(manifest: Manifest, first: int) -> Iterator[pb.StreamHintsResponse]:
+    yield hint(manifest, first, 3e38)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (flood, "the server said more than once that it shuts down"),
+        (ahead, "hint of frame 1 came before its audio was sent"),
+        (huge, "hint of frame 0 has values above 65504"),
+    ],
+)
+def test_a_session_ends_with_what_no_server_sends(
+    kind: Callable[[Manifest, int], Iterator[pb.StreamHintsResponse]], why: str, golden_bundle: Callable[[str], Path]
+) -> None:
+    manifest = read_manifest(golden_bundle(SS))
+    with hostile(manifest, lambda audio, _: kind(manifest, audio.first_frame)) as address:
+        stream = HintStream(address, manifest, encodings=Encodings())
+        stream.send(0, noise(1))
+        while stream.receive() is not None:
+            pass
+        assert stream.ended is not None
+        assert (stream.ended.status, stream.ended.detail) == ("DATA_LOSS", why)
+        stream.close()
+
+
+def test_words_of_a_server_command_no_terminal(golden_bundle: Callable[[str], Path]) -> None:
+    manifest = read_manifest(golden_bundle(SS))
+
+    class Rude(Hostile):
+        def StreamHints(self, request_iterator: Any, context: grpc.ServicerContext) -> Any:
+            yield pb.StreamHintsResponse(started=pb.SessionStarted(session_id="rude"))
+            context.abort(grpc.StatusCode.INTERNAL, "\x1b]0;title\x07 \x1b[2J no\u202e more\r\n" + "x" * 5000)
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_HintServiceServicer_to_server(Rude(manifest, lambda *_: iter(())), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        stream = HintStream(f"127.0.0.1:{port}", manifest, encodings=Encodings())
+        assert stream.receive() is None
+        assert stream.ended is not None
+        assert stream.ended.detail.isprintable()
+        assert "no" in stream.ended.detail
+        assert len(stream.ended.detail) < 2000
+        stream.close()
+    finally:
+        server.stop(0)
+
+
+def test_a_server_whose_hints_are_never_in_time_is_left_for_the_next(
+    golden_bundle: Callable[[str], Path], ss_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("device_client.live_hints._USELESS", 1.0)
+    bundle = golden_bundle(SS)
+    manifest = read_manifest(bundle)
+    played = [0]
+
+    def late(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
+        # Behind by more than may be, and not by much more.
+        while played[0] < audio.first_frame + frames + 10:
+            time.sleep(0.004)
+        for frame in range(audio.first_frame, audio.first_frame + frames):
+            yield hint(manifest, frame)
+
+    with hostile(manifest, late) as address:
+        hints = LiveHints([address, ss_server.address], manifest, encodings=Encodings())
+
+        def pace(frame: int) -> None:
+            real_time(frame)
+            played[0] = frame
+            if hints.server == ss_server.address:
+                audio.stop()
+
+        audio = MemoryAudio(noise(4000), pace)
+        hints.start()
+        LiveLoop(load_model(bundle, "onnx").session(None), manifest.model, audio, hints, "1").run()
+        hints.close()
+    texts = [event.text for event in hints.events]
+    assert any(f"lost {address} (no hint came in time for 1 s)" in text for text in texts), texts
+    assert hints.events[-1].text == f"hints come from {ss_server.address}"
+
+
+@pytest.mark.slow  # in real time
+def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
+    """Though the next server takes a while until its first hint, the first one's go on until then."""
+    bundle = golden_bundle(SS)
+    manifest = read_manifest(bundle)
+    used: list[bool] = []
+
+    class Kept(LiveHints):
+        def take(self, frame: int, now: int) -> Samples | None:
+            hint = super().take(frame, now)
+            used.append(hint is not None)
+            return hint
+
+    def slow_to_begin(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
+        if frames > 20:  # the past that a session begins with
+            time.sleep(0.5)
+        for frame in range(audio.first_frame, audio.first_frame + frames):
+            yield hint(manifest, frame)
+
+    stopping: list[threading.Thread] = []
+    with running_server(bundle) as first, hostile(manifest, slow_to_begin) as second:
+        hints = Kept([first.address, second], manifest, encodings=Encodings())
+        moved: list[int] = []
+
+        def pace(frame: int) -> None:
+            # The audio of a real device does not wait, and neither does this.
+            time.sleep(max(0.0, began + 0.008 * frame - time.monotonic()))
+            if not stopping and len(used) > 400 and used[-1]:
+                stopping.append(threading.Thread(target=first.stop))
+                stopping[0].start()
+            if hints.server == second and not moved:
+                moved.append(frame)
+            if moved and frame == moved[0] + 100:
+                audio.stop()
+
+        audio = MemoryAudio(noise(4000), pace)
+        hints.start()
+        began = time.monotonic()
+        LiveLoop(load_model(bundle, "onnx").session(None), manifest.model, audio, hints, "1").run()
+        hints.close()
+        stopping[0].join(PATIENCE)
+    after = used[used.index(True) + 50 :]
+    # Half a second has 62 frames; a machine that is busy may be late for some.
+    assert after.count(False) < 20, [index for index, there in enumerate(after) if not there]
+    assert [event.connected for event in hints.events] == [True, False, True], hints.events
+
+
+class Network:
+    """Gives ones, and what is no number when told to."""
+
+    def __init__(self) -> None:
+        self.resets, self.bad = 0, False
+
+    def step(self, window: Samples, hint: Samples | None) -> Samples:
+        estimate = np.ones((2, 2, 128), np.float32)
+        if self.bad:
+            estimate[1, 0, 5] = np.inf
+        return estimate
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def test_what_is_no_number_is_not_played_and_what_is_played_makes_no_click() -> None:
+    network = Network()
+    engine = CheckedEngine(network)
+    window = np.full((2, 192), -0.5, np.float32)
+    played = []
+    for bad in (False, False, True, True, True, False, False):
+        network.bad = bad
+        played.append(engine.step(window, None))
+    sound = np.concatenate(played, axis=-1)
+    assert np.isfinite(sound).all()
+    assert np.abs(np.diff(sound)).max() < 0.05
+    assert (sound[..., :256] == 1).all()
+    assert (sound[..., 3 * 128 : 5 * 128] == -0.5).all()
+    assert (sound[..., -128:] == 1).all()
+    assert (engine.overflows, network.resets) == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["onnx", "torch"])
+def test_a_network_that_overflows_begins_again(name: Any, golden_bundle: Callable[[str], Path]) -> None:
+    """Its estimates afterwards are those of one that has heard nothing before."""
+    model = load_model(golden_bundle(SS), name)
+    engine, sound = model.session(None), noise(80)
+    windows = [np.ascontiguousarray(sound[:, 128 * frame : 128 * frame + 192]) for frame in range(79)]
+    loud = np.full((2, 192), 3e38, np.float32)
+    given = [engine.step(window, None) for window in (*windows[:20], loud)]
+    # Some frames may pass until it has what it can go on with.
+    while engine.overflows == 0:
+        given.append(engine.step(loud, None))
+        assert len(given) < 60
+    after = [engine.step(window, None) for window in windows[20:]]
+    assert np.isfinite(np.stack(given + after)).all()
+    fresh = model.session(None)
+    expected = [fresh.step(window, None) for window in windows[20:]]
+    np.testing.assert_array_equal(np.stack(after[1:]), np.stack(expected[1:]))  # the first one fades in

@@ -1,0 +1,73 @@
+"""The proxy for an open network, with the configuration that is documented."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos import hints_pb2 as pb
+from protos.hints_pb2_grpc import HintServiceStub
+from tests.attackers import WATCH
+from tests.haproxy import haproxy, running_haproxy
+from tests.processes import PATIENCE, Server, environment
+from tests.remote_server.driver import Device, Material
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(haproxy() is None, reason="HAProxy is not installed (apt-get install haproxy)"),
+]
+
+
+@pytest.fixture
+def behind(ss_server: Server) -> Iterator[Server]:
+    """The server as the proxy shows it."""
+    with running_haproxy(ss_server.address) as address:
+        yield Server(ss_server.process, address)
+
+
+def test_a_session_goes_through(behind: Server, ss: Material) -> None:
+    with Device(behind, ss.opening(), *(ss.audio(frame) for frame in range(5))) as device:
+        device.started()
+        assert [hint.frame for hint in device.hints(5)] == list(range(5))
+        device.finish()
+        assert device.end() == ("OK", "")
+    with Device(behind, ss.opening(bundle_id="another")) as stranger:
+        assert stranger.end()[0] == "FAILED_PRECONDITION"
+
+
+def test_nothing_else_does(behind: Server) -> None:
+    with grpc.insecure_channel(behind.address) as channel:
+        assert HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE).bundle_name
+        for method in (WATCH, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
+            call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
+            with pytest.raises(grpc.RpcError) as refused:
+                list(call(iter([b""]), timeout=PATIENCE))
+            assert isinstance(refused.value, grpc.Call)
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def under_attack(*arguments: object) -> dict[str, int]:
+    call = [sys.executable, "-m", "benchmarks.under_attack", *map(str, arguments)]
+    run = subprocess.run(call, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    told: dict[str, int] = json.loads(run.stdout)
+    return told
+
+
+@pytest.mark.long  # half a minute of a machine for itself
+def test_all_at_once_behind_the_proxy() -> None:
+    told = under_attack(*2 * ["watch", "pings", "places", "refusals"], "resets", "--seconds", 30, "--proxy")
+    assert told["lost"] + told["above_48_ms"] <= 0.05 * told["sent"], told
+    assert told["above_250_ms"] == 0, told
+    assert told["sigterm_seconds"] is not None
+    assert told["sigterm_seconds"] <= 8, told
+
+
+def test_floods_end_at_the_proxy() -> None:
+    told = under_attack("pings", "resets", "--seconds", 6, "--proxy")
+    assert told["lost"] + told["above_48_ms"] <= 0.05 * told["sent"], told
