@@ -317,11 +317,9 @@ def test_a_running_level_makes_every_level_sound_the_same(tmp_path: Path) -> Non
 
         def replayed(samples: NDArray[np.float32]) -> NDArray[np.float32]:
             soundfile.write(tmp_path / "in.wav", samples, 16000, subtype="FLOAT")
-            flags = ["--bundle", tmp_path / "level", "--server", server.address]
-            result = run(
-                *("kb-client", "replay", tmp_path / "in.wav", "-o", tmp_path / "out.wav", *flags),
-                *("--delay-ms", 48, "--output-format", "float"),
-            )
+            flags = ["--bundle", tmp_path / "level", "--server", server.address, "--delay-ms", 48]
+            flags += ["-o", tmp_path / "out.wav", "--output-format", "float"]
+            result = run("kb-client", "replay", tmp_path / "in.wav", *flags)
             assert result.returncode == 0, result.stderr
             names = ["out-speaker1.wav", "out-speaker2.wav"]
             return np.stack([soundfile.read(tmp_path / name, dtype="float32")[0].T for name in names])
