@@ -59,17 +59,17 @@ def missing(extra: str | None) -> str:
 
 
 CALLS = {
-    "kb-client replay samples/mixture.wav -o out.wav": "client",
+    "kb-client replay samples/mixture.wav -o made.wav": "client",
     "kb-client bench": "client",
     "kb-server --port 0": "server",
     "kb-server status localhost:1": "server",
-    "kb-export --untrained --config configs/demo/ss-48ms.json -o out": "server",
-    "kb-train --config configs/demo/train-ss-large.json --run_dir out": "train",
-    "kb-evaluate ss-alone --data samples -o out": "train",
+    "kb-export --untrained --config configs/demo/ss-48ms.json -o made": "server",
+    "kb-train --config configs/demo/train-ss-large.json --run_dir made": "train",
+    "kb-evaluate ss-alone --data samples -o made": "train",
     "kb-make-dataset --speech samples/speech/valid --sofa samples/hrtf/mit_kemar_normal_pinna.sofa --task ss --val 2 "
-    "-o out": "train",
-    "kb-make-voices --speech samples/speech/valid --output out": "train",
-    "kb-store-hints --config configs/demo/train-ss-joint.json --items 1 --output out": "train",
+    "-o made": "train",
+    "kb-make-voices --speech samples/speech/valid --output made": "train",
+    "kb-store-hints --config configs/demo/train-ss-joint.json --items 1 --output made": "train",
 }
 
 
