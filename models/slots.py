@@ -48,8 +48,10 @@ class StateSlots:
             return
         framing, slots = self._model.config.framing, torch.arange(_TRACED).clamp(max=self._count)
         step = _Step(self._model, self._stacked)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of what stays as it was traced: nothing that depends on the streams
+        # Of what stays as it was traced: nothing that depends on the streams. Not for a while only, as the filters are
+        # the process's, and what another thread takes back would not be its own.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        with torch.no_grad():
             for frames in lengths:
                 samples = torch.zeros(
                     _TRACED, self._model.config.microphones, framing.chunk * frames + framing.lookahead
