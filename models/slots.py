@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 from torch.nn import functional
 
 from models.layers import AttentionCache
@@ -50,7 +51,8 @@ class StateSlots:
         step = _Step(self._model, self._stacked)
         # Of what stays as it was traced: nothing that depends on the streams. Not for a while only, as the filters are
         # the process's, and what another thread takes back would not be its own.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=TracerWarning)
+        warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
         with torch.no_grad():
             for frames in lengths:
                 samples = torch.zeros(

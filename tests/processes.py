@@ -119,16 +119,18 @@ def descriptors(pid: int) -> int:
 
 
 @contextmanager
-def running_server(bundle: Path | None, *arguments: object) -> Iterator[Server]:
+def running_server(bundle: Path | None, *arguments: object, for_us: bool = True) -> Iterator[Server]:
     """A server of a bundle, or of those that are shipped, on a free port of loopback, stopped at the end.
 
-    It stops by itself when this process ends, however that comes.
+    It stops by itself when this process ends, however that comes, unless it is to be a server for others too.
     """
     if bundle is not None:
         arguments = ("--bundle", bundle, *arguments)
+    if for_us:
+        arguments = ("--until-stdin-ends", *arguments)
     process = subprocess.Popen(
         # How many sessions a busy machine carries is not what most tests ask.
-        command("kb-server", "--port", 0, "--device", "cpu", "--max-sessions", 16, "--until-stdin-ends", *arguments),
+        command("kb-server", "--port", 0, "--device", "cpu", "--max-sessions", 16, *arguments),
         env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

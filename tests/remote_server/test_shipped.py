@@ -26,7 +26,7 @@ FRAMES = 20
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running_server(None) as server:
+    with running_server(None, for_us=False) as server:
         yield server
 
 
