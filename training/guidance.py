@@ -20,7 +20,7 @@ from models.framing import Stft, pad_to_frames
 from models.layers import HintFusion, prelu
 from models.pair import SmallModel
 
-_IDEAL_GAIN = 4.0  # trained large networks, free in scale, were found to give about this times the sources' spectra
+IDEAL_GAIN = 4.0  # trained large networks, free in scale, were found to give about this times the sources' spectra
 
 
 def source_spectra(stft: Stft, sources: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def ideal_embedding(spectra: Tensor) -> Tensor:
         level = spectra.abs().square().sum((1, 2)).clamp_min(1e-12).log()  # [B, S, M]
         order = (level[..., 0] - level[..., -1]).argsort(dim=1, descending=True)
         spectra = spectra.gather(3, order[:, None, None, :, None].expand_as(spectra))
-    return _IDEAL_GAIN * torch.view_as_real(spectra).flatten(-3)
+    return IDEAL_GAIN * torch.view_as_real(spectra).flatten(-3)
 
 
 class Guidance(nn.Module):

@@ -29,7 +29,7 @@ from models.pair import BoostedPair, LargeModel, SmallModel
 from training import metrics
 from training.config import StoredData, TrainingConfig
 from training.datasets import Batch, render
-from training.guidance import Guidance, ideal_embedding, source_spectra
+from training.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
 from training.losses import level_error, match_sources, negative_si_sdr
 from training.speaker_whitening import SpeakerWhitening
 from training.stored_hints import STORED_LARGE, large_digest
@@ -168,8 +168,9 @@ class TrainingModule(lightning.LightningModule):
         large = self.pair.large
         embedding = ideal_embedding(source_spectra(large.stft, batch["sources"]))
         if large.level is not None:
+            # Such networks keep the level of what they hear.
             spectrum = large.stft.analyse(pad_to_frames(batch["mixture"], self.config.model.framing))
-            embedding = embedding / large.level(spectrum, spectrum.new_zeros(len(spectrum))).scale
+            embedding = embedding / (IDEAL_GAIN * large.level(spectrum, spectrum.new_zeros(len(spectrum))).scale)
         return embedding
 
     def _speaker_noise(self, batch: int) -> Tensor:
