@@ -12,9 +12,10 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
-from tests.processes import command
+from tests.processes import PATIENCE, command
 
 PORT = 50051
 STRANGER = "somebody.example"
@@ -66,12 +67,15 @@ def main(folder: Path) -> None:
     codes = {name: process.wait() for name, process in running.items()}
     server.terminate()
     codes["server"] = server.wait()
-    foreign = list(sniffer.foreign)
-    # What a process asks of the world would have been seen.
+    # What a process asks of the world is seen: this comes after all that was asked before.
     with contextlib.suppress(OSError):
         socket.getaddrinfo(STRANGER, 443)
-    seen = [packet for packet in sniffer.foreign[len(foreign) :] if "somebody" in packet]
-    print(json.dumps({"codes": codes, "foreign": foreign, "sessions": sniffer.sessions, "seen": seen}))
+    deadline = time.monotonic() + PATIENCE
+    while not any(ours := ["somebody" in packet for packet in list(sniffer.foreign)]):
+        assert time.monotonic() < deadline, "a look-up of a name is not seen, so that nothing is known"
+        time.sleep(0.01)
+    foreign = sniffer.foreign[: ours.index(True)]
+    print(json.dumps({"codes": codes, "foreign": foreign, "sessions": sniffer.sessions}))
 
 
 if __name__ == "__main__":
