@@ -60,6 +60,7 @@ def _library(compiler: str, more_flags: str) -> ctypes.CDLL | None:
         with _folder() as folder:
             path = folder / f"training-{digest}.so"
             if not _is_safe(path):
+                path.unlink(missing_ok=True)  # a link would be followed
                 with atomic_file(path) as temporary:
                     units = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
                     _output([compiler, *flags, *units, "-o", str(temporary)])

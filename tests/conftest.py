@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from models.bundle import write_bundle
 from tests.certificates import TOKENS_FILE, Certificates, make_certificates, write_private
 from tests.golden_cases import Golden, load
 from tests.processes import Server, running_server
+
+# A test run in the background may have been told to survive its terminal; what it starts should not inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")

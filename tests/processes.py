@@ -31,6 +31,9 @@ COMMANDS = {
 }
 
 
+REMARKS = ("warning:", "kb-train: LSTMs of ")  # that may come before a refusal
+
+
 def command(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", COMMANDS[name], *map(str, arguments)]
 
@@ -45,7 +48,7 @@ def run(name: str, *arguments: object, cwd: Path | None = None) -> "subprocess.C
 def refusal(name: str, *arguments: object, cwd: Path | None = None) -> str:
     """The one line that a command refuses a call with, its exit code checked."""
     result = run(name, *arguments, cwd=cwd)
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(REMARKS)]
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith(f"{name}: error: ")
@@ -62,7 +65,7 @@ def refusal_here(name: str, capsys: pytest.CaptureFixture[str], *arguments: obje
             importlib.import_module(COMMANDS[name]).main()
     signal.signal(signal.SIGTERM, handler)
     printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if not line.startswith("warning:")]
+    lines = [line for line in printed.err.splitlines() if not line.startswith(REMARKS)]
     assert left.value.code == code, printed.err
     assert len(lines) == 1, printed.err
     assert not printed.out
