@@ -3,10 +3,11 @@
 # make lint      ruff and mypy
 # make lint-deploy   the files of deploy/, with what tools are here
 # make results   the validation table of the shipped bundles, into out/results/
+# make results-by-listener   the same for heads, microphones and mono, and for forty more speakers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint lint-deploy results validation stubs clean
+.PHONY: demo test lint lint-deploy results results-by-listener validation stubs clean
 
 demo: $(VENV)/.runtime
 	mkdir -p out/demo-ss out/demo-tse
@@ -17,25 +18,33 @@ demo: $(VENV)/.runtime
 		--output out/extracted.wav --delay-ms 48 --reference samples/source1.wav --alone tse-alone --with-large \
 		--compare out/demo-tse --report out/demo-tse/report.json --plot out/demo-tse/hints.png
 
-# The same mixtures on every machine: voices, rooms and seed are fixed. Two sets of speakers whom nobody was trained on, each
-# heard by a dummy head, two people's heads, two bare microphones and a single one.
-HEADS := mit_kemar_normal_pinna cipic_059 cipic_135
-VALIDATION := $(BIN)/kb-make-dataset $(foreach head,$(HEADS),--sofa samples/hrtf/$(head).sofa) \
-	--microphones 0.25 --mono 0.25 --absorption 0.2 0.8 --anechoic 0.25 --seed 2026 --val 240
+# The same mixtures on every machine: voices, rooms and seed are fixed.
+VALIDATION := $(BIN)/kb-make-dataset --seed 2026 --anechoic 0.25 --sofa samples/hrtf/mit_kemar_normal_pinna.sofa
+# Two sets of speakers whom nobody was trained on, heard by a dummy head, two people's heads, two bare microphones and one.
+LISTENERS := $(VALIDATION) --sofa samples/hrtf/cipic_059.sofa --sofa samples/hrtf/cipic_135.sofa \
+	--microphones 0.25 --mono 0.25 --absorption 0.2 0.8 --val 240
 
 validation: $(VENV)/.development
 	for task in ss tse; do \
-		$(VALIDATION) --speech samples/speech/valid --task $$task --output data/valid-$$task && \
-		$(VALIDATION) --speech samples/speech/valid-more --task $$task --output data/valid-more-$$task || exit; \
+		$(VALIDATION) --absorption 0.3 0.8 --val 200 --speech samples/speech/valid --task $$task --output data/valid-$$task && \
+		$(LISTENERS) --speech samples/speech/valid --task $$task --output data/listeners-$$task && \
+		$(LISTENERS) --speech samples/speech/valid-more --task $$task --output data/listeners-more-$$task || exit; \
 	done
 
 results: validation
-	for set in valid valid-more; do for task in ss tse; do \
-		$(BIN)/kb-evaluate $$task-alone $$task-48ms-compact --data data/$$set-$$task --split val \
-			--metrics si_sdri,snri --output out/results/$$set-$$task && \
-		$(BIN)/python -m benchmarks.conditions out/results/$$set-$$task data/$$set-$$task/val \
-			--json out/results/$$set-$$task/conditions.json || exit; \
-	done; done
+	for task in ss tse; do \
+		$(BIN)/kb-evaluate $$task-alone $$task-48ms-compact --data data/valid-$$task --split val --metrics si_sdri,snri \
+			--output out/results/$$task || exit; \
+	done
+
+results-by-listener: validation
+	for set in listeners-ss listeners-more-ss listeners-tse listeners-more-tse; do \
+		task=$${set##*-}; \
+		$(BIN)/kb-evaluate $$task-alone $$task-48ms-compact --data data/$$set --split val --metrics si_sdri \
+			--output out/results/$$set && \
+		$(BIN)/python -m benchmarks.conditions out/results/$$set data/$$set/val --json out/results/$$set/conditions.json \
+			|| exit; \
+	done
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -169,6 +169,7 @@ def test_damaged_files_are_one_line(folder: Path, stored: Path, tmp_path: Path) 
             opened(from_stored(folder, tmp_path / "cut", "ss"))
 
 
+@pytest.mark.slow
 def test_the_commands_run_and_resume(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(
         SPEECH.parents[2] / "samples", tmp_path / "samples", ignore=shutil.ignore_patterns("hrtf", "speech")

@@ -218,6 +218,7 @@ def test_a_run_can_start_from_a_bundle(dataset: Path, tmp_path: Path) -> None:
             started(f"other-{other['task']}", other)
 
 
+@pytest.mark.slow
 def test_a_guided_run_goes_on_and_becomes_a_pair_without_its_guidance(dataset: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, dataset, epochs=2, guidance=5.0, ideal_hints=True, freeze_large=True)
     whole, half = tmp_path / "whole", tmp_path / "half"
@@ -349,6 +350,7 @@ def test_a_loss_that_is_no_number_stops_with_the_names_of_its_batch(dataset: Pat
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_hints_of_a_fitted_large_network_help_the_small_one(tmp_path: Path) -> None:
     """Learning is real: a reduced pair fitted to four mixtures, large network first, the published way."""
     data = write_dataset(tmp_path / "data", 4, 0.5, ("train",))
