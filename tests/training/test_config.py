@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
-from models.checkpoint import build
+from models.checkpoint import build, read_checkpoint, read_training_speakers
 from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from models.framing import pad_to_frames
 from models.pair import BoostedPair, SmallModel
 from training.config import DynamicData, FolderData, TrainingConfig, read_training_config
+from training.corpus import read_names
 from training.losses import negative_si_sdr
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,21 @@ def test_the_published_configurations_are_all_there() -> None:
     published_folders = {name.partition("/")[0] for name in NAMES}
     assert {name for name in found if name.partition("/")[0] in published_folders} == set(NAMES)
     assert len(NAMES) == 20
+
+
+def test_what_is_trained_on_starts_from_weights_that_fit() -> None:
+    """And from weights that have heard nobody who is kept for validation."""
+    paths = list((CONFIGS / "listeners").glob("*.json"))
+    assert paths
+    for path in paths:
+        config = read_training_config(path)
+        assert isinstance(config.train, DynamicData)
+        assert config.initial_checkpoint is not None
+        assert config.train.excluded_speakers is not None
+        read_checkpoint(ROOT / config.initial_checkpoint, config.model)
+        kept = read_names(ROOT / config.train.excluded_speakers)
+        assert len(kept) == 40
+        assert not kept & set(read_training_speakers(ROOT / config.initial_checkpoint))
 
 
 @pytest.mark.parametrize("folder", ["compact", "full_size"])
