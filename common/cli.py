@@ -28,9 +28,13 @@ _FAULTS_OF_PATHS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
 _OURS = {"common", "device_client", "models", "protos", "remote_server", "training"}
 
 
+class _Terminated(SystemExit):
+    """A signal asked the command to end."""
+
+
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
     # As an exception a signal unwinds the stack, so that helpers are stopped and temporary files removed.
-    raise SystemExit(1)
+    raise _Terminated(1)
 
 
 def end_signals() -> list[signal.Signals]:
@@ -52,11 +56,16 @@ def run(app: typer.Typer, name: str, extra: str) -> NoReturn:
         signal.signal(number, _terminated)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as common.start leaves it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with _forgiving_output() as trouble:
-        code = _run(app, name, extra)
-        sys.stdout.flush()
-        if trouble and code == 0:
-            code = _refuse(name, f"standard output: cannot write ({reason(trouble[0])}); all else is done", 1)
+    try:
+        with _forgiving_output() as trouble:
+            code = _run(app, name, extra)
+            sys.stdout.flush()
+            if trouble and code == 0:
+                code = _refuse(name, f"standard output: cannot write ({reason(trouble[0])}); all else is done", 1)
+    except _Terminated:
+        # All is cleaned up. A library that was interrupted in the middle of a call, as gRPC may have been, can wait for
+        # its end for ever while the interpreter is taken down.
+        os._exit(1)
     sys.exit(code)
 
 
