@@ -47,6 +47,16 @@ def _network(config: ModelConfig, size: NetworkSize, *, hints: bool) -> TFGridNe
     )
 
 
+def _at_one_level(
+    running: RunningLevel | None, spectrum: Tensor, past: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The spectrum that a network gets, the gain of its estimate, and the state of the level, if there is one."""
+    if running is None or past is None:
+        return spectrum, None, past
+    levels = running(spectrum, past)
+    return levels.spectrum, levels.gain, levels.power
+
+
 class SmallModel(nn.Module):
     """The device's network: samples and hints to samples. Without boosting in its configuration, one network alone."""
 
@@ -76,11 +86,7 @@ class SmallModel(nn.Module):
             Estimates ``[B, S, M, chunk T]``, and the state after the last frame.
         """
         late = hints.transpose(2, 3) if hints is not None else None
-        spectrum, level = self.stft.analyse(samples), state.level
-        gain: Tensor | None = None
-        if self.level is not None and level is not None:
-            levels = self.level(spectrum, level)
-            spectrum, gain, level = levels.spectrum, levels.gain, levels.power
+        spectrum, gain, level = _at_one_level(self.level, self.stft.analyse(samples), state.level)
         embedding, network = self.network(spectrum, state.network, late)
         estimate, overlap = self.stft.synthesise(embedding if gain is None else embedding * gain, state.overlap)
         estimate = estimate.view(len(estimate), self.config.sources, self.config.microphones, -1)
@@ -125,11 +131,7 @@ class LargeModel(nn.Module):
     def _embed(self, samples: Tensor, state: LargeState) -> tuple[Tensor, Tensor | None, LargeState]:
         # A frozen network (joint training may freeze it) runs several times as fast without autograd's records.
         frozen = not self.network.output_conv.conv.weight.requires_grad
-        spectrum, level = self.stft.analyse(samples), state.level
-        gain: Tensor | None = None
-        if self.level is not None and level is not None:
-            levels = self.level(spectrum, level)
-            spectrum, gain, level = levels.spectrum, levels.gain, levels.power
+        spectrum, gain, level = _at_one_level(self.level, self.stft.analyse(samples), state.level)
         with torch.no_grad() if frozen else nullcontext():
             embedding, network = self.network(spectrum, state.network)
         return embedding, gain, replace(state, network=network, level=level)
