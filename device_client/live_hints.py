@@ -95,9 +95,15 @@ class LiveHints:
         self._answers = False
         self._refused: Refused | None = None
         self._thread = threading.Thread(target=self._keep_connected, name="kb-network", daemon=True)
-        self.server: str | None = None  # that hints come from
+        self._source: _Session | None = None  # that hints come from
         self.late = 0  # hints that came after their frame had started
         self.events: deque[ServerEvent] = deque(maxlen=32)
+
+    @property
+    def server(self) -> str | None:
+        """The server that hints come from."""
+        source = self._source
+        return None if source is None else source.server
 
     def start(self) -> None:
         """Begin to look for a server."""
@@ -236,8 +242,8 @@ class LiveHints:
         finally:
             search.stop()
             session.end()
-            if self.server == session.server and (following is None or not following.in_time):
-                self.server = None
+            if self._source is session:
+                self._source = None
         if following is None and search.found is not None:  # as it was told to stop
             following = self._begin(search.found)
         return why or "closed", following
@@ -292,10 +298,11 @@ class LiveHints:
             if received.hint is None:
                 continue
             self._buffer.put(frame, received.hint, now)
-            if not session.in_time and (not late or self.server is None):
+            if not session.in_time and (not late or self._source is None):
                 session.in_time = not late
-                if self.server != session.server:
-                    self.server = session.server
+                # Sessions are compared, not addresses: behind one address there may be several servers.
+                if self._source is not session:
+                    self._source = session
                     self.events.append(ServerEvent(session.server, True, f"hints come from {session.server}"))
         self._wake.set()
 

@@ -163,6 +163,41 @@ def test_a_server_whose_hints_are_never_in_time_is_left_for_the_next(
     assert hints.events[-1].text == f"hints come from {ss_server.address}"
 
 
+def test_hints_after_a_move_are_announced_where_one_address_stands_for_many_servers(
+    golden_bundle: Callable[[str], Path],
+) -> None:
+    bundle = golden_bundle(SS)
+    manifest = read_manifest(bundle)
+    drained: list[int] = []
+
+    def leaves_once(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
+        for frame in range(audio.first_frame, audio.first_frame + frames):
+            yield hint(manifest, frame)
+        if not drained and audio.first_frame > 50:
+            drained.append(audio.first_frame)
+            yield pb.StreamHintsResponse(draining=pb.Draining(seconds=30))
+
+    with hostile(manifest, leaves_once) as address:
+        hints = LiveHints([address], manifest, encodings=Encodings())
+
+        def pace(frame: int) -> None:
+            real_time(frame)
+            if len(hints.events) == 3:
+                audio.stop()
+
+        audio = MemoryAudio(noise(4000), pace)
+        hints.start()
+        LiveLoop(load_model(bundle, "onnx").session(None), manifest.model, audio, hints, "1").run()
+        source = hints.server
+        hints.close()
+    assert [event.text for event in hints.events] == [
+        f"hints come from {address}",
+        f"{address} shuts down; moving to {address}",
+        f"hints come from {address}",
+    ]
+    assert source == address
+
+
 @pytest.mark.slow  # in real time
 def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
     """Though the next server takes a while until its first hint, the first one's go on until then."""

@@ -186,7 +186,6 @@ def test_the_sessions_of_a_killed_replica_have_hints_from_the_other_within_three
         cluster.wait_for_replicas(2)
 
 
-@pytest.mark.long  # fails: not all devices are connected in the end; not understood yet
 def test_a_replica_that_is_not_needed_sends_its_sessions_to_the_other(
     cluster: RayCluster, case: Material, bundle: Path
 ) -> None:
