@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 # Seconds, for what must come: so many that only a test that has failed waits so long, however busy the machine is.
 PATIENCE = 240.0
@@ -56,17 +57,29 @@ def refusal(name: str, *arguments: object, cwd: Path | None = None) -> str:
     return lines[0].removeprefix(f"{name}: error: ")
 
 
-def refusal_here(name: str, capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
-    """As :func:`refusal`, with the command called in this process, which spares its start."""
-    handler = signal.getsignal(signal.SIGTERM)
+def call_here(name: str, *arguments: object) -> int:
+    """The exit code of a command that is called in this process, which spares its start."""
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [name, *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
             importlib.import_module(COMMANDS[name]).main()
-    signal.signal(signal.SIGTERM, handler)
+    # What the command has set for its process does not count for the tests that follow.
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+def refusal_here(name: str, capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """As :func:`refusal`, by :func:`call_here`."""
+    exit_code = call_here(name, *arguments)
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if not line.startswith(REMARKS)]
-    assert left.value.code == code, printed.err
+    assert exit_code == code, printed.err
     assert len(lines) == 1, printed.err
     assert not printed.out
     return lines[0].removeprefix(f"{name}: error: ")

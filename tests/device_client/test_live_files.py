@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.processes import command, environment, run
+from tests.processes import call_here, command, environment, run
 
 ALONE = ("--bundle", "ss-alone")
 Samples = np.ndarray[tuple[int, int], np.dtype[np.float32]]
@@ -53,25 +53,17 @@ def test_live_writes_what_replay_writes(
 
 @pytest.mark.parametrize("way", ["live", "replay"])
 def test_the_shortest_files_come_out_as_long_as_they_went_in(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import device_client.main
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for rate in (16000, 44100, 48000, 192_000):
         for count in (1, 5):
             source, target = tmp_path / "in.wav", tmp_path / "out.wav"
             soundfile.write(source, np.full((count, 2), 0.25), rate)
             flags = ["--input", source, "--output", target] if way == "live" else [source, "-o", target]
-            monkeypatch.setattr("sys.argv", ["kb-client", way, *map(str, flags), *ALONE])
-            with pytest.raises(SystemExit) as left:
-                device_client.main.main()
-            assert left.value.code == 0, capsys.readouterr().err
+            assert call_here("kb-client", way, *flags, *ALONE) == 0, capsys.readouterr().err
             written = target if way == "live" else tmp_path / "out-speaker1.wav"
             info = soundfile.info(written)
             assert (info.frames, info.samplerate) == (count, rate)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from models.config import ModelConfig, NetworkSize
 from models.manifest import UNTRAINED_NOTICE, read_manifest
 from models.pair import BoostedPair, delay_hints
 from tests.golden_cases import Golden
-from training import evaluation
+from tests.processes import call_here
 from training.config import FolderData, TrainingConfig
 from training.evaluation_plot import RESAMPLES, RESULT_FILES, Figure, Results, bootstrap
 
@@ -88,15 +87,9 @@ class Outcome:
 def call(*arguments: object, output: Path) -> Outcome:
     """kb-evaluate in this process, which is faster than a process of its own."""
     stdout, stderr = io.StringIO(), io.StringIO()
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
-        patch.setattr("sys.argv", ["kb-evaluate", *map(str, arguments), "-o", str(output)])
-        with pytest.raises(SystemExit) as left:
-            evaluation.main()
-    signal.signal(signal.SIGTERM, handler)
-    torch.set_num_threads(threads)
-    assert isinstance(left.value.code, int)
-    return Outcome(left.value.code, stdout.getvalue(), stderr.getvalue(), output)
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        code = call_here("kb-evaluate", *arguments, "-o", output)
+    return Outcome(code, stdout.getvalue(), stderr.getvalue(), output)
 
 
 def evaluate(*arguments: object, output: Path) -> Outcome:

@@ -21,7 +21,7 @@ import soundfile
 import torch
 
 import training.make_dataset
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, call_here
 from training.corpus import find_speech, find_talkers, split_talkers
 from training.make_dataset import Mixtures, mixture_bytes
 from training.rooms import RESPONSE_LENGTH, Renderer, RoomRanges, draw_room, read_bank
@@ -51,16 +51,10 @@ def renderer(sofa: Sequence[Path]) -> Renderer:
     return _read(*sofa)
 
 
-def make(*arguments: object) -> object:
-    """The command in this process; its exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
+def make(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.make_dataset, "Renderer", renderer)
-        patch.setattr("sys.argv", ["kb-make-dataset", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            training.make_dataset.main()
-    signal.signal(signal.SIGTERM, handler)
-    return left.value.code
+        return call_here("kb-make-dataset", *arguments)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 import scipy.signal
 import soundfile
 
-import training.voices
 from common.errors import InputError
+from tests.processes import call_here
 from training.corpus import SAMPLE_RATE, Samples, find_speech, refuse_shared_speakers
 from training.voices import Change, change_voice
 
@@ -50,15 +49,8 @@ def formant_of(sound: Samples) -> float:
     return float((frequencies * power)[near].sum() / power[near].sum())
 
 
-def make(*arguments: object) -> object:
-    """The command in this process; its exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["kb-make-voices", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            training.voices.main()
-    signal.signal(signal.SIGTERM, handler)
-    return left.value.code
+def make(*arguments: object) -> int:
+    return call_here("kb-make-voices", *arguments)
 
 
 @pytest.fixture(scope="module")
