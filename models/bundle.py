@@ -2,17 +2,18 @@
 
 import datetime
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from common.errors import InputError, reason
 from common.files import atomic_directory, atomic_file
-from models.checkpoint import build, load_exactly
+from models.checkpoint import build, check_shapes, load_exactly
 from models.config import ModelConfig
 from models.manifest import (
     GRAPH_FILE,
@@ -41,7 +42,7 @@ def load_small(name_or_path: str) -> tuple[SmallModel, Manifest]:
     """
     directory = find_bundle(name_or_path)
     manifest = read_manifest(directory)
-    return _load(SmallModel(manifest.model), directory, manifest, "small"), manifest
+    return _load(SmallModel, directory, manifest, "small"), manifest
 
 
 def load_large(name_or_path: str) -> tuple[LargeModel, Manifest]:
@@ -52,8 +53,7 @@ def load_large(name_or_path: str) -> tuple[LargeModel, Manifest]:
     """
     directory = find_bundle(name_or_path)
     manifest = read_manifest(directory)
-    verify_part(directory, manifest, "large")
-    return _load(LargeModel(manifest.model), directory, manifest, "large"), manifest
+    return _load(LargeModel, directory, manifest, "large"), manifest
 
 
 def load_pair(name_or_path: str) -> tuple[BoostedPair, Manifest]:
@@ -94,12 +94,18 @@ def read_bundle(name_or_path: str, config: ModelConfig) -> nn.Module:
     return model
 
 
-def _load(model: Model, directory: Path, manifest: Manifest, part: Part) -> Model:
+def _load(kind: Callable[[ModelConfig], Model], directory: Path, manifest: Manifest, part: Part) -> Model:
     path = verify_part(directory, manifest, part)
     try:
-        state = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     except Exception as error:
         raise InputError(f"{path}: not a readable safetensors file ({reason(error)})") from None
+    # The sizes that a manifest claims cost no memory before the file has shown that it has weights of these sizes.
+    with torch.device("meta"):
+        check_shapes(kind(manifest.model), shapes, path)
+    state = safetensors.torch.load_file(path)
+    model = kind(manifest.model)
     load_exactly(model, state, path)
     return model.eval().requires_grad_(False)
 

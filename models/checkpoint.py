@@ -1,7 +1,7 @@
 """Weights into models: our own checkpoints and the published ones, never unpickled without ``weights_only``."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,22 +250,32 @@ def build(config: ModelConfig) -> nn.Module:
     return alone
 
 
+def check_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: Path) -> None:
+    """Compare the names and shapes of tensors with those of a model, which may be on the meta device.
+
+    Raises:
+        InputError: a tensor is missing, left over or misshaped; it is named.
+    """
+    own = model.state_dict()
+    for name in own:
+        if name not in shapes:
+            raise InputError(f"{source}: tensor {name} is missing; is this the checkpoint of the configuration given?")
+    for name, shape in shapes.items():
+        if name not in own:
+            raise InputError(f"{source}: tensor {name} has no place in the configuration given")
+        if tuple(shape) != tuple(own[name].shape):
+            expected = list(own[name].shape)
+            raise InputError(f"{source}: tensor {name} has shape {list(shape)}, expected {expected}")
+
+
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
     """Load a state dict whose keys and shapes must be exactly the model's, and whose values must be finite.
 
     Raises:
         InputError: a tensor is missing, left over, misshaped or not finite; it is named.
     """
-    own = model.state_dict()
-    for name in own:
-        if name not in state:
-            raise InputError(f"{source}: tensor {name} is missing; is this the checkpoint of the configuration given?")
+    check_shapes(model, {name: tensor.shape for name, tensor in state.items()}, source)
     for name, tensor in state.items():
-        if name not in own:
-            raise InputError(f"{source}: tensor {name} has no place in the configuration given")
-        if tensor.shape != own[name].shape:
-            expected = list(own[name].shape)
-            raise InputError(f"{source}: tensor {name} has shape {list(tensor.shape)}, expected {expected}")
         _check_plain(tensor, name, source)
         if tensor.dtype not in _WEIGHTS:
             raise InputError(f"{source}: tensor {name} is of {_kind(tensor)}; weights are float16, 32, 64 or bfloat16")

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from common.errors import InputError
 from models.bundle import load_large, load_pair, load_small, record_quality
 from models.config import ModelConfig
-from models.manifest import read_manifest
+from models.manifest import bundle_id, read_manifest
 from tests.golden_cases import FOLDER, TOLERANCE, Golden, worst
 from tests.processes import refusal, run
 
@@ -179,3 +181,26 @@ def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     for flags, expected in cases:
         assert expected in refusal("kb-export", *flags)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read as Linux gives it")
+def test_sizes_that_only_the_manifest_has_cost_no_memory(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """A manifest that is consistent, of a network as large as may be, beside the weights of another one."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(golden_bundle("ss_delay6_compression2"), bundle)
+    document = json.loads((bundle / "bundle.json").read_text())
+    document["model"]["large"] |= {"channels": 1024, "hidden": 1024, "heads": 1, "window": 2, "blocks": 2}
+    document["id"] = bundle_id(ModelConfig.model_validate_json(json.dumps(document["model"])), document["digests"])
+    (bundle / "bundle.json").write_text(json.dumps(document))
+    script = (
+        "import resource, sys\n"
+        "from models.bundle import load_large\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: load_large(sys.argv[1])\n"
+        "except Exception as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, bundle], capture_output=True, text=True, check=True)
+    why, grown = result.stdout.splitlines()
+    assert "has shape" in why
+    assert int(grown) < 100_000, "KiB"  # the network would take ten times as much
