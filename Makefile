@@ -22,7 +22,7 @@ demo: $(VENV)/.runtime
 VALIDATION := $(BIN)/kb-make-dataset --seed 2026 --anechoic 0.25 --sofa samples/hrtf/mit_kemar_normal_pinna.sofa
 # Two sets of speakers whom nobody was trained on, heard by a dummy head, two people's heads, two bare microphones and one.
 LISTENERS := $(VALIDATION) --sofa samples/hrtf/cipic_059.sofa --sofa samples/hrtf/cipic_135.sofa \
-	--microphones 0.25 --mono 0.25 --absorption 0.2 0.8 --val 240
+	--microphones 0.25 --mono 0.25 --unequal 0.15 --absorption 0.2 0.8 --val 240
 
 validation: $(VENV)/.development
 	for task in ss tse; do \

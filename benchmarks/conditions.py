@@ -22,6 +22,7 @@ from rich.table import Table
 from training.evaluation_plot import bootstrap
 
 Record = dict[str, str]
+_UNEQUAL_DB = 6.0  # that two microphones differ by anyway
 Mask = NDArray[np.bool_]
 
 
@@ -58,8 +59,9 @@ TALKERS: dict[str, dict[str, Condition]] = {
 
 
 def listener(record: Record) -> str:
-    """What heard an item, a head by its name."""
-    return record.get("listener", "head")
+    """What heard an item, a head by its name; apart from these, any of them with one side 20 dB weaker."""
+    unequal = abs(float(record.get("sensitivity_difference_db", 0))) > _UNEQUAL_DB
+    return "one side 20 dB weaker" if unequal else record.get("listener", "head")
 
 
 def classes_of(task: str, records: list[Record], folders: list[Path]) -> Iterator[tuple[str, str, Mask]]:

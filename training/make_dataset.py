@@ -454,6 +454,12 @@ def make_dataset(
         float,
         typer.Option("--mono", min=0, max=1, help="Share of rooms with one microphone, whose signal comes twice."),
     ] = _ROOMS.mono,
+    unequal: Annotated[
+        float,
+        typer.Option(
+            "--unequal", min=0, max=1, help="Share of all rooms but mono: one ear or microphone 20 dB weaker."
+        ),
+    ] = _ROOMS.unequal,
     responses_only: Annotated[
         bool, typer.Option("--responses-only", help="A bank of room responses for dynamic mixing, without speech.")
     ] = False,
@@ -467,7 +473,8 @@ def make_dataset(
     ] = False,
 ) -> None:
     """Mix two speakers in random rooms, as two ears hear them. The same command goes on with an interrupted run."""
-    ranges = RoomRanges(side, height, absorption, anechoic, distance, azimuth, elevation, separation, microphones, mono)
+    shares = (microphones, mono, unequal)
+    ranges = RoomRanges(side, height, absorption, anechoic, distance, azimuth, elevation, separation, *shares)
     counts = {split: count for split, count in (("train", train), ("val", val), ("test", test)) if count}
     if responses_only:
         if speech or valid_speech or task or counts or noise:

@@ -8,7 +8,7 @@ left), elevation from the horizontal. Ear 0 is the left one.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ class RoomRanges:
     separation: float = 15.0  # least difference of the talkers' azimuths
     microphones: float = 0.0  # share of rooms with two microphones and no head
     mono: float = 0.0  # share of rooms with one microphone
+    unequal: float = 0.0  # share of other rooms in which one ear or microphone is 20 dB less sensitive
 
     def __post_init__(self) -> None:
         check_range("--side", self.side, 2, 50)
@@ -82,6 +83,7 @@ def check_range(flag: str, values: Range, least: float, most: float) -> None:
 MICROPHONES, MONO = "microphones", "mono"
 _SPACING = (0.03, 0.2)  # m, of two microphones
 _UNEQUAL_DB = 6.0  # most that one of them is more sensitive than the other
+_WEAK_DB = 20.0  # as when one of two microphones is covered
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,17 @@ class Listener:
 
     kind: str  # the name of a head, or MICROPHONES or MONO
     spacing: float = 0.0  # m, between two microphones
-    difference: float = 0.0  # dB, sensitivity of the left one over the right one
+    difference: float = 0.0  # dB, sensitivity of the left ear or microphone over the right one
 
 
 def _draw_listener(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
+    listener = _draw_kind(rng, ranges, heads)
+    if ranges.unequal and rng.uniform() < ranges.unequal and listener.kind != MONO:
+        return replace(listener, difference=_WEAK_DB * float(rng.choice((-1, 1))))
+    return listener
+
+
+def _draw_kind(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
     # Where only one head is possible nothing is drawn.
     if ranges.microphones or ranges.mono:
         share = rng.uniform()

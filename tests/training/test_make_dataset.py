@@ -330,13 +330,14 @@ def test_every_condition_is_rendered_as_told(tmp_path: Path) -> None:
     other.write_bytes(SOFA.read_bytes())
     call = [
         *("--speech", SPEECH, "--sofa", SOFA, "--sofa", other, "--task", "ss", "--seed", 3, "--seconds", SECONDS),
-        *("--val", 24, "--microphones", 0.3, "--mono", 0.3, "--anechoic", 0.5, "--level", -60, -6),
+        *("--val", 24, "--microphones", 0.3, "--mono", 0.3, "--unequal", 0.3, "--anechoic", 0.5, "--level", -60, -6),
         *("--noise", noise.parent, "--noise-ratio", 10, 20),
     ]
     root = tmp_path / "data"
     assert make(*call, "-o", root, "--workers", 2) == 0
     kinds = Counter(row["listener"] for row in rows(root / "val"))
     assert set(kinds) == {SOFA.stem, "other", "microphones", "mono"}
+    weak: list[str] = []
     for row in rows(root / "val"):
         folder = root / "val" / row["item"]
         parts = [*sources(folder), soundfile.read(folder / "noise.wav", dtype="int16")[0].T.astype(np.int64)]
@@ -348,8 +349,16 @@ def test_every_condition_is_rendered_as_told(tmp_path: Path) -> None:
         assert row["noise"] in ("rain/short.wav", "rain/long.wav")
         if row["listener"] == "mono":
             assert all((left == right).all() for left, right in parts)
+        difference = float(row["sensitivity_difference_db"])
+        if abs(difference) > 6:
+            assert abs(difference) == 20
+            weak.append(row["listener"])
+            # The room and the head make the sides unequal too.
+            left, right = (10 * np.log10(np.mean(voices[side] ** 2.0)) for side in (0, 1))
+            assert left - right == pytest.approx(difference, abs=12)
         if row["listener"] == "microphones":
             assert 0.03 <= float(row["spacing_m"]) <= 0.2
+    assert len(set(weak)) > 1
     again = tmp_path / "again"
     assert make(*call, "-o", again, "--workers", 1) == 0
     assert tree(again) == tree(root)

@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,11 @@ def test_listeners_are_drawn_in_their_shares() -> None:
         pair = listener.kind == MICROPHONES
         assert 0.03 <= listener.spacing <= 0.2 if pair else listener.spacing == 0
         assert abs(listener.difference) <= 6 if pair else listener.difference == 0
+    weak = [draw_room(np.random.default_rng(seed), replace(ranges, unequal=0.4), ["ann", "bob"]) for seed in range(400)]
+    assert [room.listener.kind for room in weak] == [listener.kind for listener in drawn]
+    sides = Counter(room.listener.difference for room in weak if abs(room.listener.difference) > 6)
+    assert {side: count / 400 for side, count in sides.items()} == pytest.approx({-20: 0.16, 20: 0.16}, abs=0.05)
+    assert all(room.listener.difference == 0 for room in weak if room.listener.kind == MONO)
     with pytest.raises(InputError, match="shares of the rooms"):
         RoomRanges(microphones=0.7, mono=0.4)
 
