@@ -47,6 +47,16 @@ def test_the_dockerfile_has_no_known_faults() -> None:
     accepted(tool("hadolint"), DEPLOY / "docker" / "Dockerfile")
 
 
+def test_images_begin_from_what_cannot_change() -> None:
+    stages: list[str] = []
+    for line in (DEPLOY / "docker" / "Dockerfile").read_text().splitlines():
+        if line.startswith("FROM "):
+            _, image, _, stage = line.split()
+            assert image in stages or re.search("@sha256:[0-9a-f]{64}$", image), image
+            stages.append(stage)
+    assert len(stages) > 1
+
+
 def test_systemd_understands_the_unit_and_finds_it_well_confined(tmp_path: Path) -> None:
     analyze, unit = tool("systemd-analyze"), tmp_path / "kb-server.service"
     text = (DEPLOY / "systemd" / "kb-server.service").read_text()
