@@ -59,7 +59,7 @@ lint-deploy: $(VENV)/.development
 	$(BIN)/python -m pytest tests/deploy
 
 stubs: $(VENV)/.development
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m protos.generate
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m knowledge_boosting.protos.generate
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

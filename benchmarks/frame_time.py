@@ -19,16 +19,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from device_client.hint_buffer import HintBuffer
-from device_client.onnx_engine import OnnxModel
-from device_client.torch_engine import TorchModel
-from models.bundle import write_bundle
-from models.checkpoint import build
-from models.config import Boosting, ModelConfig, NetworkSize
-from models.pair import LargeModel
-from models.slots import StateSlots
-from protos import hints_pb2 as pb
-from protos.codec import HINT_ENCODINGS, decode_hint, encode_hints
+from knowledge_boosting.device_client.hint_buffer import HintBuffer
+from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.torch_engine import TorchModel
+from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
+from knowledge_boosting.models.pair import LargeModel
+from knowledge_boosting.models.slots import StateSlots
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import HINT_ENCODINGS, decode_hint, encode_hints
 
 SMALL = NetworkSize(channels=16, hidden=16)
 TASKS: tuple[Literal["tse", "ss"], ...] = ("tse", "ss")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from device_client.hint_stream import Encodings
-from device_client.live import LiveLoop
-from device_client.live_hints import LiveHints
-from device_client.onnx_engine import OnnxModel
-from models.manifest import DEFAULT_BUNDLE, find_bundle
-from protos.codec import Samples
+from knowledge_boosting.device_client.hint_stream import Encodings
+from knowledge_boosting.device_client.live import LiveLoop
+from knowledge_boosting.device_client.live_hints import LiveHints
+from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle
+from knowledge_boosting.protos.codec import Samples
 
 MINUTE = 7500  # frames
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from models.manifest import DEFAULT_BUNDLE, find_bundle, read_manifest
+from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle, read_manifest
 
 NETWORKS: dict[str, list[str]] = {
     "on time": [],
@@ -40,7 +40,7 @@ def replay(folder: Path, server: str, bundle: str, item: Path, index: int, flags
     """SI-SDRi of the boosted output in dB, and the share of hints on time."""
     sources = [soundfile.read(item / f"source{number:02d}.wav")[0] for number in (0, 1)]
     soundfile.write(folder / "mixture.wav", sources[0] + sources[1], 16000, subtype="FLOAT")
-    call = [sys.executable, "-m", "device_client.main", "replay", str(folder / "mixture.wav")]
+    call = [sys.executable, "-m", "knowledge_boosting.device_client.main", "replay", str(folder / "mixture.wav")]
     call += ["-o", str(folder / "out.wav"), "--bundle", bundle, "--server", server, "--seed", str(index)]
     targets = [0, 1]
     if read_manifest(find_bundle(bundle)).model.task == "tse":
@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     items = sorted(path for path in (arguments.data / arguments.split).iterdir() if path.name.isdecimal())
     items = items[: arguments.items]
-    serve = [sys.executable, "-m", "remote_server.main", "--bundle", arguments.bundle, "--port", "0"]
+    serve = [sys.executable, "-m", "knowledge_boosting.remote_server.main", "--bundle", arguments.bundle, "--port", "0"]
     results: dict[str, dict[str, float]] = {}
     table = Table("network", "hints on time", "SI-SDRi, dB", title=f"{arguments.bundle}, {len(items)} mixtures")
     with (

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from models.manifest import find_bundle, read_manifest
+from knowledge_boosting.models.manifest import find_bundle, read_manifest
 from tests.load import SIZES, DeviceAudio, open_load, write_random_bundle
 from tests.processes import Server, cpu_seconds, memory_mib, running_server
 

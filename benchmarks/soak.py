@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.manifest import find_bundle, read_manifest
+from knowledge_boosting.models.manifest import find_bundle, read_manifest
 from tests.load import Arrivals, DeviceAudio, Load, open_load, write_random_bundle
 from tests.processes import Server, descriptors, memory_mib, running_server, threads
 

@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from models import cpu_attention, cpu_lstm
-from models.checkpoint import build
-from models.compiled import required_library
-from models.config import ModelConfig, NetworkSize
-from models.framing import pad_to_frames
-from models.pair import SmallModel
-from models.tfgridnet import torch_residual_lstm
-from training.losses import negative_si_sdr
-from training.memory import keep_freed_memory
+from knowledge_boosting.models import cpu_attention, cpu_lstm
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.compiled import required_library
+from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.pair import SmallModel
+from knowledge_boosting.models.tfgridnet import torch_residual_lstm
+from knowledge_boosting.training.losses import negative_si_sdr
+from knowledge_boosting.training.memory import keep_freed_memory
 
 NETWORKS = {
     "small": NetworkSize(channels=16, hidden=16),

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from models.manifest import read_manifest
+from knowledge_boosting.models.manifest import read_manifest
 from tests.attackers import KINDS, attacked
 from tests.load import DeviceAudio, open_load, write_random_bundle
 from tests.processes import Server, descriptors, memory_mib, running_server, threads

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit
 
-from common.errors import InputError
+from knowledge_boosting.common.errors import InputError
 
 
 def is_loopback(host: str) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.addresses import is_loopback, split_address
-from common.credentials import Identity, read_authorities, read_identity, read_secret
-from common.errors import InputError
+from knowledge_boosting.common.addresses import is_loopback, split_address
+from knowledge_boosting.common.credentials import Identity, read_authorities, read_identity, read_secret
+from knowledge_boosting.common.errors import InputError
 
 TOKEN_VARIABLE = "KB_TOKEN"
 

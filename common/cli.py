@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from common.errors import Failure, InputError, printable, reason
+from knowledge_boosting.common.errors import Failure, InputError, printable, reason
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _FAULTS_OF_PATHS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
-_OURS = {"common", "device_client", "models", "protos", "remote_server", "training"}
+_OURS = "knowledge_boosting"
 
 
 class _Terminated(SystemExit):
@@ -82,7 +82,7 @@ def _run(app: typer.Typer, name: str, extra: str) -> int:
         return _refuse(name, str(error), 1)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if not missing or missing in _OURS:
+        if missing in ("", _OURS):
             raise
         return _refuse(name, f"this needs {missing}: pip install 'knowledge-boosting[{extra}]'", 1)
     except (typer.Abort, KeyboardInterrupt):

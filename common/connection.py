@@ -8,9 +8,9 @@ import time
 
 import grpc
 
-from common.addresses import proxy_of, split_address
-from common.call_credentials import TOKEN_VARIABLE, Credentials
-from common.errors import Failure, InputError, printable
+from knowledge_boosting.common.addresses import proxy_of, split_address
+from knowledge_boosting.common.call_credentials import TOKEN_VARIABLE, Credentials
+from knowledge_boosting.common.errors import Failure, InputError, printable
 
 # What ends a call otherwise is no fault of what was asked.
 _ASKED_WRONGLY = {

@@ -11,8 +11,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from common.cli import warn
-from common.errors import InputError, existing_file, reason
+from knowledge_boosting.common.cli import warn
+from knowledge_boosting.common.errors import InputError, existing_file, reason
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from common.errors import InputError, reason
+from knowledge_boosting.common.errors import InputError, reason
 
 STANDARD = Path("-")  # standard input, or output
 _STANDARD_OUTPUTS = {STANDARD, Path("/dev/stdout"), Path("/dev/fd/1"), Path("/proc/self/fd/1")}

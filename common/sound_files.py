@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from common.errors import reason
+from knowledge_boosting.common.errors import reason
 
 BLOCK = 4096  # samples a channel that are read at a time
 RATES = (1000, 768_000)  # Hz

@@ -15,39 +15,39 @@ def _start(module: str) -> NoReturn:
 
 def kb_client() -> NoReturn:
     """``kb-client``."""
-    _start("device_client.main")
+    _start("knowledge_boosting.device_client.main")
 
 
 def kb_evaluate() -> NoReturn:
     """``kb-evaluate``."""
-    _start("training.evaluation")
+    _start("knowledge_boosting.training.evaluation")
 
 
 def kb_export() -> NoReturn:
     """``kb-export``."""
-    _start("models.export")
+    _start("knowledge_boosting.models.export")
 
 
 def kb_make_dataset() -> NoReturn:
     """``kb-make-dataset``."""
-    _start("training.make_dataset")
+    _start("knowledge_boosting.training.make_dataset")
 
 
 def kb_make_voices() -> NoReturn:
     """``kb-make-voices``."""
-    _start("training.voices")
+    _start("knowledge_boosting.training.voices")
 
 
 def kb_server() -> NoReturn:
     """``kb-server``."""
-    _start("remote_server.main")
+    _start("knowledge_boosting.remote_server.main")
 
 
 def kb_store_hints() -> NoReturn:
     """``kb-store-hints``."""
-    _start("training.store_hints")
+    _start("knowledge_boosting.training.store_hints")
 
 
 def kb_train() -> NoReturn:
     """``kb-train``."""
-    _start("training.trainer")
+    _start("knowledge_boosting.training.trainer")

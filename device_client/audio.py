@@ -14,10 +14,10 @@ import numpy as np
 import soundfile
 import soxr
 
-from common import sound_files
-from common.errors import InputError, existing_file, reason
-from common.files import atomic_file, is_stream, open_stream
-from protos.codec import ENROLLMENT_RATE, ENROLLMENT_SECONDS, Samples
+from knowledge_boosting.common import sound_files
+from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.common.files import atomic_file, is_stream, open_stream
+from knowledge_boosting.protos.codec import ENROLLMENT_RATE, ENROLLMENT_SECONDS, Samples
 
 SampleFormat = Literal["s16", "float"]
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}

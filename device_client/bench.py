@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from common.cli import console
-from common.errors import InputError
-from common.files import atomic_file, check_files, is_standard_output
-from device_client.engine import EngineName, Model, load_model
-from models.config import SPEAKER_EMBEDDING_SIZE
-from models.manifest import find_bundle, shipped_bundles
+from knowledge_boosting.common.cli import console
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.files import atomic_file, check_files, is_standard_output
+from knowledge_boosting.device_client.engine import EngineName, Model, load_model
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
+from knowledge_boosting.models.manifest import find_bundle, shipped_bundles
 
 if sys.platform != "win32":
     import resource

@@ -9,13 +9,13 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import InputError, reason
-from common.files import atomic_file
-from common.pictures import any_words
-from device_client import audio
-from device_client.plot import Spectrogram, draw_spectrogram
-from models.manifest import shipped_bundles
-from protos.codec import Samples
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.files import atomic_file
+from knowledge_boosting.common.pictures import any_words
+from knowledge_boosting.device_client import audio
+from knowledge_boosting.device_client.plot import Spectrogram, draw_spectrogram
+from knowledge_boosting.models.manifest import shipped_bundles
+from knowledge_boosting.protos.codec import Samples
 
 matplotlib.use("Agg")
 

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import soxr
 
-from common.errors import Failure, InputError, reason
-from device_client import audio
-from device_client.ring import SampleRing, Signal
-from models.config import Framing
-from protos.codec import ENROLLMENT_RATE, Samples
+from knowledge_boosting.common.errors import Failure, InputError, reason
+from knowledge_boosting.device_client import audio
+from knowledge_boosting.device_client.ring import SampleRing, Signal
+from knowledge_boosting.models.config import Framing
+from knowledge_boosting.protos.codec import ENROLLMENT_RATE, Samples
 
 Way = Literal["input", "output"]
 _RING_SECONDS = 1.0

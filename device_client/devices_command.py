@@ -2,8 +2,8 @@
 
 from rich.table import Table
 
-from common.cli import console, warn
-from device_client.device_audio import Device, Way, default_device, list_devices
+from knowledge_boosting.common.cli import console, warn
+from knowledge_boosting.device_client.device_audio import Device, Way, default_device, list_devices
 
 _NONE = {
     "input": "there is no microphone here that can be heard; live needs one, or else sound files",

@@ -7,9 +7,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from common.errors import Failure
-from models.manifest import Manifest
-from protos.codec import Samples
+from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.models.manifest import Manifest
+from knowledge_boosting.protos.codec import Samples
 
 EngineName = Literal["onnx", "torch"]
 
@@ -96,11 +96,11 @@ def load_model(directory: Path, engine: EngineName) -> Model:
         Failure: the engine is not installed.
     """
     if engine == "onnx":
-        from device_client.onnx_engine import OnnxModel
+        from knowledge_boosting.device_client.onnx_engine import OnnxModel
 
         return OnnxModel(str(directory))
     with needs_torch("--engine torch"):
-        from device_client.torch_engine import TorchModel
+        from knowledge_boosting.device_client.torch_engine import TorchModel
     return TorchModel(str(directory))
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.call_credentials import Credentials
-from common.errors import InputError
-from device_client import audio, device_audio, speakers
-from device_client.hint_stream import enroll
-from device_client.local_server import local_server
-from models.manifest import find_bundle
-from protos.codec import ENROLLMENT_SECONDS
+from knowledge_boosting.common.call_credentials import Credentials
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.device_client import audio, device_audio, speakers
+from knowledge_boosting.device_client.hint_stream import enroll
+from knowledge_boosting.device_client.local_server import local_server
+from knowledge_boosting.models.manifest import find_bundle
+from knowledge_boosting.protos.codec import ENROLLMENT_SECONDS
 
 SHORTEST = 5.0  # seconds; less tells too little of a voice
 LONGEST = ENROLLMENT_SECONDS[1]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from device_client.tally import Tally
-from protos.codec import Samples
+from knowledge_boosting.device_client.tally import Tally
+from knowledge_boosting.protos.codec import Samples
 
 _TALLIED = 1 << 16  # frames at a time
 

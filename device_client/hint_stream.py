@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 
-from common.call_credentials import Credentials
-from common.connection import call_failed, connect
-from common.errors import Failure, InputError, printable
-from models.manifest import Manifest
-from protos import hints_pb2 as pb
-from protos.codec import (
+from knowledge_boosting.common.call_credentials import Credentials
+from knowledge_boosting.common.connection import call_failed, connect
+from knowledge_boosting.common.errors import Failure, InputError, printable
+from knowledge_boosting.models.manifest import Manifest
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import (
     ENROLLMENT_RATE,
     HINT_ENCODINGS,
     MAX_HINT,
@@ -23,7 +23,7 @@ from protos.codec import (
     decode_hint,
     encode_pcm,
 )
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 
 # Seconds.
 _CONNECT_TIMEOUT = 5.0  # for a server that is there to accept a connection

@@ -5,12 +5,12 @@ from typing import Protocol
 
 import numpy as np
 
-from device_client.engine import Engine
-from device_client.live_audio import LiveAudio
-from device_client.live_hints import LiveHints
-from device_client.mixer import Mixer, Play
-from models.config import ModelConfig
-from protos.codec import Samples
+from knowledge_boosting.device_client.engine import Engine
+from knowledge_boosting.device_client.live_audio import LiveAudio
+from knowledge_boosting.device_client.live_hints import LiveHints
+from knowledge_boosting.device_client.mixer import Mixer, Play
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.protos.codec import Samples
 
 RECENT = 1250  # frames that are remembered: ten seconds of 8 ms
 FRAME = np.dtype(

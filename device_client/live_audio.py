@@ -8,11 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from common.cli import warn
-from common.errors import Failure, InputError
-from device_client import audio
-from models.config import Framing
-from protos.codec import Samples
+from knowledge_boosting.common.cli import warn
+from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.device_client import audio
+from knowledge_boosting.models.config import Framing
+from knowledge_boosting.protos.codec import Samples
 
 
 class LiveAudio(Protocol):

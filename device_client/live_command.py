@@ -14,22 +14,22 @@ from typing import TextIO
 
 from rich.live import Live
 
-from common.call_credentials import Credentials
-from common.cli import console, end_signals, warn
-from common.errors import Failure, InputError
-from common.files import check_files, is_standard_output, is_stream
-from device_client import audio, live_view, speakers
-from device_client.device_audio import DeviceAudio, open_device_audio
-from device_client.engine import EngineName, load_model
-from device_client.hint_stream import Encodings
-from device_client.live import LiveLoop
-from device_client.live_audio import LiveAudio, open_file_audio
-from device_client.live_hints import LiveHints, ServerEvent
-from device_client.mixer import Mixer, Play
-from device_client.recording import FILES, Recorder, check_folder
-from device_client.virtual_mic import OUTPUT_DEVICE, virtual_mic
-from models.manifest import UNTRAINED_NOTICE, Manifest, find_bundle, read_manifest
-from protos.codec import Samples
+from knowledge_boosting.common.call_credentials import Credentials
+from knowledge_boosting.common.cli import console, end_signals, warn
+from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.common.files import check_files, is_standard_output, is_stream
+from knowledge_boosting.device_client import audio, live_view, speakers
+from knowledge_boosting.device_client.device_audio import DeviceAudio, open_device_audio
+from knowledge_boosting.device_client.engine import EngineName, load_model
+from knowledge_boosting.device_client.hint_stream import Encodings
+from knowledge_boosting.device_client.live import LiveLoop
+from knowledge_boosting.device_client.live_audio import LiveAudio, open_file_audio
+from knowledge_boosting.device_client.live_hints import LiveHints, ServerEvent
+from knowledge_boosting.device_client.mixer import Mixer, Play
+from knowledge_boosting.device_client.recording import FILES, Recorder, check_folder
+from knowledge_boosting.device_client.virtual_mic import OUTPUT_DEVICE, virtual_mic
+from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest, find_bundle, read_manifest
+from knowledge_boosting.protos.codec import Samples
 
 # A thread that waits for the interpreter gets it after so long; the default of 5 ms is most of a frame.
 _SWITCH_INTERVAL = 0.0005  # seconds

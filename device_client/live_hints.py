@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.call_credentials import Credentials
-from common.connection import Refused
-from common.errors import Failure, InputError
-from device_client.hint_buffer import HintBuffer
-from device_client.hint_stream import Encodings, HintStream
-from device_client.ring import Signal
-from models.manifest import Manifest
-from protos.codec import MAX_CHUNKS_PER_MESSAGE, Samples
+from knowledge_boosting.common.call_credentials import Credentials
+from knowledge_boosting.common.connection import Refused
+from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.device_client.hint_buffer import HintBuffer
+from knowledge_boosting.device_client.hint_stream import Encodings, HintStream
+from knowledge_boosting.device_client.ring import Signal
+from knowledge_boosting.models.manifest import Manifest
+from knowledge_boosting.protos.codec import MAX_CHUNKS_PER_MESSAGE, Samples
 
 # Seconds.
 _BACKFILL = 0.5  # audio before now that a new session begins with, so that the large network is warm

@@ -15,10 +15,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from device_client.live import RECENT, LiveLoop
-from device_client.live_audio import LiveAudio
-from device_client.live_hints import LiveHints
-from device_client.mixer import Play
+from knowledge_boosting.device_client.live import RECENT, LiveLoop
+from knowledge_boosting.device_client.live_audio import LiveAudio
+from knowledge_boosting.device_client.live_hints import LiveHints
+from knowledge_boosting.device_client.mixer import Play
 
 _SILENCE = -60.0  # dB of full scale, and less
 _METER_FRAMES = 25  # a meter shows the loudest of the last fifth of a second

@@ -14,10 +14,10 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.call_credentials import Credentials
-from common.connection import connect
-from common.errors import Failure, InputError
-from protos.codec import SERVICE_NAME
+from knowledge_boosting.common.call_credentials import Credentials
+from knowledge_boosting.common.connection import connect
+from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.protos.codec import SERVICE_NAME
 
 # Seconds.
 _START_TIMEOUT = 120  # a slow disk takes long to read torch
@@ -35,7 +35,8 @@ def local_server(bundle: Path) -> Iterator[str]:
         raise Failure(
             "a server on this machine needs torch: give --server HOST:PORT, or pip install 'knowledge-boosting[server]'"
         )
-    command = [sys.executable, "-m", "remote_server.main", "--bundle", str(bundle), "--port", "0", "--device", "cpu"]
+    server = [sys.executable, "-m", "knowledge_boosting.remote_server.main"]
+    command = [*server, "--bundle", str(bundle), "--port", "0", "--device", "cpu"]
     # Its only client may be as fast as it can.
     command += ["--max-sessions", "2", "--limit", "speed=0"]
     with tempfile.TemporaryFile() as log:

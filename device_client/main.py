@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-import common.cli
-from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
-from models.manifest import DEFAULT_BUNDLE
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
+from knowledge_boosting.models.manifest import DEFAULT_BUNDLE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -139,8 +139,8 @@ def replay(
 ) -> None:
     """Run a recording through the small network, helped by a server's hints under a simulated network."""
     # What runs a replay is imported only now, so that --help and mistakes in the call answer at once.
-    from common.call_credentials import read_credentials
-    from device_client.replay_command import ReplayOptions, replay_file
+    from knowledge_boosting.common.call_credentials import read_credentials
+    from knowledge_boosting.device_client.replay_command import ReplayOptions, replay_file
 
     replay_file(
         ReplayOptions(
@@ -228,9 +228,9 @@ def live(
     token_file: TokenFile = None,
 ) -> None:
     """Enhance live: microphone in, loudspeaker out, with a server's hints as long as they come in time."""
-    from common.call_credentials import read_credentials
-    from device_client.live_command import LiveOptions
-    from device_client.live_command import live as run_live
+    from knowledge_boosting.common.call_credentials import read_credentials
+    from knowledge_boosting.device_client.live_command import LiveOptions
+    from knowledge_boosting.device_client.live_command import live as run_live
 
     run_live(
         LiveOptions(
@@ -259,7 +259,7 @@ def live(
 @app.command()
 def devices() -> None:
     """List sound devices, and which ones live would pick."""
-    from device_client.devices_command import print_devices
+    from knowledge_boosting.device_client.devices_command import print_devices
 
     print_devices()
 
@@ -285,8 +285,8 @@ def enroll(
     token_file: TokenFile = None,
 ) -> None:
     """Learn a voice for target speech extraction, and keep it under a name."""
-    from common.call_credentials import read_credentials
-    from device_client.enroll_command import enroll_speaker
+    from knowledge_boosting.common.call_credentials import read_credentials
+    from knowledge_boosting.device_client.enroll_command import enroll_speaker
 
     credentials = read_credentials(
         [server] if server is not None else [],
@@ -315,14 +315,14 @@ def bench(
 
     The exit code tells whether it was measured, not how fast: it is 0 for a device that is too slow, too.
     """
-    from device_client.bench import bench as run_bench
+    from knowledge_boosting.device_client.bench import bench as run_bench
 
     run_bench(tuple(bundle or ()), engine.value, frames, json_file)
 
 
 def main() -> None:
     """Entry point of ``kb-client``."""
-    common.cli.run(app, "kb-client", "client")
+    cli.run(app, "kb-client", "client")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from protos.codec import Samples
+from knowledge_boosting.protos.codec import Samples
 
 Play = Literal["bypass", "1", "2", "both"]
 _FADE = 4  # chunks that a change takes

@@ -3,12 +3,12 @@
 import numpy as np
 from safetensors.numpy import load_file
 
-from common.errors import InputError, reason
-from device_client.engine import CheckedEngine, Engine
-from models.config import SPEAKER_EMBEDDING_SIZE
-from models.manifest import GRAPH_FILE, find_bundle, read_manifest, verify_graph, verify_part
-from models.onnx_stream import OnnxStream, check_sizes, load_graph
-from protos.codec import Samples
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.device_client.engine import CheckedEngine, Engine
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
+from knowledge_boosting.models.manifest import GRAPH_FILE, find_bundle, read_manifest, verify_graph, verify_part
+from knowledge_boosting.models.onnx_stream import OnnxStream, check_sizes, load_graph
+from knowledge_boosting.protos.codec import Samples
 
 
 class OnnxModel:

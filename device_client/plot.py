@@ -7,11 +7,11 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import InputError, reason
-from common.files import atomic_file
-from common.pictures import any_words
-from device_client.hint_buffer import HintLog
-from protos.codec import Samples
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.files import atomic_file
+from knowledge_boosting.common.pictures import any_words
+from knowledge_boosting.device_client.hint_buffer import HintLog
+from knowledge_boosting.protos.codec import Samples
 
 matplotlib.use("Agg")
 

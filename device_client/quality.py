@@ -6,7 +6,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.codec import Samples
+from knowledge_boosting.protos.codec import Samples
 
 
 def si_sdr(estimate: Samples, reference: Samples) -> NDArray[np.float64]:

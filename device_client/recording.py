@@ -17,16 +17,16 @@ import numpy as np
 import soundfile
 from pydantic import ValidationError
 
-from common import sound_files
-from common.errors import InputError, existing_file, reason
-from common.files import check_files, check_new_folder
-from device_client import audio
-from device_client.engine import Model
-from device_client.mixer import Mixer, Play
-from device_client.replay import windows
-from models.config import Strict
-from models.manifest import Manifest, read_json
-from protos.codec import Samples
+from knowledge_boosting.common import sound_files
+from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.common.files import check_files, check_new_folder
+from knowledge_boosting.device_client import audio
+from knowledge_boosting.device_client.engine import Model
+from knowledge_boosting.device_client.mixer import Mixer, Play
+from knowledge_boosting.device_client.replay import windows
+from knowledge_boosting.models.config import Strict
+from knowledge_boosting.models.manifest import Manifest, read_json
+from knowledge_boosting.protos.codec import Samples
 
 _MOST_WAITING = 1250  # frames that may wait for the disk
 FILES = ("input.wav", "output.wav", "frames.csv", "hints.f32", "session.json")

@@ -10,13 +10,13 @@ from typing import Protocol
 
 import numpy as np
 
-from device_client.engine import Engine
-from device_client.hint_buffer import HintBuffer, HintLog
-from device_client.hint_stream import HintStream, ReceivedHint, StreamEnd
-from device_client.simulated_network import Link
-from device_client.tally import Tally
-from models.config import Framing
-from protos.codec import Samples
+from knowledge_boosting.device_client.engine import Engine
+from knowledge_boosting.device_client.hint_buffer import HintBuffer, HintLog
+from knowledge_boosting.device_client.hint_stream import HintStream, ReceivedHint, StreamEnd
+from knowledge_boosting.device_client.simulated_network import Link
+from knowledge_boosting.device_client.tally import Tally
+from knowledge_boosting.models.config import Framing
+from knowledge_boosting.protos.codec import Samples
 
 
 @dataclass

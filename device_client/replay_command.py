@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.progress import Progress
 
-from common.call_credentials import Credentials
-from common.cli import console, warn
-from common.errors import Failure, InputError, printable
-from common.files import check_files, is_standard_output, is_stream
-from device_client import audio, simulated_network
-from device_client import report as reporting
-from device_client.engine import EngineName, Model, load_model, needs_torch
-from device_client.hint_buffer import HintLog
-from device_client.hint_stream import Encodings, HintStream, enroll
-from device_client.local_server import local_server
-from device_client.quality import match_sources, si_sdr, snr
-from device_client.recording import replay_recording
-from device_client.replay import Hints, RealHints, Run, VirtualHints, run_frames
-from device_client.speakers import read_embedding
-from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
-from models.manifest import Manifest, find_bundle, read_manifest
-from protos.codec import Samples
+from knowledge_boosting.common.call_credentials import Credentials
+from knowledge_boosting.common.cli import console, warn
+from knowledge_boosting.common.errors import Failure, InputError, printable
+from knowledge_boosting.common.files import check_files, is_standard_output, is_stream
+from knowledge_boosting.device_client import audio, simulated_network
+from knowledge_boosting.device_client import report as reporting
+from knowledge_boosting.device_client.engine import EngineName, Model, load_model, needs_torch
+from knowledge_boosting.device_client.hint_buffer import HintLog
+from knowledge_boosting.device_client.hint_stream import Encodings, HintStream, enroll
+from knowledge_boosting.device_client.local_server import local_server
+from knowledge_boosting.device_client.quality import match_sources, si_sdr, snr
+from knowledge_boosting.device_client.recording import replay_recording
+from knowledge_boosting.device_client.replay import Hints, RealHints, Run, VirtualHints, run_frames
+from knowledge_boosting.device_client.speakers import read_embedding
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from knowledge_boosting.models.manifest import Manifest, find_bundle, read_manifest
+from knowledge_boosting.protos.codec import Samples
 
 if TYPE_CHECKING:
-    from device_client.plot import Spectrogram
+    from knowledge_boosting.device_client.plot import Spectrogram
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _pictures(options: ReplayOptions, source: audio.AudioFile, config: ModelConf
     """Of the mixture and every output; none without ``--plot``."""
     if options.plot is None:
         return []
-    from device_client.plot import Spectrogram
+    from knowledge_boosting.device_client.plot import Spectrogram
 
     return [Spectrogram(source.rate, source.length) for _ in range(1 + config.sources)]
 
@@ -236,7 +236,7 @@ def _large_estimate(
     bundle: str, source: audio.AudioFile, config: ModelConfig, embedding: Samples | None
 ) -> list[Samples]:
     with needs_torch("--with-large"):
-        from device_client.torch_engine import large_estimate
+        from knowledge_boosting.device_client.torch_engine import large_estimate
     rate = config.framing.sample_rate
     estimate = large_estimate(bundle, np.concatenate(list(source.heard(config.microphones, rate)), axis=1), embedding)
     stream = audio.OutputStream(estimate.shape[:2], rate, source)
@@ -289,11 +289,11 @@ def _output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> l
         audio.check_output(path, options.output_format)
     made: dict[Path, Sequence[str]] = {}
     if options.plot is not None:
-        from device_client.plot import check_plot
+        from knowledge_boosting.device_client.plot import check_plot
 
         check_plot(options.plot)
     if options.compare is not None:
-        from device_client.comparison import file_names
+        from knowledge_boosting.device_client.comparison import file_names
 
         made[options.compare] = file_names(model.sources)
     reads = (
@@ -469,7 +469,7 @@ def _compare(
     estimates: dict[str, Samples],
     quality: dict[str, reporting.Quality],
 ) -> None:
-    from device_client.comparison import Comparison, System, write_comparison
+    from knowledge_boosting.device_client.comparison import Comparison, System, write_comparison
 
     assert options.compare is not None
     systems: dict[System, Samples] = {}
@@ -485,7 +485,7 @@ def _compare(
 
 
 def _plot(path: Path, input_file: Path, manifest: Manifest, pictures: "list[Spectrogram]", run: Run) -> None:
-    from device_client.plot import plot_replay
+    from knowledge_boosting.device_client.plot import plot_replay
 
     names = [f"output, speaker {number}" for number in range(1, len(pictures))] if len(pictures) > 2 else ["output"]
     shown = dict(zip(["mixture", *names], pictures, strict=True))

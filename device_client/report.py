@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from common.files import atomic_file
-from device_client.replay import Run
-from device_client.simulated_network import NetworkConditions
-from device_client.tally import Tally
-from models.config import ModelConfig
-from models.manifest import UNTRAINED_NOTICE, Manifest
+from knowledge_boosting.common.files import atomic_file
+from knowledge_boosting.device_client.replay import Run
+from knowledge_boosting.device_client.simulated_network import NetworkConditions
+from knowledge_boosting.device_client.tally import Tally
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest
 
 FrameRange = tuple[int, int]
 

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from protos.codec import Samples
+from knowledge_boosting.protos.codec import Samples
 
 
 class SampleRing:

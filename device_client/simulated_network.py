@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import InputError, existing_file, reason
+from knowledge_boosting.common.errors import InputError, existing_file, reason
 
 PACKET_OVERHEAD = 80  # bytes of TCP/IP, HTTP/2, gRPC and message headers around a payload
 _LEAST_TIMEOUT = 200_000_000  # ns; TCP's usual least retransmission timeout

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from platformdirs import user_config_path
 
-from common.errors import InputError, existing_file, reason
-from common.files import atomic_file, check_files
-from models.config import SPEAKER_EMBEDDING_SIZE
-from protos.codec import Samples
+from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.common.files import atomic_file, check_files
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
+from knowledge_boosting.protos.codec import Samples
 
 _LARGEST = 8192  # bytes of a file that are read; an embedding has 1152
 

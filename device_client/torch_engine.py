@@ -2,11 +2,11 @@
 
 import torch
 
-from device_client.engine import CheckedEngine, Engine
-from models.bundle import load_large, load_small
-from models.framing import pad_to_frames
-from models.pair import SmallModel
-from protos.codec import Samples
+from knowledge_boosting.device_client.engine import CheckedEngine, Engine
+from knowledge_boosting.models.bundle import load_large, load_small
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.pair import SmallModel
+from knowledge_boosting.protos.codec import Samples
 
 
 class TorchModel:

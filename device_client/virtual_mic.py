@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from common.errors import InputError
+from knowledge_boosting.common.errors import InputError
 
 OUTPUT_DEVICE = "pulse"  # PortAudio's name of the sound server, through ALSA
 

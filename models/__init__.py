@@ -2,5 +2,3 @@
 
 ``config`` and ``manifest`` describe models without torch, for devices that have none; everything else needs torch.
 """
-
-import common  # noqa: F401  # before any library is loaded

@@ -11,11 +11,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from common.errors import InputError, reason
-from common.files import atomic_directory, atomic_file
-from models.checkpoint import build, check_shapes, load_exactly
-from models.config import ModelConfig
-from models.manifest import (
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.files import atomic_directory, atomic_file
+from knowledge_boosting.models.checkpoint import build, check_shapes, load_exactly
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.manifest import (
     GRAPH_FILE,
     MANIFEST_FILE,
     UNTRAINED_NOTICE,
@@ -28,8 +28,8 @@ from models.manifest import (
     read_manifest,
     verify_part,
 )
-from models.onnx_graph import check_graph, frame_graph
-from models.pair import BoostedPair, LargeModel, SmallModel
+from knowledge_boosting.models.onnx_graph import check_graph, frame_graph
+from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -9,11 +9,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from common.errors import InputError, existing_file, reason
-from models.config import ModelConfig
-from models.manifest import first_fault, read_json, validate
-from models.pair import BoostedPair, LargeModel, SmallModel
-from models.published import config_from_published, convert, is_published, is_published_config
+from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.manifest import first_fault, read_json, validate
+from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
+from knowledge_boosting.models.published import config_from_published, convert, is_published, is_published_config
 
 # What a training run's checkpoint tells besides weights.
 TRAINING_SPEAKERS = "training_speakers"

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import warn
-from common.errors import InputError, reason
-from common.files import atomic_file
+from knowledge_boosting.common.cli import warn
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.files import atomic_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.compiled import library, pointer, required_library
+from knowledge_boosting.models.compiled import library, pointer, required_library
 
 _MOST_SECTIONS, _MOST_COLUMNS = 3, 1024  # that cpu_attention.cpp is made for
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.compiled import library, pointer, required_library
+from knowledge_boosting.models.compiled import library, pointer, required_library
 
 _MULTIPLE, _MOST = 16, 256  # channels and units that cpu_lstm.cpp is made for
 

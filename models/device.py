@@ -2,7 +2,7 @@
 
 import torch
 
-from common.errors import InputError
+from knowledge_boosting.common.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:

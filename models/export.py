@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-import common.cli
-from common.errors import InputError, existing_file, reason
-from common.files import check_new_folder
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.common.files import check_new_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,9 +46,15 @@ def export(
     check_new_folder(output)
     import torch
 
-    from models.bundle import write_bundle
-    from models.checkpoint import build, level_output, read_checkpoint, read_config, read_training_speakers
-    from models.manifest import UNTRAINED_NOTICE, file_digest
+    from knowledge_boosting.models.bundle import write_bundle
+    from knowledge_boosting.models.checkpoint import (
+        build,
+        level_output,
+        read_checkpoint,
+        read_config,
+        read_training_speakers,
+    )
+    from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, file_digest
 
     sizes = read_config(config)
     text, speakers = _read_note(note) if note is not None else "", []
@@ -72,7 +78,7 @@ def export(
     )
     print(f"{output}: bundle {manifest.label}, id {manifest.id}")
     if untrained:
-        common.cli.warn(UNTRAINED_NOTICE)
+        cli.warn(UNTRAINED_NOTICE)
 
 
 def _read_note(path: Path) -> str:
@@ -88,8 +94,8 @@ def _check(bundle: str) -> None:
     Raises:
         InputError: the bundle is not what its manifest says, or lacks a part.
     """
-    from models.bundle import load_large, load_small
-    from models.manifest import find_bundle
+    from knowledge_boosting.models.bundle import load_large, load_small
+    from knowledge_boosting.models.manifest import find_bundle
 
     _, manifest = load_small(bundle)
     if manifest.model.large is not None:
@@ -101,7 +107,7 @@ def _check(bundle: str) -> None:
 
 def main() -> None:
     """Entry point of ``kb-export``."""
-    common.cli.run(app, "kb-export", "server")
+    cli.run(app, "kb-export", "server")
 
 
 if __name__ == "__main__":

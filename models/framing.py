@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.config import Framing
+from knowledge_boosting.models.config import Framing
 
 
 def pad_to_frames(samples: Tensor, framing: Framing) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import cpu_attention
+from knowledge_boosting.models import cpu_attention
 
 
 class CausalConv2d(nn.Module):

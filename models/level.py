@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.config import Framing
+from knowledge_boosting.models.config import Framing
 
 REFERENCE = 0.1  # RMS, full scale 1, at which networks hear the loudest frame
 FADING_DB = 10.0  # a second

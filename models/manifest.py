@@ -13,8 +13,8 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from common.errors import InputError, existing_file, reason
-from models.config import ModelConfig, Strict
+from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.models.config import ModelConfig, Strict
 
 SCHEMA_VERSION: Final = 1
 _LARGEST_JSON = 4 * 2**20  # bytes; a list of ten thousand training speakers takes a fifth of a MiB

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from common.errors import Failure
-from models.config import SPEAKER_EMBEDDING_SIZE
-from models.layers import HintFusion
-from models.level import FLOOR, INAUDIBLE, REFERENCE, SILENCE, RunningLevel
-from models.onnx_stream import OnnxStream, load_graph
-from models.pair import SmallModel
-from models.tfgridnet import GridNetBlock
+from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
+from knowledge_boosting.models.layers import HintFusion
+from knowledge_boosting.models.level import FLOOR, INAUDIBLE, REFERENCE, SILENCE, RunningLevel
+from knowledge_boosting.models.onnx_stream import OnnxStream, load_graph
+from knowledge_boosting.models.pair import SmallModel
+from knowledge_boosting.models.tfgridnet import GridNetBlock
 
 OPSET = 20
 _IR_VERSION = 10

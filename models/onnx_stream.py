@@ -12,8 +12,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from common.errors import InputError, reason
-from models.config import ModelConfig
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.models.config import ModelConfig
 
 Samples = NDArray[np.float32]
 _MOST_VALUES = 2**24  # of an input or output

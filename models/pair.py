@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig, NetworkSize
-from models.framing import Stft, pad_to_frames
-from models.layers import CausalConv2d
-from models.level import RunningLevel
-from models.tfgridnet import NetworkState, TFGridNet
+from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.framing import Stft, pad_to_frames
+from knowledge_boosting.models.layers import CausalConv2d
+from knowledge_boosting.models.level import RunningLevel
+from knowledge_boosting.models.tfgridnet import NetworkState, TFGridNet
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from common.errors import InputError
-from models.config import SPEAKER_EMBEDDING_SIZE, Boosting, Framing, ModelConfig, NetworkSize
-from models.manifest import first_fault
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, Boosting, Framing, ModelConfig, NetworkSize
+from knowledge_boosting.models.manifest import first_fault
 
 # Values the published constructors take and the meaning implemented here. Anything else is refused, not ignored.
 _FIXED: dict[str, tuple[Any, str]] = {

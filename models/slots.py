@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.nn import functional
 
-from models.layers import AttentionCache
-from models.pair import LargeModel, LargeState
-from models.tfgridnet import SpeakerModulation
+from knowledge_boosting.models.layers import AttentionCache
+from knowledge_boosting.models.pair import LargeModel, LargeState
+from knowledge_boosting.models.tfgridnet import SpeakerModulation
 
 Node = TypeVar("Node")
 

@@ -12,10 +12,18 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from models import cpu_lstm
-from models.config import SPEAKER_EMBEDDING_SIZE, NetworkSize
-from models.cpu_lstm import FREQUENCY, TIME, FasterLstm
-from models.layers import AttentionCache, CausalConv2d, FusionState, HintFusion, SelfAttention, Window, window_of
+from knowledge_boosting.models import cpu_lstm
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, NetworkSize
+from knowledge_boosting.models.cpu_lstm import FREQUENCY, TIME, FasterLstm
+from knowledge_boosting.models.layers import (
+    AttentionCache,
+    CausalConv2d,
+    FusionState,
+    HintFusion,
+    SelfAttention,
+    Window,
+    window_of,
+)
 
 
 @dataclass(frozen=True)

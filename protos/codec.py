@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from protos import hints_pb2 as pb
+from knowledge_boosting.protos import hints_pb2 as pb
 
 PROTOCOL_VERSION = 1
 SERVICE_NAME = "knowledge_boosting.v1.HintService"

@@ -1,4 +1,4 @@
-"""Regenerates the stubs beside ``hints.proto``: ``python -m protos.generate [FOLDER]``."""
+"""Regenerates the stubs beside ``hints.proto``: ``python -m knowledge_boosting.protos.generate [FOLDER]``."""
 
 import sys
 from importlib.resources import files
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from grpc_tools import protoc
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def generate(folder: Path) -> None:
-    """Write ``protos/hints_pb2*.py*`` below a folder.
+    """Write ``knowledge_boosting/protos/hints_pb2*.py*`` below a folder.
 
     Raises:
         RuntimeError: protoc found a fault in ``hints.proto``.
@@ -18,7 +18,7 @@ def generate(folder: Path) -> None:
     outputs = ("python", "pyi", "grpc_python", "mypy_grpc")
     arguments = ["protoc", f"-I{ROOT}", f"-I{files('grpc_tools') / '_proto'}"]
     arguments += [f"--{kind}_out={folder}" for kind in outputs]
-    if protoc.main([*arguments, str(ROOT / "protos" / "hints.proto")]):
+    if protoc.main([*arguments, str(ROOT / "knowledge_boosting" / "protos" / "hints.proto")]):
         raise RuntimeError("protoc failed; its message is above")
 
 

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos import hints_pb2 as protos_dot_hints__pb2
+from knowledge_boosting.protos import hints_pb2 as knowledge__boosting_dot_protos_dot_hints__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/hints_pb2_grpc.py depends on'
+        + ' but the generated code in knowledge_boosting/protos/hints_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,18 +36,18 @@ class HintServiceStub:
         """
         self.StreamHints = channel.stream_stream(
                 '/knowledge_boosting.v1.HintService/StreamHints',
-                request_serializer=protos_dot_hints__pb2.StreamHintsRequest.SerializeToString,
-                response_deserializer=protos_dot_hints__pb2.StreamHintsResponse.FromString,
+                request_serializer=knowledge__boosting_dot_protos_dot_hints__pb2.StreamHintsRequest.SerializeToString,
+                response_deserializer=knowledge__boosting_dot_protos_dot_hints__pb2.StreamHintsResponse.FromString,
                 _registered_method=True)
         self.Enroll = channel.unary_unary(
                 '/knowledge_boosting.v1.HintService/Enroll',
-                request_serializer=protos_dot_hints__pb2.EnrollRequest.SerializeToString,
-                response_deserializer=protos_dot_hints__pb2.EnrollResponse.FromString,
+                request_serializer=knowledge__boosting_dot_protos_dot_hints__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=knowledge__boosting_dot_protos_dot_hints__pb2.EnrollResponse.FromString,
                 _registered_method=True)
         self.DescribeModel = channel.unary_unary(
                 '/knowledge_boosting.v1.HintService/DescribeModel',
-                request_serializer=protos_dot_hints__pb2.DescribeModelRequest.SerializeToString,
-                response_deserializer=protos_dot_hints__pb2.DescribeModelResponse.FromString,
+                request_serializer=knowledge__boosting_dot_protos_dot_hints__pb2.DescribeModelRequest.SerializeToString,
+                response_deserializer=knowledge__boosting_dot_protos_dot_hints__pb2.DescribeModelResponse.FromString,
                 _registered_method=True)
 
 
@@ -80,18 +80,18 @@ def add_HintServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'StreamHints': grpc.stream_stream_rpc_method_handler(
                     servicer.StreamHints,
-                    request_deserializer=protos_dot_hints__pb2.StreamHintsRequest.FromString,
-                    response_serializer=protos_dot_hints__pb2.StreamHintsResponse.SerializeToString,
+                    request_deserializer=knowledge__boosting_dot_protos_dot_hints__pb2.StreamHintsRequest.FromString,
+                    response_serializer=knowledge__boosting_dot_protos_dot_hints__pb2.StreamHintsResponse.SerializeToString,
             ),
             'Enroll': grpc.unary_unary_rpc_method_handler(
                     servicer.Enroll,
-                    request_deserializer=protos_dot_hints__pb2.EnrollRequest.FromString,
-                    response_serializer=protos_dot_hints__pb2.EnrollResponse.SerializeToString,
+                    request_deserializer=knowledge__boosting_dot_protos_dot_hints__pb2.EnrollRequest.FromString,
+                    response_serializer=knowledge__boosting_dot_protos_dot_hints__pb2.EnrollResponse.SerializeToString,
             ),
             'DescribeModel': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeModel,
-                    request_deserializer=protos_dot_hints__pb2.DescribeModelRequest.FromString,
-                    response_serializer=protos_dot_hints__pb2.DescribeModelResponse.SerializeToString,
+                    request_deserializer=knowledge__boosting_dot_protos_dot_hints__pb2.DescribeModelRequest.FromString,
+                    response_serializer=knowledge__boosting_dot_protos_dot_hints__pb2.DescribeModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -119,8 +119,8 @@ class HintService:
             request_iterator,
             target,
             '/knowledge_boosting.v1.HintService/StreamHints',
-            protos_dot_hints__pb2.StreamHintsRequest.SerializeToString,
-            protos_dot_hints__pb2.StreamHintsResponse.FromString,
+            knowledge__boosting_dot_protos_dot_hints__pb2.StreamHintsRequest.SerializeToString,
+            knowledge__boosting_dot_protos_dot_hints__pb2.StreamHintsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -146,8 +146,8 @@ class HintService:
             request,
             target,
             '/knowledge_boosting.v1.HintService/Enroll',
-            protos_dot_hints__pb2.EnrollRequest.SerializeToString,
-            protos_dot_hints__pb2.EnrollResponse.FromString,
+            knowledge__boosting_dot_protos_dot_hints__pb2.EnrollRequest.SerializeToString,
+            knowledge__boosting_dot_protos_dot_hints__pb2.EnrollResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -173,8 +173,8 @@ class HintService:
             request,
             target,
             '/knowledge_boosting.v1.HintService/DescribeModel',
-            protos_dot_hints__pb2.DescribeModelRequest.SerializeToString,
-            protos_dot_hints__pb2.DescribeModelResponse.FromString,
+            knowledge__boosting_dot_protos_dot_hints__pb2.DescribeModelRequest.SerializeToString,
+            knowledge__boosting_dot_protos_dot_hints__pb2.DescribeModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

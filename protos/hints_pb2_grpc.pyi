@@ -7,7 +7,7 @@ docs/protocol.md tells what every message means and every status a call can end 
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from protos import hints_pb2 as _hints_pb2
+from knowledge_boosting.protos import hints_pb2 as _hints_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

@@ -15,11 +15,11 @@ from typing import Annotated
 import grpc
 from pydantic import Field, SecretStr, StringConstraints, ValidationError
 
-from common.credentials import read_secret
-from common.errors import InputError
-from models.config import Strict
-from remote_server.messages import Refused
-from remote_server.reloading import Reloading
+from knowledge_boosting.common.credentials import read_secret
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.config import Strict
+from knowledge_boosting.remote_server.messages import Refused
+from knowledge_boosting.remote_server.reloading import Reloading
 
 _SHORTEST_TOKEN = 16  # characters
 _LARGEST_FILE = 2**18  # bytes; a thousand tokens and more

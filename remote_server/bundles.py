@@ -9,12 +9,19 @@ from pathlib import Path
 
 import torch
 
-from common.errors import Failure, InputError
-from models.bundle import load_large
-from models.manifest import DEFAULT_BUNDLE, MANIFEST_FILE, PRETRAINED, Manifest, find_bundle, read_manifest
-from remote_server.capacity import measure_capacity
-from remote_server.engine import HintEngine
-from remote_server.metrics import Metrics
+from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.models.bundle import load_large
+from knowledge_boosting.models.manifest import (
+    DEFAULT_BUNDLE,
+    MANIFEST_FILE,
+    PRETRAINED,
+    Manifest,
+    find_bundle,
+    read_manifest,
+)
+from knowledge_boosting.remote_server.capacity import measure_capacity
+from knowledge_boosting.remote_server.engine import HintEngine
+from knowledge_boosting.remote_server.metrics import Metrics
 
 _log = logging.getLogger("kb-server")
 

@@ -4,9 +4,9 @@ import time
 
 import torch
 
-from models.config import SPEAKER_EMBEDDING_SIZE
-from models.pair import LargeModel
-from models.slots import StateSlots, step_size
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
+from knowledge_boosting.models.pair import LargeModel
+from knowledge_boosting.models.slots import StateSlots, step_size
 
 _SHARE = 0.75  # of the time between two frames that steps may take; the rest is for backlogs and for whatever comes
 _TRANSPORT = 0.00012  # seconds of a frame's way in and out, which gRPC and the event loop spend beside the steps

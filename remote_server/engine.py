@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.config import SPEAKER_EMBEDDING_SIZE
-from models.pair import LargeModel
-from models.slots import StateSlots
-from protos.codec import Samples, encode_hints
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
+from knowledge_boosting.models.pair import LargeModel
+from knowledge_boosting.models.slots import StateSlots
+from knowledge_boosting.protos.codec import Samples, encode_hints
 
 # Frames of one session that a step takes: a backlog is worked off in such pieces, so that nobody waits long for it.
 _LENGTHS = (1, 2, 4, 8)

@@ -16,8 +16,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from protos.codec import ENROLLMENT_RATE, Samples
-from remote_server.messages import Refused
+from knowledge_boosting.protos.codec import ENROLLMENT_RATE, Samples
+from knowledge_boosting.remote_server.messages import Refused
 
 _log = logging.getLogger("kb-server")
 

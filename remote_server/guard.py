@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health
 
-from remote_server.access import CALLER, Access, Denied
+from knowledge_boosting.remote_server.access import CALLER, Access, Denied
 
 _OPEN = f"/{health.SERVICE_NAME}/"  # whoever balances load or watches a server has no token
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from pydantic import Field, ValidationError
 
-from common.addresses import is_loopback
-from common.errors import InputError
-from models.config import Strict
-from models.manifest import first_fault
-from protos.codec import MAX_CHUNKS_PER_MESSAGE
+from knowledge_boosting.common.addresses import is_loopback
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.config import Strict
+from knowledge_boosting.models.manifest import first_fault
+from knowledge_boosting.protos.codec import MAX_CHUNKS_PER_MESSAGE
 
 
 class Limits(Strict):

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-import common.cli
-from common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
-from common.cli import warn
-from common.environment import prepare_to_serve
-from common.errors import InputError
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
+from knowledge_boosting.common.cli import warn
+from knowledge_boosting.common.environment import prepare_to_serve
+from knowledge_boosting.common.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -89,21 +89,21 @@ def serve(
         return
     prepare_to_serve()
     if workers > 1 and worker is None:
-        from remote_server.workers import run_workers
+        from knowledge_boosting.remote_server.workers import run_workers
 
         raise typer.Exit(run_workers(workers, host, port, sys.argv[1:]))
 
-    from models.device import pick_device
-    from models.manifest import UNTRAINED_NOTICE
-    from remote_server.bundles import Bundles
-    from remote_server.limits import read_limits
-    from remote_server.log import running_log
-    from remote_server.metrics import Metrics
-    from remote_server.security import check_security
-    from remote_server.server import Listening, address_of
-    from remote_server.server import serve as run_server
-    from remote_server.service import HintService
-    from remote_server.workers import device_of, pin
+    from knowledge_boosting.models.device import pick_device
+    from knowledge_boosting.models.manifest import UNTRAINED_NOTICE
+    from knowledge_boosting.remote_server.bundles import Bundles
+    from knowledge_boosting.remote_server.limits import read_limits
+    from knowledge_boosting.remote_server.log import running_log
+    from knowledge_boosting.remote_server.metrics import Metrics
+    from knowledge_boosting.remote_server.security import check_security
+    from knowledge_boosting.remote_server.server import Listening, address_of
+    from knowledge_boosting.remote_server.server import serve as run_server
+    from knowledge_boosting.remote_server.service import HintService
+    from knowledge_boosting.remote_server.workers import device_of, pin
 
     limits, most = read_limits(limit or []), _session_count(max_sessions)
     if worker is not None:
@@ -147,8 +147,8 @@ def status(
     token_file: TokenFile = None,
 ) -> None:
     """Say what a server runs and how full it is; exit 1 if it shuts down."""
-    from common.call_credentials import read_credentials
-    from remote_server.status import print_status
+    from knowledge_boosting.common.call_credentials import read_credentials
+    from knowledge_boosting.remote_server.status import print_status
 
     credentials = read_credentials(
         [server], tls=tls, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file
@@ -170,7 +170,7 @@ def main() -> None:
     if hasattr(signal, "SIGHUP"):
         # Until bundles can be looked at again; untouched, the signal would end the process.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    common.cli.run(app, "kb-server", "server")
+    cli.run(app, "kb-server", "server")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import grpc
 import numpy as np
 
-from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
-from models.manifest import Manifest
-from protos import hints_pb2 as pb
-from protos.codec import (
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from knowledge_boosting.models.manifest import Manifest
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import (
     ENROLLMENT_RATE,
     ENROLLMENT_SECONDS,
     PROTOCOL_VERSION,

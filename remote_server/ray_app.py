@@ -16,14 +16,14 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.grpc_util import RayServegRPCContext
 
-from common.errors import Failure
-from models.device import pick_device
-from models.manifest import DEFAULT_BUNDLE, find_bundle, read_manifest
-from protos import hints_pb2 as pb
-from remote_server.bundles import Bundles
-from remote_server.limits import Limits
-from remote_server.metrics import Metrics
-from remote_server.service import HintService
+from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.models.device import pick_device
+from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle, read_manifest
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.remote_server.bundles import Bundles
+from knowledge_boosting.remote_server.limits import Limits
+from knowledge_boosting.remote_server.metrics import Metrics
+from knowledge_boosting.remote_server.service import HintService
 
 # Calls beyond a replica's sessions that it takes at once: questions, enrollments, and sessions to be refused.
 _OTHER_CALLS = 16

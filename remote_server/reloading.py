@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from common.errors import InputError
+from knowledge_boosting.common.errors import InputError
 
 _log = logging.getLogger("kb-server")
 

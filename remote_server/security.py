@@ -6,12 +6,12 @@ from pathlib import Path
 
 import grpc
 
-from common.addresses import is_loopback
-from common.cli import warn
-from common.errors import InputError
-from remote_server.access import Access
-from remote_server.guard import Guard
-from remote_server.tls import TlsFiles
+from knowledge_boosting.common.addresses import is_loopback
+from knowledge_boosting.common.cli import warn
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.remote_server.access import Access
+from knowledge_boosting.remote_server.guard import Guard
+from knowledge_boosting.remote_server.tls import TlsFiles
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from common.errors import InputError, reason
-from protos.codec import SERVICE_NAME
-from protos.hints_pb2_grpc import add_HintServiceServicer_to_server
-from remote_server.health import Health
-from remote_server.limits import Limits
-from remote_server.log import end_log, log_event
-from remote_server.security import Security
-from remote_server.service import HintService
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.protos.codec import SERVICE_NAME
+from knowledge_boosting.protos.hints_pb2_grpc import add_HintServiceServicer_to_server
+from knowledge_boosting.remote_server.health import Health
+from knowledge_boosting.remote_server.limits import Limits
+from knowledge_boosting.remote_server.log import end_log, log_event
+from knowledge_boosting.remote_server.security import Security
+from knowledge_boosting.remote_server.service import HintService
 
 _STOPPING_SECONDS = 3.0  # that connections have to end
 # What one connection may cost before anybody knows whose it is.

@@ -11,19 +11,25 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from common.addresses import host_of
-from common.errors import InputError
-from protos import hints_pb2 as pb
-from protos.codec import PROTOCOL_VERSION
-from protos.hints_pb2_grpc import HintServiceServicer
-from remote_server.access import CALLER, Caller
-from remote_server.bundles import Bundles, ServedBundle
-from remote_server.enrollment import SpeakerEncoder
-from remote_server.limits import Limits
-from remote_server.log import Refusals, log_event
-from remote_server.messages import Refused, check_config, check_enrollment, read_config, unknown_bundle
-from remote_server.metrics import Metrics
-from remote_server.session import Session
+from knowledge_boosting.common.addresses import host_of
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import PROTOCOL_VERSION
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceServicer
+from knowledge_boosting.remote_server.access import CALLER, Caller
+from knowledge_boosting.remote_server.bundles import Bundles, ServedBundle
+from knowledge_boosting.remote_server.enrollment import SpeakerEncoder
+from knowledge_boosting.remote_server.limits import Limits
+from knowledge_boosting.remote_server.log import Refusals, log_event
+from knowledge_boosting.remote_server.messages import (
+    Refused,
+    check_config,
+    check_enrollment,
+    read_config,
+    unknown_bundle,
+)
+from knowledge_boosting.remote_server.metrics import Metrics
+from knowledge_boosting.remote_server.session import Session
 
 _log = logging.getLogger("kb-server")
 

@@ -10,12 +10,12 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from protos import hints_pb2 as pb
-from remote_server.bundles import ServedBundle
-from remote_server.engine import EngineSession, Hints
-from remote_server.limits import Limits
-from remote_server.messages import AudioReader, Refused
-from remote_server.metrics import Metrics
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.remote_server.bundles import ServedBundle
+from knowledge_boosting.remote_server.engine import EngineSession, Hints
+from knowledge_boosting.remote_server.limits import Limits
+from knowledge_boosting.remote_server.messages import AudioReader, Refused
+from knowledge_boosting.remote_server.metrics import Metrics
 
 _MOST_WAITING = 250  # frames in the engine, and hints in the outbox, above which no more audio is taken
 _BURST = 125  # frames that may come at once, such as the audio of an outage

@@ -5,13 +5,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.table import Table
 from rich.text import Text
 
-from common.call_credentials import Credentials
-from common.cli import console
-from common.connection import call_failed, connect
-from common.errors import printable
-from protos import hints_pb2 as pb
-from protos.codec import SERVICE_NAME
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.common.call_credentials import Credentials
+from knowledge_boosting.common.cli import console
+from knowledge_boosting.common.connection import call_failed, connect
+from knowledge_boosting.common.errors import printable
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import SERVICE_NAME
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 
 _PATIENCE = 5.0  # seconds
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import grpc
 
-from common.credentials import read_authorities, read_identity
-from remote_server.reloading import Reloading
+from knowledge_boosting.common.credentials import read_authorities, read_identity
+from knowledge_boosting.remote_server.reloading import Reloading
 
 
 @dataclass(frozen=True)

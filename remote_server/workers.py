@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from common.errors import Failure, InputError
-from remote_server.server import why_not_listening
+from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.remote_server.server import why_not_listening
 
 _RESTART_SECONDS = 1.0
 _STARTING_SECONDS = 30.0  # in which a worker that cannot start says something of all of them
@@ -61,7 +61,7 @@ def device_of(device: str, worker: int) -> str:
 
 class _Workers:
     def __init__(self, count: int, address: tuple[str, int], arguments: Sequence[str]) -> None:
-        self._command = [sys.executable, "-m", "remote_server.main", *arguments, "--worker"]
+        self._command = [sys.executable, "-m", "knowledge_boosting.remote_server.main", *arguments, "--worker"]
         self._until_stdin_ends = "--until-stdin-ends" in arguments
         self._began = time.monotonic()
         self._address = address

@@ -1,1 +1,1 @@
-import common  # noqa: F401  # before any library is loaded
+

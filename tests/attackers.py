@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common.addresses import is_loopback
-from models.manifest import read_manifest
-from protos import hints_pb2 as pb
-from protos.codec import PROTOCOL_VERSION, SERVICE_NAME
+from knowledge_boosting.common.addresses import is_loopback
+from knowledge_boosting.models.manifest import read_manifest
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import PROTOCOL_VERSION, SERVICE_NAME
 from tests.processes import environment
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

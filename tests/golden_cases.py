@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.checkpoint import read_checkpoint
-from models.pair import BoostedPair
-from models.published import config_from_published
+from knowledge_boosting.models.checkpoint import read_checkpoint
+from knowledge_boosting.models.pair import BoostedPair
+from knowledge_boosting.models.published import config_from_published
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/io.npz"))

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import write_bundle
-from models.checkpoint import build
-from models.config import Boosting, ModelConfig, NetworkSize
-from models.manifest import Manifest
-from protos import hints_pb2 as pb
-from protos.codec import HINT_ENCODINGS, PCM_ENCODINGS, PROTOCOL_VERSION, SERVICE_NAME, encode_pcm
+from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
+from knowledge_boosting.models.manifest import Manifest
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import HINT_ENCODINGS, PCM_ENCODINGS, PROTOCOL_VERSION, SERVICE_NAME, encode_pcm
 
 # A bundle by the size of its networks, small and large: one that hardly computes, and the published one.
 SIZES = {

@@ -6,6 +6,7 @@ next process can go on after one that was killed. What is wrong with a reader is
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import Failure, InputError
+from knowledge_boosting.common.errors import Failure, InputError
 
 ROOT = Path(__file__).parent.parent
 MEMORY = 2 * 2**30  # bytes
@@ -108,9 +109,9 @@ class Bundle:
         self._file, self._reader = file, reader
 
     def prepare(self, folder: Path) -> None:
-        from models.bundle import write_bundle
-        from models.checkpoint import build
-        from models.config import Boosting, ModelConfig, NetworkSize
+        from knowledge_boosting.models.bundle import write_bundle
+        from knowledge_boosting.models.checkpoint import build
+        from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
 
         large = NetworkSize(channels=4, hidden=4, blocks=2, heads=2, self_attention=True)
         small = NetworkSize(channels=4, hidden=4, blocks=2, heads=2)
@@ -118,8 +119,8 @@ class Bundle:
         write_bundle(folder / "good", build(config), config, untrained=True, source="random", configuration="none")
 
     def mutate(self, folder: Path, mutant: Path, rng: random.Random) -> None:
-        from models.config import ModelConfig
-        from models.manifest import bundle_id, file_digest
+        from knowledge_boosting.models.config import ModelConfig
+        from knowledge_boosting.models.manifest import bundle_id, file_digest
 
         shutil.copytree(folder / "good", mutant)
         path, manifest = mutant / self._file, mutant / "bundle.json"
@@ -163,14 +164,14 @@ class File:
 
 
 def _read_bundle(mutant: Path) -> object:
-    from models.bundle import load_pair
+    from knowledge_boosting.models.bundle import load_pair
 
     load_pair(str(mutant))
     return _read_graph(mutant)
 
 
 def _read_graph(mutant: Path) -> object:
-    from device_client.onnx_engine import OnnxModel
+    from knowledge_boosting.device_client.onnx_engine import OnnxModel
 
     model = OnnxModel(str(mutant))
     config = model.manifest.model
@@ -183,7 +184,7 @@ def _read_graph(mutant: Path) -> object:
 
 
 def _model_config() -> Any:
-    from models.config import ModelConfig, NetworkSize
+    from knowledge_boosting.models.config import ModelConfig, NetworkSize
 
     return ModelConfig(task="tse", small=NetworkSize(channels=4, hidden=4, blocks=2))
 
@@ -191,7 +192,7 @@ def _model_config() -> Any:
 def _make_checkpoint(path: Path) -> None:
     import torch
 
-    from models.checkpoint import build
+    from knowledge_boosting.models.checkpoint import build
 
     state = build(_model_config()).state_dict()
     gains = {"small": [1.0, 1.0]}
@@ -219,7 +220,7 @@ def _mutate_checkpoint(content: bytes, rng: random.Random) -> bytes:
 
 
 def _read_checkpoint(path: Path) -> None:
-    from models.checkpoint import level_output, read_checkpoint, read_training_speakers
+    from knowledge_boosting.models.checkpoint import level_output, read_checkpoint, read_training_speakers
 
     level_output(read_checkpoint(path, _model_config()), path)
     read_training_speakers(path)
@@ -237,8 +238,8 @@ def _make_configuration(path: Path) -> None:
 
 
 def _read_configuration(path: Path) -> None:
-    from models.checkpoint import build, read_config
-    from training.config import read_training_config
+    from knowledge_boosting.models.checkpoint import build, read_config
+    from knowledge_boosting.training.config import read_training_config
 
     with contextlib.suppress(InputError):
         read_training_config(path)
@@ -246,7 +247,7 @@ def _read_configuration(path: Path) -> None:
 
 
 def _read_tokens(path: Path) -> None:
-    from remote_server.access import Access
+    from knowledge_boosting.remote_server.access import Access
 
     Access(path)
 
@@ -256,13 +257,13 @@ def _make_sofa(path: Path) -> None:
 
 
 def _read_sofa(path: Path) -> None:
-    from training.rooms import check_sofa
+    from knowledge_boosting.training.rooms import check_sofa
 
     check_sofa(path)
 
 
 def _read_trace(path: Path) -> None:
-    from device_client.simulated_network import read_trace
+    from knowledge_boosting.device_client.simulated_network import read_trace
 
     read_trace(path)
 
@@ -277,7 +278,7 @@ def _make_sounds(path: Path) -> None:
 
 
 def _read_sound(path: Path) -> None:
-    from device_client.audio import read_speech
+    from knowledge_boosting.device_client.audio import read_speech
 
     read_speech(path)
 
@@ -298,7 +299,7 @@ KINDS: dict[str, Bundle | File] = {
     "embedding": File(
         "voice.npy",
         _make_embedding,
-        lambda path: __import__("device_client.speakers", fromlist=["read_embedding"]).read_embedding(path),
+        lambda path: importlib.import_module("knowledge_boosting.device_client.speakers").read_embedding(path),
     ),
     "configuration": File("config.json", _make_configuration, _read_configuration, json_or_bytes),
     "tokens": File("tokens.toml", _make_tokens, _read_tokens),

@@ -21,14 +21,14 @@ import torch
 PATIENCE = 240.0
 
 COMMANDS = {
-    "kb-client": "device_client.main",
-    "kb-evaluate": "training.evaluation",
-    "kb-export": "models.export",
-    "kb-make-dataset": "training.make_dataset",
-    "kb-make-voices": "training.voices",
-    "kb-store-hints": "training.store_hints",
-    "kb-server": "remote_server.main",
-    "kb-train": "training.trainer",
+    "kb-client": "knowledge_boosting.device_client.main",
+    "kb-evaluate": "knowledge_boosting.training.evaluation",
+    "kb-export": "knowledge_boosting.models.export",
+    "kb-make-dataset": "knowledge_boosting.training.make_dataset",
+    "kb-make-voices": "knowledge_boosting.training.voices",
+    "kb-store-hints": "knowledge_boosting.training.store_hints",
+    "kb-server": "knowledge_boosting.remote_server.main",
+    "kb-train": "knowledge_boosting.training.trainer",
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = "knowledge_boosting"
 ROOMS = {"common", "device_client", "models", "protos", "remote_server", "training"}
 ALLOWED = {
     "common": set[str](),
@@ -19,13 +20,13 @@ ALLOWED = {
     "training": {"common", "models"},
 }
 # What of models a device may import without torch, and the client's only module that needs torch.
-TORCH_FREE = {"models.config", "models.manifest", "models.onnx_stream"}
-NEEDS_TORCH = "device_client.torch_engine"
+TORCH_FREE = {f"{PACKAGE}.models.{name}" for name in ("config", "manifest", "onnx_stream")}
+NEEDS_TORCH = f"{PACKAGE}.device_client.torch_engine"
 
 
 def modules(room: str) -> dict[str, Path]:
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        f"{PACKAGE}." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (ROOT / room).rglob("*.py")
     }
 
@@ -46,17 +47,22 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_a_room_imports_only_what_it_may(room: str) -> None:
     for path in modules(room).values():
-        used = {name.split(".")[0] for name in imports(path)} & ROOMS
-        assert used <= ALLOWED[room] | {room}, path
+        used = {name for name in imports(path) if name.split(".")[0] in ROOMS}
+        assert not used, f"{path}: a room is imported by its whole name, {PACKAGE}.{min(used)}"
+        rooms = {name.split(".")[1] for name in imports(path) if name.startswith(f"{PACKAGE}.")}
+        assert rooms & ROOMS <= ALLOWED[room] | {room}, path
 
 
 def test_the_rooms_are_all_there_is() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages - {"tests"} == ROOMS
+    assert packages - {"tests", PACKAGE} == ROOMS
+    links = {path.name for path in (ROOT / PACKAGE).iterdir() if path.is_symlink()}
+    assert links == ROOMS
+    assert all((ROOT / PACKAGE / room).samefile(ROOT / room) for room in ROOMS)
 
 
 def test_torch_is_imported_only_where_it_is_allowed() -> None:
-    heavy = {name for name in modules("models") if name not in TORCH_FREE and name != "models"}
+    heavy = {name for name in modules("models") if name not in TORCH_FREE and name != f"{PACKAGE}.models"}
     for name, path in modules("device_client").items():
         if name != NEEDS_TORCH:
             used = {module for module in imports(path) if module.split(".")[0] == "torch" or module in heavy}
@@ -67,9 +73,12 @@ def test_torch_is_imported_only_where_it_is_allowed() -> None:
 
 
 def test_libraries_find_the_environment_prepared() -> None:
-    """Every room but that of generated code imports ``common`` first, and ONNX Runtime is loaded in one place."""
-    for room in ROOMS - {"common", "protos"}:
-        assert imports(ROOT / room / "__init__.py") == {"common"}, room
+    """The package prepares it as the first that it does, and ONNX Runtime is loaded in one place."""
+    first = next(node for node in ast.parse((ROOT / PACKAGE / "__init__.py").read_text()).body[1:])
+    assert isinstance(first, ast.ImportFrom)
+    assert first.module == f"{PACKAGE}.common.environment"
+    assert imports(ROOT / "common" / "environment.py") == {"os"}
+    assert not imports(ROOT / "common" / "__init__.py")
     elsewhere = [*ROOT.glob("benchmarks/*.py"), *(path for room in ROOMS for path in modules(room).values())]
     users = {path.relative_to(ROOT).as_posix() for path in elsewhere if "onnxruntime" in imports(path)}
     assert users == {"models/onnx_stream.py"}
@@ -77,7 +86,8 @@ def test_libraries_find_the_environment_prepared() -> None:
 
 def test_loading_onnx_runtime_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
     settings = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    subprocess.run([sys.executable, "-c", "import models.onnx_stream"], cwd=ROOT, env=settings, check=True)
+    script = f"import {PACKAGE}.models.onnx_stream"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=settings, check=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -85,7 +95,7 @@ def test_the_client_imports_without_torch_and_without_the_server() -> None:
     names = [name for name in modules("device_client") if name != NEEDS_TORCH]
     script = (
         "import importlib, sys\n"
-        "for name in ('torch', 'onnx', 'remote_server'): sys.modules[name] = None\n"
+        "for name in ('torch', 'onnx', 'knowledge_boosting.remote_server'): sys.modules[name] = None\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -100,7 +110,7 @@ def test_the_client_says_what_to_install_when_torch_is_missing(flags: str, tmp_p
         "import sys\n"
         "sys.modules['torch'] = None\n"
         "sys.argv = ['kb-client', *sys.argv[1:]]\n"
-        "from device_client.main import main\n"
+        "from knowledge_boosting.device_client.main import main\n"
         "main()\n"
     )
     call = [

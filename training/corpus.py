@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import InputError, existing_file, reason
+from knowledge_boosting.common.errors import InputError, existing_file, reason
 
 if TYPE_CHECKING:
-    from common.sound_files import Sound
+    from knowledge_boosting.common.sound_files import Sound
 
 Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
@@ -191,7 +191,7 @@ def _speaker(folder: Path, name: Path) -> str:
 
 
 def _length(path: Path) -> int:
-    from common import sound_files
+    from knowledge_boosting.common import sound_files
 
     with _speech(path) as header:
         if header.samplerate < SAMPLE_RATE:
@@ -209,7 +209,7 @@ def _length(path: Path) -> int:
 @contextmanager
 def _speech(path: Path) -> "Iterator[Sound]":
     """A file of speech, open; what is wrong with it becomes a :class:`BrokenFile`."""
-    from common import sound_files
+    from knowledge_boosting.common import sound_files
 
     try:
         with sound_files.open_sound(path) as sound:
@@ -226,7 +226,7 @@ def read_segment(segment: Segment) -> Samples:
     Raises:
         BrokenFile: the file is damaged, cut short, or has samples that are not finite.
     """
-    from common import sound_files
+    from knowledge_boosting.common import sound_files
 
     path = segment.utterance.path
     with _speech(path) as file:

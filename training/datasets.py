@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common import sound_files
-from common.cli import end_signals, warn
-from common.errors import InputError, reason
-from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
-from training.config import DynamicData, FolderData
-from training.corpus import (
+from knowledge_boosting.common import sound_files
+from knowledge_boosting.common.cli import end_signals, warn
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from knowledge_boosting.training.config import DynamicData, FolderData
+from knowledge_boosting.training.corpus import (
     NOISE_FILE,
     SAMPLE_RATE,
     BrokenFile,
@@ -41,7 +41,7 @@ from training.corpus import (
     read_speech,
     speaker_embedding,
 )
-from training.rooms import read_bank
+from knowledge_boosting.training.rooms import read_bank
 
 Address = tuple[int, int]  # epoch, index
 

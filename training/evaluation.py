@@ -37,12 +37,12 @@ import numpy.typing as npt
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-import common.cli
-from common.errors import Failure, InputError
-from models.config import ModelConfig
-from models.manifest import MANIFEST_FILE, UNTRAINED_NOTICE, file_digest, find_bundle, read_manifest
-from training.corpus import refuse_shared_speakers
-from training.evaluation_plot import (
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.manifest import MANIFEST_FILE, UNTRAINED_NOTICE, file_digest, find_bundle, read_manifest
+from knowledge_boosting.training.corpus import refuse_shared_speakers
+from knowledge_boosting.training.evaluation_plot import (
     METRICS,
     RESULT_FILES,
     SYSTEMS,
@@ -63,14 +63,14 @@ from training.evaluation_plot import (
     table,
     write_results,
 )
-from training.workers import end_with_parent
+from knowledge_boosting.training.workers import end_with_parent
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from models.pair import LargeModel, SmallModel
-    from training.datasets import MixtureFolder
+    from knowledge_boosting.models.pair import LargeModel, SmallModel
+    from knowledge_boosting.training.datasets import MixtureFolder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -150,7 +150,7 @@ def _load_models(given: Sequence[str]) -> list[_Model]:
 
 
 def _load_model(given: str, name: str) -> _Model:
-    from training.metrics import SAMPLE_RATE
+    from knowledge_boosting.training.metrics import SAMPLE_RATE
 
     folder = Path(given)
     is_run = (folder / "config.json").is_file() and not (folder / MANIFEST_FILE).is_file()
@@ -164,7 +164,7 @@ def _load_model(given: str, name: str) -> _Model:
 
 
 def _load_bundle(given: str, name: str) -> _Model:
-    from models.bundle import load_large, load_small
+    from knowledge_boosting.models.bundle import load_large, load_small
 
     manifest = read_manifest(find_bundle(given))
     small, _ = load_small(given)
@@ -174,10 +174,10 @@ def _load_bundle(given: str, name: str) -> _Model:
 
 
 def _load_run(folder: Path, given: str, name: str) -> _Model:
-    from models.checkpoint import read_checkpoint, read_training_speakers
-    from models.pair import BoostedPair
-    from training.config import read_training_config
-    from training.run import best_checkpoint
+    from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
+    from knowledge_boosting.models.pair import BoostedPair
+    from knowledge_boosting.training.config import read_training_config
+    from knowledge_boosting.training.run import best_checkpoint
 
     config = read_training_config(folder / "config.json").model
     path = best_checkpoint(folder)
@@ -217,14 +217,14 @@ def _milliseconds(config: ModelConfig, frames: int) -> float:
 
 
 def _open_data(root: Path, split: str, items: int | None, config: ModelConfig) -> "MixtureFolder":
-    from training.config import FolderData
-    from training.datasets import MixtureFolder
+    from knowledge_boosting.training.config import FolderData
+    from knowledge_boosting.training.datasets import MixtureFolder
 
     data = MixtureFolder(
         FolderData(root=str(root), split=split, items=items), config, seed=0, training=False, skip_broken=False
     )
     if items is not None and len(data) < items:
-        common.cli.warn(f"{root / split}: has {len(data)} items, fewer than --items {items}")
+        cli.warn(f"{root / split}: has {len(data)} items, fewer than --items {items}")
     return data
 
 
@@ -234,7 +234,7 @@ def _check_items(data: "MixtureFolder", metrics: Sequence[Metric]) -> int:
     Raises:
         InputError: an item cannot be used.
     """
-    from training.metrics import SAMPLE_RATE
+    from knowledge_boosting.training.metrics import SAMPLE_RATE
 
     total = 0
     for index, item in enumerate(data.items):
@@ -277,8 +277,8 @@ def _listen(
     import torch
     from torch import Tensor
 
-    from models.framing import pad_to_frames
-    from models.pair import SmallModel, delay_hints
+    from knowledge_boosting.models.framing import pad_to_frames
+    from knowledge_boosting.models.pair import SmallModel, delay_hints
 
     name, config = model.record.name, model.config
     chunk, lookahead = config.framing.chunk, config.framing.lookahead
@@ -353,7 +353,7 @@ def _listen(
 
 
 def _decibels(estimates: "Tensor", heard: _Heard) -> dict[Metric, float]:
-    from training.metrics import si_sdr_improvement, snr_improvement
+    from knowledge_boosting.training.metrics import si_sdr_improvement, snr_improvement
 
     return {
         "si_sdri": float(si_sdr_improvement(estimates, heard.sources, heard.mixture)),
@@ -367,7 +367,7 @@ def _slow_figures(
     """STOI and PESQ as far as asked for, of arrays ``[1, S, M, N]``; NaN where there is no speech to measure."""
     import torch
 
-    from training.metrics import pesq, stoi
+    from knowledge_boosting.training.metrics import pesq, stoi
 
     measures: dict[Metric, Callable[[Tensor, Tensor], Tensor]] = {"stoi": stoi, "pesq": pesq}
     figures: dict[Metric, float] = {}
@@ -495,7 +495,7 @@ def _measure(
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
     """A function to call once an item and model; a bar appears on a terminal only."""
-    console = common.cli.console(stderr=True)
+    console = cli.console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=total)
@@ -545,7 +545,7 @@ def _parse_delays(text: str) -> list[int]:
 def _check_installed(metrics: Sequence[Metric]) -> None:
     packages = {"stoi": "pystoi", "pesq": "pesq"}
     wanted = (packages[metric] for metric in metrics if metric in packages)
-    common.cli.check_installed("torchmetrics", "matplotlib", *wanted)
+    cli.check_installed("torchmetrics", "matplotlib", *wanted)
 
 
 def _evaluate(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
@@ -557,8 +557,8 @@ def _evaluate(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
     """
     import torch
 
-    from models.device import pick_device
-    from training.metrics import SAMPLE_RATE
+    from knowledge_boosting.models.device import pick_device
+    from knowledge_boosting.training.metrics import SAMPLE_RATE
 
     device = pick_device(options.device)
     if options.record:
@@ -614,7 +614,7 @@ def _evaluate(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
 
 def _record_quality(results: Results) -> None:
     """Write every bundle's own figures into its manifest and its card."""
-    from models.bundle import record_quality
+    from knowledge_boosting.models.bundle import record_quality
 
     data = f"{results.data.items} mixtures of {Path(results.data.root).name}/{results.data.split}"
     for model in results.models:
@@ -695,16 +695,16 @@ def evaluate(
         write_results(output, results, names, figures)
         if record:
             _record_quality(results)
-    terminal = common.cli.console()
+    terminal = cli.console()
     if not terminal.is_terminal:
-        terminal = common.cli.console(width=_FILE_WIDTH)
+        terminal = cli.console(width=_FILE_WIDTH)
     terminal.print(table(results, terminal.width))
     print(f"{output}: {', '.join(RESULT_FILES)}")
 
 
 def main() -> None:
     """Entry point of ``kb-evaluate``."""
-    common.cli.run(app, "kb-evaluate", "train")
+    cli.run(app, "kb-evaluate", "train")
 
 
 if __name__ == "__main__":

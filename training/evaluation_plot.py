@@ -16,10 +16,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import InputError, reason
-from common.files import atomic_file, check_folder
-from common.pictures import any_words
-from models.config import Strict
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.files import atomic_file, check_folder
+from knowledge_boosting.common.pictures import any_words
+from knowledge_boosting.models.config import Strict
 
 SCHEMA_VERSION: Final = 1
 RESAMPLES: Final = 2000

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.framing import Stft, pad_to_frames
-from models.layers import HintFusion, prelu
-from models.pair import SmallModel
+from knowledge_boosting.models.framing import Stft, pad_to_frames
+from knowledge_boosting.models.layers import HintFusion, prelu
+from knowledge_boosting.models.pair import SmallModel
 
 IDEAL_GAIN = 4.0  # trained large networks, free in scale, were found to give about this times the sources' spectra
 

@@ -24,11 +24,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
-import common.cli
-from common.errors import InputError, reason
-from common.files import atomic_directory, atomic_file, write_by_memory
-from models.manifest import file_digest
-from training.corpus import (
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.files import atomic_directory, atomic_file, write_by_memory
+from knowledge_boosting.models.manifest import file_digest
+from knowledge_boosting.training.corpus import (
     METADATA_FILE,
     NOISE_FILE,
     SAMPLE_RATE,
@@ -44,7 +44,7 @@ from training.corpus import (
     read_noise,
     split_talkers,
 )
-from training.rooms import (
+from knowledge_boosting.training.rooms import (
     BANK_FILE,
     HEADROOM,
     MICROPHONES,
@@ -62,7 +62,7 @@ from training.rooms import (
     render,
     write_bank,
 )
-from training.workers import run_in_workers
+from knowledge_boosting.training.workers import run_in_workers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -236,7 +236,7 @@ def _make_items(maker: Mixtures | Responses, missing: Sequence[tuple[Path, int]]
 def _warn_of_broken(files: Mapping[Path, str]) -> None:
     if files:
         path = min(files)
-        common.cli.warn(f"broken files left out: {len(files)}, the first {path}: {files[path]}")
+        cli.warn(f"broken files left out: {len(files)}, the first {path}: {files[path]}")
 
 
 def _check_root(root: Path, parameters: Mapping[str, object]) -> None:
@@ -483,7 +483,7 @@ def make_dataset(
             )
         if not rooms:
             raise InputError("--responses-only needs --rooms, how many rooms the bank has")
-        common.cli.check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
+        cli.check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
         _check_heads(sofa)
         _make_bank(output, sofa, ranges, rooms, seed, workers)
         return
@@ -503,7 +503,7 @@ def make_dataset(
         if output.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{output}: lies in the speech folder {folder}; give another --output")
     needed = ("resemblyzer", "torch") if task is Task.TSE else ()
-    common.cli.check_installed("netCDF4", "pyroomacoustics", "sofa", *needed)
+    cli.check_installed("netCDF4", "pyroomacoustics", "sofa", *needed)
     _check_heads(sofa)
     length = round(seconds * SAMPLE_RATE)
     enrollment = round(enrollment_seconds * SAMPLE_RATE) if task is Task.TSE else 0
@@ -571,7 +571,7 @@ def _digests(files: Sequence[Path]) -> str | list[str]:
 
 def main() -> None:
     """Entry point of ``kb-make-dataset``."""
-    common.cli.run(app, "kb-make-dataset", "train")
+    cli.run(app, "kb-make-dataset", "train")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from torchmetrics.functional.audio import (
     signal_noise_ratio,
 )
 
-from models.config import Framing
-from training.losses import permuted_si_sdr, si_sdr
+from knowledge_boosting.models.config import Framing
+from knowledge_boosting.training.losses import permuted_si_sdr, si_sdr
 
 SAMPLE_RATE = Framing().sample_rate
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import Failure
-from models.bundle import load_large, read_bundle
-from models.checkpoint import (
+from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.models.bundle import load_large, read_bundle
+from knowledge_boosting.models.checkpoint import (
     OUTPUT_GAIN,
     TRAINING_SPEAKERS,
     average_with,
@@ -22,17 +22,17 @@ from models.checkpoint import (
     read_training_speakers,
     warm_start,
 )
-from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
-from models.framing import pad_to_frames
-from models.manifest import find_bundle, read_manifest
-from models.pair import BoostedPair, LargeModel, SmallModel
-from training import metrics
-from training.config import StoredData, TrainingConfig
-from training.datasets import Batch, render
-from training.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
-from training.losses import level_error, match_sources, negative_si_sdr
-from training.speaker_whitening import SpeakerWhitening
-from training.stored_hints import STORED_LARGE, large_digest
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.manifest import find_bundle, read_manifest
+from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
+from knowledge_boosting.training import metrics
+from knowledge_boosting.training.config import StoredData, TrainingConfig
+from knowledge_boosting.training.datasets import Batch, render
+from knowledge_boosting.training.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
+from knowledge_boosting.training.losses import level_error, match_sources, negative_si_sdr
+from knowledge_boosting.training.speaker_whitening import SpeakerWhitening
+from knowledge_boosting.training.stored_hints import STORED_LARGE, large_digest
 
 MONITOR = "validation/si_sdri"
 

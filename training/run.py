@@ -24,17 +24,24 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from common.cli import end_signals
-from common.errors import InputError, reason
-from common.files import atomic_file
-from models.checkpoint import read_checkpoint
-from models.tfgridnet import describe_lstms
-from training.config import Data, DynamicData, FolderData, StoredData, TrainingConfig, read_training_config
-from training.corpus import refuse_shared_speakers
-from training.datasets import DynamicMixing, EpochOrder, Examples, Loader, MixtureFolder, render
-from training.memory import keep_freed_memory
-from training.module import MONITOR, TrainingModule
-from training.stored_hints import (
+from knowledge_boosting.common.cli import end_signals
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.files import atomic_file
+from knowledge_boosting.models.checkpoint import read_checkpoint
+from knowledge_boosting.models.tfgridnet import describe_lstms
+from knowledge_boosting.training.config import (
+    Data,
+    DynamicData,
+    FolderData,
+    StoredData,
+    TrainingConfig,
+    read_training_config,
+)
+from knowledge_boosting.training.corpus import refuse_shared_speakers
+from knowledge_boosting.training.datasets import DynamicMixing, EpochOrder, Examples, Loader, MixtureFolder, render
+from knowledge_boosting.training.memory import keep_freed_memory
+from knowledge_boosting.training.module import MONITOR, TrainingModule
+from knowledge_boosting.training.stored_hints import (
     SHARD,
     STORED_LARGE,
     Record,

@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.config import SPEAKER_EMBEDDING_SIZE
-from models.tfgridnet import TFGridNet
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
+from knowledge_boosting.models.tfgridnet import TFGridNet
 
 
 class SpeakerWhitening(nn.Module):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-import common.cli
+from knowledge_boosting.common import cli
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -23,14 +23,14 @@ def store_hints(
 ) -> None:
     """Keep mixtures and what a large network makes of them. The same command goes on with an interrupted run."""
     # What trains is imported only now, so that --help and mistakes in the call answer at once.
-    from training import run
+    from knowledge_boosting.training import run
 
     run.store_hints(run.read_settings(config, data=None, large=large), output, items)
 
 
 def main() -> None:
     """Entry point of ``kb-store-hints``."""
-    common.cli.run(app, "kb-store-hints", "train")
+    cli.run(app, "kb-store-hints", "train")
 
 
 if __name__ == "__main__":

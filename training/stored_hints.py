@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from common.errors import InputError, existing_file, reason
-from common.files import atomic_file
-from models.config import ModelConfig, Strict
-from models.manifest import read_json, validate
-from models.pair import BoostedPair
-from training.config import StoredData
+from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.common.files import atomic_file
+from knowledge_boosting.models.config import ModelConfig, Strict
+from knowledge_boosting.models.manifest import read_json, validate
+from knowledge_boosting.models.pair import BoostedPair
+from knowledge_boosting.training.config import StoredData
 
 RECORD_FILE = "hints.json"
 SHARD = 32  # examples

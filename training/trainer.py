@@ -1,4 +1,4 @@
-"""The ``kb-train`` command, also ``python -m training.trainer``."""
+"""The ``kb-train`` command, also ``python -m knowledge_boosting.training.trainer``."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-import common.cli
-from common.errors import InputError
-from common.files import check_folder
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.files import check_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,7 +57,7 @@ def train(
     # runs, that takes most of the processor's time. Read as torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # What trains is imported only now, so that --help and mistakes in the call answer at once.
-    from training.run import Devices, read_settings, run_test, run_training
+    from knowledge_boosting.training.run import Devices, read_settings, run_test, run_training
 
     settings = read_settings(config, data=data, large=large)
     machines = Devices(devices, nodes)
@@ -70,7 +70,7 @@ def train(
 
 def main() -> None:
     """Entry point of ``kb-train``."""
-    common.cli.run(app, "kb-train", "train")
+    cli.run(app, "kb-train", "train")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,20 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-import common.cli
-from common.errors import InputError
-from common.files import atomic_directory, write_by_memory
-from training.corpus import DERIVED, SAMPLE_RATE, Corpus, Samples, Segment, Utterance, find_speech, read_segment
-from training.workers import run_in_workers
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.files import atomic_directory, write_by_memory
+from knowledge_boosting.training.corpus import (
+    DERIVED,
+    SAMPLE_RATE,
+    Corpus,
+    Samples,
+    Segment,
+    Utterance,
+    find_speech,
+    read_segment,
+)
+from knowledge_boosting.training.workers import run_in_workers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -128,10 +137,10 @@ def make_voices(
     """Make more voices of a corpus of speech, for training: the same words at another pitch, with other formants."""
     _check_factors("--pitch", pitch)
     _check_factors("--formants", formants)
-    common.cli.check_installed("pyworld")
+    cli.check_installed("pyworld")
     corpus = find_speech(speech, skip_broken=skip_broken)
     for path, fault in corpus.broken.items():
-        common.cli.warn(f"skipped: {path}: {fault}")
+        cli.warn(f"skipped: {path}: {fault}")
     drawn = draw_changes(corpus, voices, pitch, formants, seed)
     calls = [
         (number, utterance, speaker, drawn[speaker])
@@ -154,4 +163,4 @@ def make_voices(
 
 def main() -> None:
     """Entry point of ``kb-make-voices``."""
-    common.cli.run(app, "kb-make-voices", "train")
+    cli.run(app, "kb-make-voices", "train")

@@ -12,8 +12,8 @@ from itertools import islice
 from multiprocessing import connection
 from typing import Any, TypeVar
 
-from common.cli import console
-from common.errors import Failure
+from knowledge_boosting.common.cli import console
+from knowledge_boosting.common.errors import Failure
 
 Result = TypeVar("Result")
 

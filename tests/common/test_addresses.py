@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.addresses import is_loopback, proxy_of, split_address
-from common.errors import InputError
+from knowledge_boosting.common.addresses import is_loopback, proxy_of, split_address
+from knowledge_boosting.common.errors import InputError
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy")
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 import grpc
 import pytest
 
-from common.call_credentials import Credentials, read_credentials
-from common.connection import Refused, connect
-from common.errors import InputError
+from knowledge_boosting.common.call_credentials import Credentials, read_credentials
+from knowledge_boosting.common.connection import Refused, connect
+from knowledge_boosting.common.errors import InputError
 from tests.certificates import Certificates
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import InputError
-from common.files import atomic_directory, atomic_file, check_files
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.files import atomic_directory, atomic_file, check_files
 
 
 def test_a_file_appears_only_when_all_of_it_is_written(tmp_path: Path) -> None:

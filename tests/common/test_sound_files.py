@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.sound_files import UnusableSound, blocks, open_sound
+from knowledge_boosting.common.sound_files import UnusableSound, blocks, open_sound
 from tests.sounds import wav
 
 RATE = 16000

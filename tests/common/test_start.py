@@ -21,7 +21,7 @@ SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
     ("name", "module"),
     [
         *((name, "typer") for name in SCRIPTS),
-        ("kb-client", "common.call_credentials"),
+        ("kb-client", "knowledge_boosting.common.call_credentials"),
         ("kb-client", "onnxruntime"),
         ("kb-client", "matplotlib.figure"),
     ],

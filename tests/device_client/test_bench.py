@@ -2,19 +2,19 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from device_client.bench import bench as run_bench
-from models.manifest import shipped_bundles
+from knowledge_boosting.device_client.bench import bench as run_bench
+from knowledge_boosting.models.manifest import shipped_bundles
+from tests.processes import command
 
 
 def test_every_installed_bundle_is_measured(tmp_path: Path) -> None:
     report = tmp_path / "bench.json"
-    call = [sys.executable, "-m", "device_client.main", "bench", "--frames", "100", "--json", str(report)]
+    call = command("kb-client", "bench", "--frames", 100, "--json", report)
     result = subprocess.run(call, capture_output=True, text=True, check=True)
     figures = json.loads(report.read_text())
     assert set(figures["bundles"]) == {manifest.name for manifest in shipped_bundles()}
@@ -36,13 +36,13 @@ def test_the_verdict_is_in_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ticks = iter(int(1e6 * milliseconds * (number // 2 + number % 2)) for number in range(10_000))
-    monkeypatch.setattr("device_client.bench.time.perf_counter_ns", lambda: next(ticks))
+    monkeypatch.setattr("knowledge_boosting.device_client.bench.time.perf_counter_ns", lambda: next(ticks))
     run_bench([str(golden_bundle("ss_delay6_compression2"))], "onnx", 200, None)
     assert words in " ".join(capsys.readouterr().out.replace("ss_delay6_compression2", "golden").split())
 
 
 def test_a_folder_that_is_not_there_is_found_out_before_anything_is_measured(tmp_path: Path) -> None:
-    call = [sys.executable, "-m", "device_client.main", "bench", "--json", str(tmp_path / "no" / "b.json")]
+    call = command("kb-client", "bench", "--json", tmp_path / "no" / "b.json")
     result = subprocess.run(call, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "make it first" in result.stderr

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import Failure, InputError
-from device_client.device_audio import DeviceAudio, open_device_audio
-from device_client.devices_command import print_devices
-from models.config import Framing
-from protos.codec import Samples
+from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.device_client.device_audio import DeviceAudio, open_device_audio
+from knowledge_boosting.device_client.devices_command import print_devices
+from knowledge_boosting.models.config import Framing
+from knowledge_boosting.protos.codec import Samples
 
 
 class PortAudioError(Exception):

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.errors import InputError
-from device_client.speakers import check_name, save
-from protos import hints_pb2 as pb
-from protos.codec import PCM_ENCODINGS, encode_pcm
-from protos.hints_pb2_grpc import HintServiceServicer, HintServiceStub, add_HintServiceServicer_to_server
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.device_client.speakers import check_name, save
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import PCM_ENCODINGS, encode_pcm
+from knowledge_boosting.protos.hints_pb2_grpc import (
+    HintServiceServicer,
+    HintServiceStub,
+    add_HintServiceServicer_to_server,
+)
 from tests.golden_cases import TOLERANCE
 from tests.processes import PATIENCE, Server, refusal_here, run
 

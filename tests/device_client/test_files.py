@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.signal import correlate
 
-from models.bundle import write_bundle
-from models.checkpoint import build
-from models.config import Framing, ModelConfig, NetworkSize
+from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.config import Framing, ModelConfig, NetworkSize
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import run
 

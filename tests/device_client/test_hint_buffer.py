@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from device_client.hint_buffer import HintBuffer, HintLog
+from knowledge_boosting.device_client.hint_buffer import HintBuffer, HintLog
 
 HINT = np.ones((4, 97), np.float32)
 

@@ -164,7 +164,7 @@ def call_without(module: str, tmp_path: Path, *arguments: object) -> "subprocess
     """kb-client where sounddevice cannot be imported, or finds no PortAudio."""
     broken = {"sounddevice": "raise ImportError('no')", "portaudio": "raise OSError('PortAudio library not found')"}
     (tmp_path / "sounddevice.py").write_text(broken[module] + "\n")
-    call = [sys.executable, "-m", "device_client.main", *map(str, arguments)]
+    call = [sys.executable, "-m", "knowledge_boosting.device_client.main", *map(str, arguments)]
     path = f"{tmp_path}:{Path(__file__).parents[2]}"
     return subprocess.run(
         call, env={**environment(), "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, check=False

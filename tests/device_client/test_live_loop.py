@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from device_client.hint_stream import Encodings
-from device_client.live import HintRamp, LiveLoop
-from device_client.live_hints import LiveHints
-from device_client.mixer import Mixer, Play
-from device_client.onnx_engine import OnnxModel
-from models.manifest import read_manifest
-from protos.codec import Samples
+from knowledge_boosting.device_client.hint_stream import Encodings
+from knowledge_boosting.device_client.live import HintRamp, LiveLoop
+from knowledge_boosting.device_client.live_hints import LiveHints
+from knowledge_boosting.device_client.mixer import Mixer, Play
+from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.models.manifest import read_manifest
+from knowledge_boosting.protos.codec import Samples
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import PATIENCE, Server, running_server
 

@@ -10,14 +10,14 @@ import pytest
 import soundfile
 import soxr
 
-from device_client.audio import OutputStream, open_audio
-from device_client.plot import Spectrogram
-from device_client.replay import windows
-from device_client.tally import Tally
-from models.bundle import write_bundle
-from models.checkpoint import build
-from models.config import Framing, ModelConfig, NetworkSize
-from protos.codec import Samples
+from knowledge_boosting.device_client.audio import OutputStream, open_audio
+from knowledge_boosting.device_client.plot import Spectrogram
+from knowledge_boosting.device_client.replay import windows
+from knowledge_boosting.device_client.tally import Tally
+from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.config import Framing, ModelConfig, NetworkSize
+from knowledge_boosting.protos.codec import Samples
 from tests.processes import command, environment
 
 TINY = ModelConfig(task="ss", framing=Framing(), small=NetworkSize(channels=4, hidden=4, blocks=1))

@@ -9,14 +9,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from common.errors import InputError
-from device_client.engine import Engine
-from device_client.onnx_engine import OnnxModel
-from models.bundle import write_bundle
-from models.checkpoint import build, read_config
-from models.config import Framing
-from models.framing import pad_to_frames
-from models.pair import SmallModel
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.device_client.engine import Engine
+from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.checkpoint import build, read_config
+from knowledge_boosting.models.config import Framing
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.pair import SmallModel
 from tests.golden_cases import NAMES, TOLERANCE, Golden, worst
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

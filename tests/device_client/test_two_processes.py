@@ -18,10 +18,10 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import write_bundle
-from models.checkpoint import build
-from models.config import Boosting, ModelConfig, NetworkSize
-from models.pair import BoostedPair, PairOutput
+from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
+from knowledge_boosting.models.pair import BoostedPair, PairOutput
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import PATIENCE, Server, command, free_port, run, running_server
 
@@ -265,7 +265,7 @@ def servers_of(bundle: Path) -> list[int]:
                 line = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"remote_server.main" in line and str(bundle).encode() in line:
+            if b"knowledge_boosting.remote_server.main" in line and str(bundle).encode() in line:
                 found.append(int(entry.name))
     return found
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.compiled import library
+from knowledge_boosting.models.compiled import library
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="no C++ compiler that serves, torch is used instead")
 

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from common.errors import InputError
-from models.bundle import load_large, load_pair, load_small, record_quality
-from models.config import ModelConfig
-from models.manifest import bundle_id, read_manifest
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.bundle import load_large, load_pair, load_small, record_quality
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.manifest import bundle_id, read_manifest
 from tests.golden_cases import FOLDER, TOLERANCE, Golden, worst
 from tests.processes import refusal, run
 
@@ -194,7 +194,7 @@ def test_sizes_that_only_the_manifest_has_cost_no_memory(golden_bundle: Callable
     (bundle / "bundle.json").write_text(json.dumps(document))
     script = (
         "import resource, sys\n"
-        "from models.bundle import load_large\n"
+        "from knowledge_boosting.models.bundle import load_large\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: load_large(sys.argv[1])\n"
         "except Exception as error: print(error)\n"

@@ -13,9 +13,9 @@ from tests.models.compiled import needs_compiler
 
 TRAIN = """
 import torch
-from models.config import NetworkSize
-from models.layers import window_of
-from models.tfgridnet import GridNetBlock
+from knowledge_boosting.models.config import NetworkSize
+from knowledge_boosting.models.layers import window_of
+from knowledge_boosting.models.tfgridnet import GridNetBlock
 block = GridNetBlock(NetworkSize(channels=16, hidden=16), 97)
 for _ in range(2):
     y, _ = block(torch.randn(1, 4, 97, 16), block.initial_state(1, 97), window_of(torch.zeros(1), 4, 50))
@@ -23,7 +23,7 @@ for _ in range(2):
 assert block.intra_lstm.weight_ih_l0.grad.abs().sum() > 0
 """
 LOADED = """
-from models.compiled import library
+from knowledge_boosting.models.compiled import library
 assert library() is not None
 print(next(line.split()[5] for line in open('/proc/self/maps') if "training-" in line))
 """

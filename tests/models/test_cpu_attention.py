@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import cpu_attention
-from models.layers import AttentionCache, FusionState, HintFusion, SelfAttention, window_of
+from knowledge_boosting.models import cpu_attention
+from knowledge_boosting.models.layers import AttentionCache, FusionState, HintFusion, SelfAttention, window_of
 from tests.models.compiled import assert_near, builds, needs_compiler, outcome, set_build, torch_threads
 
 pytestmark = needs_compiler

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import cpu_lstm
-from models.compiled import required_library
-from models.cpu_lstm import FREQUENCY, TIME
-from models.tfgridnet import torch_residual_lstm
+from knowledge_boosting.models import cpu_lstm
+from knowledge_boosting.models.compiled import required_library
+from knowledge_boosting.models.cpu_lstm import FREQUENCY, TIME
+from knowledge_boosting.models.tfgridnet import torch_residual_lstm
 from tests.models.compiled import assert_near, builds, needs_compiler, outcome, set_build, torch_threads
 
 pytestmark = needs_compiler

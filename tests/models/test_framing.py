@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.signal import get_window
 
-from models.config import Framing
-from models.framing import Stft, pad_to_frames
+from knowledge_boosting.models.config import Framing
+from knowledge_boosting.models.framing import Stft, pad_to_frames
 
 
 @pytest.mark.parametrize("framing", [Framing(), Framing(chunk=32, lookahead=16), Framing(chunk=80, lookahead=80)])

@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.framing import pad_to_frames
-from models.pair import PairOutput, delay_hints
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.pair import PairOutput, delay_hints
 from tests.golden_cases import NAMES, TOLERANCE, Golden, worst
 
 

@@ -15,15 +15,15 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from common.errors import InputError
-from device_client.onnx_engine import OnnxModel
-from device_client.speakers import read_embedding
-from models.bundle import load_large
-from models.checkpoint import build, read_checkpoint, read_config
-from models.config import ModelConfig, NetworkSize
-from models.manifest import bundle_id, file_digest, read_manifest
-from remote_server.access import Access
-from training.rooms import check_sofa
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.speakers import read_embedding
+from knowledge_boosting.models.bundle import load_large
+from knowledge_boosting.models.checkpoint import build, read_checkpoint, read_config
+from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.manifest import bundle_id, file_digest, read_manifest
+from knowledge_boosting.remote_server.access import Access
+from knowledge_boosting.training.rooms import check_sofa
 
 SS = "ss_delay6_compression2"
 CONFIG = ModelConfig(task="ss", small=NetworkSize(channels=4, hidden=4))

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.checkpoint import build
-from models.config import Boosting, Framing, ModelConfig, NetworkSize
-from models.framing import Stft, pad_to_frames
-from models.level import RunningLevel
-from models.manifest import PRETRAINED, bundle_id, read_manifest
-from models.onnx_graph import frame_graph
-from models.onnx_stream import OnnxStream, load_graph
-from models.pair import BoostedPair
-from models.slots import StateSlots
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.config import Boosting, Framing, ModelConfig, NetworkSize
+from knowledge_boosting.models.framing import Stft, pad_to_frames
+from knowledge_boosting.models.level import RunningLevel
+from knowledge_boosting.models.manifest import PRETRAINED, bundle_id, read_manifest
+from knowledge_boosting.models.onnx_graph import frame_graph
+from knowledge_boosting.models.onnx_stream import OnnxStream, load_graph
+from knowledge_boosting.models.pair import BoostedPair
+from knowledge_boosting.models.slots import StateSlots
 
 CONFIG = ModelConfig(
     task="ss",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from models.manifest import DEFAULT_BUNDLE, PRETRAINED, find_bundle, read_manifest, shipped_bundles
+from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, PRETRAINED, find_bundle, read_manifest, shipped_bundles
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]

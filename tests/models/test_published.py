@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import InputError
-from models.checkpoint import read_checkpoint, read_config
-from models.config import ModelConfig
-from models.framing import pad_to_frames
-from models.published import config_from_published
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.checkpoint import read_checkpoint, read_config
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.published import config_from_published
 from tests.golden_cases import FOLDER, TOLERANCE, Golden, worst
 
 CASE = "ss_delay1_compression4"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.framing import pad_to_frames
+from knowledge_boosting.models.framing import pad_to_frames
 from tests.golden_cases import TOLERANCE, Golden, load, worst
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import InputError
-from models.checkpoint import average_with, build, level_output, warm_start
-from models.config import ModelConfig
-from models.framing import pad_to_frames
-from models.pair import BoostedPair, SmallModel
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.checkpoint import average_with, build, level_output, warm_start
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.pair import BoostedPair, SmallModel
 
 SIZE = {"channels": 6, "hidden": 5, "blocks": 3}
 SS = ModelConfig.model_validate({"task": "ss", "small": SIZE})

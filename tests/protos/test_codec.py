@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from protos import hints_pb2 as pb
-from protos.codec import (
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import (
     HINT_ENCODINGS,
     PCM_ENCODINGS,
     Samples,

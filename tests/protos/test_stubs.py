@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import protos
-from protos.generate import generate
+from knowledge_boosting import protos
+from knowledge_boosting.protos.generate import generate
 
 COMMITTED = Path(protos.__file__).parent
 
@@ -20,6 +20,6 @@ def test_the_committed_stubs_are_those_of_the_contract(tmp_path: Path, monkeypat
     # protoc looks for its mypy plugins there; an environment need not be activated to run its Python.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     generate(tmp_path)
-    generated = stubs(tmp_path / "protos")
+    generated = stubs(tmp_path / "knowledge_boosting" / "protos")
     assert generated.keys() == {"hints_pb2.py", "hints_pb2.pyi", "hints_pb2_grpc.py", "hints_pb2_grpc.pyi"}
     assert generated == stubs(COMMITTED)

@@ -13,11 +13,18 @@ import grpc
 import numpy as np
 import torch
 
-from models.framing import pad_to_frames
-from models.manifest import Manifest, read_manifest
-from protos import hints_pb2 as pb
-from protos.codec import PCM_ENCODINGS, PROTOCOL_VERSION, SERVICE_NAME, Samples, decode_hint, encode_pcm
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.manifest import Manifest, read_manifest
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import (
+    PCM_ENCODINGS,
+    PROTOCOL_VERSION,
+    SERVICE_NAME,
+    Samples,
+    decode_hint,
+    encode_pcm,
+)
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import PATIENCE, Server
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import grpc
 
-from models.manifest import read_manifest
-from protos import hints_pb2 as pb
-from protos.codec import PROTOCOL_VERSION
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.models.manifest import read_manifest
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import PROTOCOL_VERSION
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 
 
 def stream(address: str, bundle: Path) -> None:

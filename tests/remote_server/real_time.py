@@ -10,8 +10,8 @@ from typing import Self
 import grpc
 import numpy as np
 
-from protos import hints_pb2 as pb
-from protos.codec import Samples, encode_pcm
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import Samples, encode_pcm
 from tests.golden_cases import TOLERANCE, worst
 from tests.processes import PATIENCE, Server, descriptors, memory_mib, threads
 from tests.remote_server.driver import Device, Material, message

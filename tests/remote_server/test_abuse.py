@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protos import hints_pb2 as pb
-from protos.codec import SERVICE_NAME
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import SERVICE_NAME
 from tests.processes import PATIENCE, Server, running_server
 from tests.remote_server.driver import Device, Material, Request
 from tests.remote_server.real_time import fill, unharmed

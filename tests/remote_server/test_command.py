@@ -13,12 +13,12 @@ from pathlib import Path
 import grpc
 import pytest
 
-from common.errors import InputError
-from models.bundle import write_bundle
-from models.device import pick_device
-from protos import hints_pb2 as pb
-from protos.hints_pb2_grpc import HintServiceStub
-from remote_server.server import why_not_listening
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.device import pick_device
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.remote_server.server import why_not_listening
 from tests.golden_cases import Golden
 from tests.processes import PATIENCE, Server, command, refusal, running_server
 from tests.remote_server.driver import Device, Material, assert_logged

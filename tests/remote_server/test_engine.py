@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.pair import LargeModel
-from protos.codec import Samples
-from remote_server.engine import EngineSession, HintEngine, Hints, Step
+from knowledge_boosting.models.pair import LargeModel
+from knowledge_boosting.protos.codec import Samples
+from knowledge_boosting.remote_server.engine import EngineSession, HintEngine, Hints, Step
 from tests.golden_cases import TOLERANCE, Golden, worst
 
 

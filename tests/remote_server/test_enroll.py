@@ -9,9 +9,9 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import hints_pb2 as pb
-from protos.codec import ENROLLMENT_RATE, PCM_ENCODINGS, Samples, decode_pcm, encode_pcm
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import ENROLLMENT_RATE, PCM_ENCODINGS, Samples, decode_pcm, encode_pcm
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, worst
 from tests.processes import PATIENCE, Server, running_server
 from tests.remote_server.driver import Device, Material

@@ -9,8 +9,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from protos import hints_pb2 as pb
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.attackers import WATCH
 from tests.haproxy import haproxy, running_haproxy
 from tests.processes import PATIENCE, Server, environment

@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from protos import hints_pb2 as pb
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.processes import PATIENCE, Server, refusal_here, running_server
 from tests.remote_server.driver import Device, Material, Request, Witness, message
 

@@ -15,9 +15,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos import hints_pb2 as pb
-from protos.codec import SERVICE_NAME
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import SERVICE_NAME
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import PATIENCE, Server, command, environment, free_port, refusal, running_server, threads
 from tests.remote_server.driver import Device, Material, material, wait_until_free

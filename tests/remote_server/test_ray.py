@@ -12,11 +12,11 @@ import grpc
 import numpy as np
 import pytest
 
-from device_client.hint_stream import Encodings
-from device_client.live_hints import LiveHints, ServerEvent
-from models.manifest import read_manifest
-from protos import hints_pb2 as pb
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.device_client.hint_stream import Encodings
+from knowledge_boosting.device_client.live_hints import LiveHints, ServerEvent
+from knowledge_boosting.models.manifest import read_manifest
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.remote_server.driver import Device, Material, material
 from tests.remote_server.ray_cluster import PATIENCE, RayCluster, replica_processes, running_cluster

@@ -9,8 +9,8 @@ import grpc
 import numpy as np
 import pytest
 
-from protos import hints_pb2 as pb
-from protos.codec import MAX_CHUNKS_PER_MESSAGE, SERVICE_NAME, encode_pcm
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import MAX_CHUNKS_PER_MESSAGE, SERVICE_NAME, encode_pcm
 from tests.processes import PATIENCE, Server
 from tests.remote_server.driver import (
     Device,

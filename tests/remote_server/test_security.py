@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key as
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from protos import hints_pb2 as pb
-from protos.hints_pb2_grpc import HintServiceStub
-from remote_server.security import check_security
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.remote_server.security import check_security
 from tests.certificates import TOKENS, TOKENS_FILE, Certificates, bearer, channel, wait_until, write_private
 from tests.processes import PATIENCE, Server, refusal_here
 from tests.remote_server.driver import Material

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from remote_server.bundles import Bundles
-from remote_server.limits import Limits
-from remote_server.metrics import Metrics
-from remote_server.service import HintService
+from knowledge_boosting.remote_server.bundles import Bundles
+from knowledge_boosting.remote_server.limits import Limits
+from knowledge_boosting.remote_server.metrics import Metrics
+from knowledge_boosting.remote_server.service import HintService
 from tests.processes import PATIENCE
 from tests.remote_server.driver import Material, Request
 

@@ -8,8 +8,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from protos import hints_pb2 as pb
-from protos.codec import (
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import (
     HINT_ENCODINGS,
     MAX_CHUNKS_PER_MESSAGE,
     PCM_ENCODINGS,
@@ -19,7 +19,7 @@ from protos.codec import (
     decode_pcm,
     encode_pcm,
 )
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, worst
 from tests.processes import PATIENCE, Server
 from tests.remote_server.driver import Device, Material, Request, assert_logged, message, send_bytes

@@ -10,11 +10,11 @@ import pytest
 import soundfile
 import torch
 
-from models.bundle import load_large
-from models.manifest import shipped_bundles
-from protos import hints_pb2 as pb
-from protos.codec import PCM_ENCODINGS, PROTOCOL_VERSION, Samples, decode_hint, encode_pcm
-from protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.models.bundle import load_large
+from knowledge_boosting.models.manifest import shipped_bundles
+from knowledge_boosting.protos import hints_pb2 as pb
+from knowledge_boosting.protos.codec import PCM_ENCODINGS, PROTOCOL_VERSION, Samples, decode_hint, encode_pcm
+from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, worst
 from tests.processes import PATIENCE, Server, run, running_server
 from tests.remote_server.driver import Device, Request, message

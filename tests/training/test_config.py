@@ -10,14 +10,14 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
-from common.errors import InputError
-from models.checkpoint import build, read_checkpoint, read_training_speakers
-from models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
-from models.framing import pad_to_frames
-from models.pair import BoostedPair, SmallModel
-from training.config import DynamicData, FolderData, TrainingConfig, read_training_config
-from training.corpus import read_names
-from training.losses import negative_si_sdr
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.checkpoint import build, read_checkpoint, read_training_speakers
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.pair import BoostedPair, SmallModel
+from knowledge_boosting.training.config import DynamicData, FolderData, TrainingConfig, read_training_config
+from knowledge_boosting.training.corpus import read_names
+from knowledge_boosting.training.losses import negative_si_sdr
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

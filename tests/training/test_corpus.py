@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.errors import InputError
-from tests.sounds import wav
-from training.corpus import (
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.training.corpus import (
     SAMPLE_RATE,
     BrokenFile,
     NoSpeech,
@@ -23,6 +22,7 @@ from training.corpus import (
     read_speech,
     split_talkers,
 )
+from tests.sounds import wav
 
 
 def write_noise(path: Path, seconds: float = 2, rate: int = SAMPLE_RATE, channels: int = 1) -> Path:

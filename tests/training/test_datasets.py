@@ -14,12 +14,12 @@ from safetensors.numpy import load_file, save_file
 from scipy.signal import fftconvolve
 from torch import Tensor
 
-from common.errors import InputError
-from models.config import ModelConfig, NetworkSize
-from training.config import DynamicData, FolderData
-from training.corpus import speaker_embedding
-from training.datasets import Batch, DynamicMixing, EpochOrder, Loader, MixtureFolder, render
-from training.rooms import write_bank
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.training.config import DynamicData, FolderData
+from knowledge_boosting.training.corpus import speaker_embedding
+from knowledge_boosting.training.datasets import Batch, DynamicMixing, EpochOrder, Loader, MixtureFolder, render
+from knowledge_boosting.training.rooms import write_bank
 
 SPEECH = Path(__file__).parent / "speech"
 RATE = 16000

@@ -26,15 +26,15 @@ from torchmetrics.functional.audio import (
     signal_noise_ratio,
 )
 
-from models.bundle import load_pair, write_bundle
-from models.checkpoint import build
-from models.config import ModelConfig, NetworkSize
-from models.manifest import UNTRAINED_NOTICE, read_manifest
-from models.pair import BoostedPair, delay_hints
+from knowledge_boosting.models.bundle import load_pair, write_bundle
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, read_manifest
+from knowledge_boosting.models.pair import BoostedPair, delay_hints
+from knowledge_boosting.training.config import FolderData, TrainingConfig
+from knowledge_boosting.training.evaluation_plot import RESAMPLES, RESULT_FILES, Figure, Results, bootstrap
 from tests.golden_cases import Golden
 from tests.processes import call_here
-from training.config import FolderData, TrainingConfig
-from training.evaluation_plot import RESAMPLES, RESULT_FILES, Figure, Results, bootstrap
 
 Bundle = Callable[[str], Path]
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -255,7 +255,7 @@ def test_what_streaming_does_otherwise_is_found(
     dataset: Path, golden_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison is no formality: a small network that forgets its hints when it streams is told."""
-    from models.pair import SmallModel
+    from knowledge_boosting.models.pair import SmallModel
 
     forward = SmallModel.forward
 

@@ -8,7 +8,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,11 +19,11 @@ import pytest
 import soundfile
 import torch
 
-import training.make_dataset
-from tests.processes import PATIENCE, call_here
-from training.corpus import find_speech, find_talkers, split_talkers
-from training.make_dataset import Mixtures, mixture_bytes
-from training.rooms import RESPONSE_LENGTH, Renderer, RoomRanges, draw_room, read_bank
+from knowledge_boosting.training import make_dataset
+from knowledge_boosting.training.corpus import find_speech, find_talkers, split_talkers
+from knowledge_boosting.training.make_dataset import Mixtures, mixture_bytes
+from knowledge_boosting.training.rooms import RESPONSE_LENGTH, Renderer, RoomRanges, draw_room, read_bank
+from tests.processes import PATIENCE, call_here, command
 
 ROOT = Path(__file__).parents[2]
 SOFA = ROOT / "samples" / "hrtf" / "mit_kemar_normal_pinna.sofa"
@@ -53,7 +52,7 @@ def renderer(sofa: Sequence[Path]) -> Renderer:
 
 def make(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.make_dataset, "Renderer", renderer)
+        patch.setattr(make_dataset, "Renderer", renderer)
         return call_here("kb-make-dataset", *arguments)
 
 
@@ -170,7 +169,7 @@ def test_a_killed_run_is_gone_on_with_to_the_same_bytes(
 ) -> None:
     flags, finished, _ = valid_dataset
     root = tmp_path / "data"
-    call = [sys.executable, "-m", "training.make_dataset", *map(str, flags), "-o", str(root), "--workers", "1"]
+    call = command("kb-make-dataset", *flags, "-o", root, "--workers", "1")
     with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and process.poll() is None and not (root / "train" / "000001").exists():

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from common.errors import InputError
-from training.rooms import (
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.training.rooms import (
     MICROPHONES,
     MONO,
     RESPONSE_LENGTH,

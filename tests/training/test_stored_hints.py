@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import InputError
-from models.checkpoint import build
-from models.config import ModelConfig
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.checkpoint import build
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.training.config import StoredData, TrainingConfig
+from knowledge_boosting.training.datasets import Batch, DynamicMixing, Examples, render
+from knowledge_boosting.training.module import TrainingModule
+from knowledge_boosting.training.rooms import write_bank
+from knowledge_boosting.training.run import store_hints
+from knowledge_boosting.training.stored_hints import StoredHints, large_digest
 from tests.processes import refusal, run
-from training.config import StoredData, TrainingConfig
-from training.datasets import Batch, DynamicMixing, Examples, render
-from training.module import TrainingModule
-from training.rooms import write_bank
-from training.run import store_hints
-from training.stored_hints import StoredHints, large_digest
 
 SPEECH = Path(__file__).parent / "speech"
 SIZE = {"channels": 8, "hidden": 8, "blocks": 2}

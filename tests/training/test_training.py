@@ -17,18 +17,18 @@ import soundfile
 import torch
 from torch import Tensor
 
-from common.errors import InputError
-from models.bundle import load_pair, write_bundle
-from models.checkpoint import build, read_checkpoint
-from models.config import ModelConfig
-from models.framing import pad_to_frames
-from models.pair import BoostedPair, SmallModel
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.bundle import load_pair, write_bundle
+from knowledge_boosting.models.checkpoint import build, read_checkpoint
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.pair import BoostedPair, SmallModel
+from knowledge_boosting.training.config import FolderData, read_training_config
+from knowledge_boosting.training.datasets import Batch, MixtureFolder
+from knowledge_boosting.training.losses import permuted_si_sdr, si_sdr
+from knowledge_boosting.training.metrics import si_sdr_improvement
+from knowledge_boosting.training.module import TrainingModule
 from tests.processes import PATIENCE, command, environment, refusal, refusal_here, run
-from training.config import FolderData, read_training_config
-from training.datasets import Batch, MixtureFolder
-from training.losses import permuted_si_sdr, si_sdr
-from training.metrics import si_sdr_improvement
-from training.module import TrainingModule
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PAIR: dict[str, Any] = {

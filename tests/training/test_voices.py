@@ -9,10 +9,10 @@ import pytest
 import scipy.signal
 import soundfile
 
-from common.errors import InputError
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.training.corpus import SAMPLE_RATE, Samples, find_speech, refuse_shared_speakers
+from knowledge_boosting.training.voices import Change, change_voice
 from tests.processes import call_here
-from training.corpus import SAMPLE_RATE, Samples, find_speech, refuse_shared_speakers
-from training.voices import Change, change_voice
 
 SPEECH = Path(__file__).parent / "speech"
 SPEAKERS = ("1034", "2989")  # two utterances each
