@@ -5,14 +5,28 @@ import stat
 from pathlib import Path
 
 
-class InputError(Exception):
+_LONGEST = 1000  # characters of a message: what it quotes may be of any length
+
+
+class _Message(Exception):
+    """An error whose text is one line that a terminal can hold, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        if len(line) > _LONGEST:
+            # What is wrong stands at the end, what it is about at the beginning.
+            line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+        super().__init__(line)
+
+
+class InputError(_Message):
     """Something the user gave (file, flag, configuration, message, checkpoint) cannot be used.
 
     The message is one line that names the thing and says how to fix it; commands print it and exit with 2.
     """
 
 
-class Failure(Exception):
+class Failure(_Message):
     """The input is fine, but what was asked for could not be done. One line; commands print it and exit with 1."""
 
 

@@ -46,11 +46,11 @@ class BrokenFile(InputError):
     """A speech file that cannot be used; ``--skip-broken`` leaves such files out."""
 
     def __init__(self, path: Path, fault: str) -> None:
-        super().__init__(path, fault)
+        super().__init__(f"{path}: {fault} (or leave such files out with --skip-broken)")
         self.path, self.fault = path, fault
 
-    def __str__(self) -> str:
-        return f"{self.path}: {self.fault} (or leave such files out with --skip-broken)"
+    def __reduce__(self) -> tuple[type["BrokenFile"], tuple[Path, str]]:
+        return type(self), (self.path, self.fault)  # as it comes out of another process
 
 
 class NoSpeech(ValueError):
