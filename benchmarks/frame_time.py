@@ -19,16 +19,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from knowledge_boosting.device_client.hint_buffer import HintBuffer
-from knowledge_boosting.device_client.onnx_engine import OnnxModel
-from knowledge_boosting.device_client.torch_engine import TorchModel
+from knowledge_boosting.device_client.boosted_stream import BoostedStream
+from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.engines.torch_engine import TorchModel
+from knowledge_boosting.device_client.hints.buffer import HintBuffer
 from knowledge_boosting.models.bundle import write_bundle
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
 from knowledge_boosting.models.pair import LargeModel
 from knowledge_boosting.models.slots import StateSlots
 from knowledge_boosting.protos import hints_pb2 as pb
-from knowledge_boosting.protos.codec import HINT_ENCODINGS, decode_hint, encode_hints
+from knowledge_boosting.protos.codec import HINT_ENCODINGS, Samples, decode_hint, encode_hints
 
 SMALL = NetworkSize(channels=16, hidden=16)
 TASKS: tuple[Literal["tse", "ss"], ...] = ("tse", "ss")
@@ -48,6 +49,23 @@ def measure(step: Callable[[], object], frames: int) -> dict[str, float]:
     return {name: round(float(np.percentile(times, value)), 3) for name, value in names.items()}
 
 
+class PromptHints:
+    """One hint, as it comes off the wire at every frame."""
+
+    def __init__(self, hint: Samples, delay: int) -> None:
+        self._buffer, self._encoding, self._shape = HintBuffer(delay), HINT_ENCODINGS["f16"], hint.shape
+        payload, scale = encode_hints(hint, self._encoding)
+        self._message = pb.Hint(frame=0, payload=payload.tobytes(), scale=float(scale))
+
+    def send(self, frame: int, samples: Samples, now: int) -> None:
+        """Nobody listens."""
+        self._buffer.put(frame, decode_hint(self._message, self._encoding, *self._shape), 0)
+
+    def take(self, frame: int, now: int) -> Samples | None:
+        """The hint of a frame."""
+        return self._buffer.take(frame, now)
+
+
 def small_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float]]:
     """The small network with fusion under both engines, and the device's loop around the faster one."""
     torch.manual_seed(0)
@@ -62,18 +80,12 @@ def small_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float
     window = np.random.default_rng(1).normal(0, 0.1, (config.microphones, framing.n_fft)).astype(np.float32)
     hint = np.random.default_rng(2).normal(0, 1, (config.hint_channels, framing.bins)).astype(np.float32)
     engines = {"ONNX Runtime": onnx.session(speaker), "torch": in_torch.session(speaker)}
-    looped, buffer, encoding = onnx.session(speaker), HintBuffer(config.delay), HINT_ENCODINGS["f16"]
-    payload, scale = encode_hints(hint, encoding)
-    message = pb.Hint(frame=0, payload=payload.tobytes(), scale=float(scale))
-    captured, frame = np.tile(window, 2), 0
+    stream = BoostedStream(onnx.session(speaker), config, PromptHints(hint, config.delay))
 
     def loop() -> None:
-        """What the device does for a frame: cut the window, decode a hint, take the one that is due, run."""
-        nonlocal frame
-        cut = np.ascontiguousarray(captured[:, : framing.n_fft])
-        buffer.put(frame, decode_hint(message, encoding, *hint.shape), 0)
-        looped.step(cut, buffer.take(frame - config.delay, 0) if frame >= config.delay else None)
-        frame += 1
+        """What the device does for a frame: take in the audio, decode a hint, take the one that is due, run."""
+        stream.fresh[:] = window[:, -stream.fresh.shape[1] :]
+        stream.step(0)
 
     figures = {name: measure(partial(engine.step, window, hint), frames) for name, engine in engines.items()}
     return {

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from knowledge_boosting.device_client.hint_stream import Encodings
-from knowledge_boosting.device_client.live import LiveLoop
-from knowledge_boosting.device_client.live_hints import LiveHints
-from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.hints.reconnecting import LiveHints
+from knowledge_boosting.device_client.hints.stream import Encodings
+from knowledge_boosting.device_client.live.loop import LiveLoop
 from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle
 from knowledge_boosting.protos.codec import Samples
 

@@ -4,12 +4,11 @@ import os
 import stat
 from pathlib import Path
 
-
 _LONGEST = 1000  # characters of a message: what it quotes may be of any length
 
 
-class _Message(Exception):
-    """An error whose text is one line that a terminal can hold, whatever it quotes."""
+class Error(Exception):
+    """What all errors of this package are: their text is one line that a terminal can hold, whatever it quotes."""
 
     def __init__(self, message: str) -> None:
         line = " ".join(message.splitlines())
@@ -19,14 +18,14 @@ class _Message(Exception):
         super().__init__(line)
 
 
-class InputError(_Message):
+class InputError(Error):
     """Something the user gave (file, flag, configuration, message, checkpoint) cannot be used.
 
     The message is one line that names the thing and says how to fix it; commands print it and exit with 2.
     """
 
 
-class Failure(_Message):
+class Failure(Error):
     """The input is fine, but what was asked for could not be done. One line; commands print it and exit with 1."""
 
 

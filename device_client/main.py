@@ -140,7 +140,7 @@ def replay(
     """Run a recording through the small network, helped by a server's hints under a simulated network."""
     # What runs a replay is imported only now, so that --help and mistakes in the call answer at once.
     from knowledge_boosting.common.call_credentials import read_credentials
-    from knowledge_boosting.device_client.replay_command import ReplayOptions, replay_file
+    from knowledge_boosting.device_client.commands.replay import ReplayOptions, replay_file
 
     replay_file(
         ReplayOptions(
@@ -229,8 +229,8 @@ def live(
 ) -> None:
     """Enhance live: microphone in, loudspeaker out, with a server's hints as long as they come in time."""
     from knowledge_boosting.common.call_credentials import read_credentials
-    from knowledge_boosting.device_client.live_command import LiveOptions
-    from knowledge_boosting.device_client.live_command import live as run_live
+    from knowledge_boosting.device_client.commands.live import LiveOptions
+    from knowledge_boosting.device_client.commands.live import live as run_live
 
     run_live(
         LiveOptions(
@@ -259,7 +259,7 @@ def live(
 @app.command()
 def devices() -> None:
     """List sound devices, and which ones live would pick."""
-    from knowledge_boosting.device_client.devices_command import print_devices
+    from knowledge_boosting.device_client.commands.devices import print_devices
 
     print_devices()
 
@@ -286,7 +286,7 @@ def enroll(
 ) -> None:
     """Learn a voice for target speech extraction, and keep it under a name."""
     from knowledge_boosting.common.call_credentials import read_credentials
-    from knowledge_boosting.device_client.enroll_command import enroll_speaker
+    from knowledge_boosting.device_client.commands.enroll import enroll_speaker
 
     credentials = read_credentials(
         [server] if server is not None else [],
@@ -315,7 +315,7 @@ def bench(
 
     The exit code tells whether it was measured, not how fast: it is 0 for a device that is too slow, too.
     """
-    from knowledge_boosting.device_client.bench import bench as run_bench
+    from knowledge_boosting.device_client.commands.bench import bench as run_bench
 
     run_bench(tuple(bundle or ()), engine.value, frames, json_file)
 

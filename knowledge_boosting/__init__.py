@@ -1,6 +1,48 @@
-"""A small speech network on the device, boosted by late hints of a large one elsewhere."""
+"""A small speech network on the device, boosted by late hints of a large one elsewhere.
+
+What is named here is the public interface; everything else may change. ``docs/api.md`` shows how it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from knowledge_boosting.common.environment import prepare_environment
 
-# Before any module of this package, and so before any library that they load.
+# Before any other module of this package, and so before any library that they load.
 prepare_environment()
+
+if TYPE_CHECKING:
+    from knowledge_boosting.common.call_credentials import Credentials, read_credentials
+    from knowledge_boosting.common.errors import Error, Failure, InputError
+    from knowledge_boosting.device_client.enhancer import Enhancer, Statistics, enhance
+
+__all__ = [
+    "Credentials",
+    "Enhancer",
+    "Error",
+    "Failure",
+    "InputError",
+    "Statistics",
+    "enhance",
+    "read_credentials",
+]
+
+_MODULES = {
+    "Credentials": "common.call_credentials",
+    "Enhancer": "device_client.enhancer",
+    "Error": "common.errors",
+    "Failure": "common.errors",
+    "InputError": "common.errors",
+    "Statistics": "device_client.enhancer",
+    "enhance": "device_client.enhancer",
+    "read_credentials": "common.call_credentials",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Each is loaded when it is first asked for, so that a server or a trainer needs no audio libraries.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -171,7 +171,7 @@ def _read_bundle(mutant: Path) -> object:
 
 
 def _read_graph(mutant: Path) -> object:
-    from knowledge_boosting.device_client.onnx_engine import OnnxModel
+    from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 
     model = OnnxModel(str(mutant))
     config = model.manifest.model
@@ -263,7 +263,7 @@ def _read_sofa(path: Path) -> None:
 
 
 def _read_trace(path: Path) -> None:
-    from knowledge_boosting.device_client.simulated_network import read_trace
+    from knowledge_boosting.device_client.hints.links import read_trace
 
     read_trace(path)
 
@@ -278,7 +278,7 @@ def _make_sounds(path: Path) -> None:
 
 
 def _read_sound(path: Path) -> None:
-    from knowledge_boosting.device_client.audio import read_speech
+    from knowledge_boosting.device_client.audio.files import read_speech
 
     read_speech(path)
 

@@ -21,7 +21,7 @@ ALLOWED = {
 }
 # What of models a device may import without torch, and the client's only module that needs torch.
 TORCH_FREE = {f"{PACKAGE}.models.{name}" for name in ("config", "manifest", "onnx_stream")}
-NEEDS_TORCH = f"{PACKAGE}.device_client.torch_engine"
+NEEDS_TORCH = f"{PACKAGE}.device_client.engines.torch_engine"
 
 
 def modules(room: str) -> dict[str, Path]:
@@ -53,6 +53,55 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
         assert rooms & ROOMS <= ALLOWED[room] | {room}, path
 
 
+# From the bottom up; what stands in one line may not import what stands beside it.
+FLOORS = [
+    {"audio", "engines", "speakers"},
+    {"hints"},
+    {"boosted_stream"},
+    {"enhancer", "live", "replay"},
+    {"commands"},
+    {"main"},
+]
+
+
+def test_the_rooms_of_the_client_import_only_downwards() -> None:
+    client = f"{PACKAGE}.device_client"
+    floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    rooms = {name.removeprefix(f"{client}.").split(".")[0] for name in modules("device_client") if name != client}
+    assert rooms == set(floor_of)
+    for name, path in modules("device_client").items():
+        room = name.removeprefix(f"{client}.").split(".")[0]
+        for used in imports(path):
+            if name != client and used.startswith(f"{client}."):
+                other = used.removeprefix(f"{client}.").split(".")[0]
+                assert other == room or floor_of[other] < floor_of[room], f"{path} imports {used}"
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_no_module_imports_itself_through_others(room: str) -> None:
+    there = modules(room)
+    left = {name: (imports(path) & set(there)) - {name} for name, path in there.items()}
+    while left:
+        free = [name for name, used in left.items() if not used & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        for name in free:
+            del left[name]
+
+
+def test_there_is_one_frame_loop() -> None:
+    """What runs a network on a window and a hint is called by the loop alone, and by a bundle's check of its graph."""
+    elsewhere = [*ROOT.glob("benchmarks/*.py"), *modules("device_client").values()]
+    callers = {
+        path.relative_to(ROOT).as_posix()
+        for path in elsewhere
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step"
+        if len(node.args) == 2
+    }
+    engines = {"device_client/engines/engine.py", "device_client/engines/onnx_engine.py"}
+    assert callers == {"device_client/boosted_stream.py"} | engines
+
+
 def test_the_rooms_are_all_there_is() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages - {"tests", PACKAGE} == ROOMS
@@ -74,9 +123,9 @@ def test_torch_is_imported_only_where_it_is_allowed() -> None:
 
 def test_libraries_find_the_environment_prepared() -> None:
     """The package prepares it as the first that it does, and ONNX Runtime is loaded in one place."""
-    first = next(node for node in ast.parse((ROOT / PACKAGE / "__init__.py").read_text()).body[1:])
-    assert isinstance(first, ast.ImportFrom)
-    assert first.module == f"{PACKAGE}.common.environment"
+    package = ast.parse((ROOT / PACKAGE / "__init__.py").read_text()).body
+    loaded = [node.module for node in package if isinstance(node, ast.ImportFrom)]
+    assert loaded == ["importlib", "typing", f"{PACKAGE}.common.environment"]
     assert imports(ROOT / "common" / "environment.py") == {"os"}
     assert not imports(ROOT / "common" / "__init__.py")
     elsewhere = [*ROOT.glob("benchmarks/*.py"), *(path for room in ROOMS for path in modules(room).values())]

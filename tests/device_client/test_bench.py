@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from knowledge_boosting.device_client.bench import bench as run_bench
+from knowledge_boosting.device_client.commands.bench import bench as run_bench
+from knowledge_boosting.device_client.engines.engine import CheckedEngine
 from knowledge_boosting.models.manifest import shipped_bundles
+from knowledge_boosting.protos.codec import Samples
 from tests.processes import command
 
 
@@ -35,8 +37,15 @@ def test_the_verdict_is_in_words(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ticks = iter(int(1e6 * milliseconds * (number // 2 + number % 2)) for number in range(10_000))
-    monkeypatch.setattr("knowledge_boosting.device_client.bench.time.perf_counter_ns", lambda: next(ticks))
+    clock = [0]  # stands still but for the network
+    step = CheckedEngine.step
+
+    def slow(engine: CheckedEngine, window: Samples, hint: Samples | None) -> Samples:
+        clock[0] += int(1e6 * milliseconds)
+        return step(engine, window, hint)
+
+    monkeypatch.setattr(CheckedEngine, "step", slow)
+    monkeypatch.setattr("time.perf_counter_ns", lambda: clock[0])
     run_bench([str(golden_bundle("ss_delay6_compression2"))], "onnx", 200, None)
     assert words in " ".join(capsys.readouterr().out.replace("ss_delay6_compression2", "golden").split())
 

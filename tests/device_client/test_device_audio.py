@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from knowledge_boosting.common.errors import Failure, InputError
-from knowledge_boosting.device_client.device_audio import DeviceAudio, open_device_audio
-from knowledge_boosting.device_client.devices_command import print_devices
+from knowledge_boosting.device_client.audio.devices import DeviceAudio, open_device_audio
+from knowledge_boosting.device_client.commands.devices import print_devices
 from knowledge_boosting.models.config import Framing
 from knowledge_boosting.protos.codec import Samples
 

@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 
-from knowledge_boosting.device_client.hint_buffer import HintBuffer, HintLog
+from knowledge_boosting.device_client.hints.buffer import HintBuffer
+from knowledge_boosting.device_client.replay.hint_log import HintLog
 
 HINT = np.ones((4, 97), np.float32)
 

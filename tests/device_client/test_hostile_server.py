@@ -12,10 +12,11 @@ import grpc
 import numpy as np
 import pytest
 
-from knowledge_boosting.device_client.engine import CheckedEngine, load_model
-from knowledge_boosting.device_client.hint_stream import Encodings, HintStream
-from knowledge_boosting.device_client.live import LiveLoop
-from knowledge_boosting.device_client.live_hints import LiveHints
+from knowledge_boosting.device_client.engines.engine import CheckedEngine
+from knowledge_boosting.device_client.engines.loading import load_model
+from knowledge_boosting.device_client.hints.reconnecting import LiveHints
+from knowledge_boosting.device_client.hints.stream import Encodings, HintStream
+from knowledge_boosting.device_client.live.loop import LiveLoop
 from knowledge_boosting.models.manifest import Manifest, read_manifest
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import Samples
@@ -133,7 +134,7 @@ def test_words_of_a_server_command_no_terminal(golden_bundle: Callable[[str], Pa
 def test_a_server_whose_hints_are_never_in_time_is_left_for_the_next(
     golden_bundle: Callable[[str], Path], ss_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("knowledge_boosting.device_client.live_hints._USELESS", 1.0)
+    monkeypatch.setattr("knowledge_boosting.device_client.hints.reconnecting._USELESS", 1.0)
     bundle = golden_bundle(SS)
     manifest = read_manifest(bundle)
     played = [0]

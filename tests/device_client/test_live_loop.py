@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from knowledge_boosting.device_client.hint_stream import Encodings
-from knowledge_boosting.device_client.live import HintRamp, LiveLoop
-from knowledge_boosting.device_client.live_hints import LiveHints
-from knowledge_boosting.device_client.mixer import Mixer, Play
-from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.audio.mixer import Mixer, Play
+from knowledge_boosting.device_client.boosted_stream import HintRamp
+from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.hints.reconnecting import LiveHints
+from knowledge_boosting.device_client.hints.stream import Encodings
+from knowledge_boosting.device_client.live.loop import LiveLoop
 from knowledge_boosting.models.manifest import read_manifest
 from knowledge_boosting.protos.codec import Samples
 from tests.golden_cases import TOLERANCE, Golden, worst

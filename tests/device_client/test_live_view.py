@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from rich.console import Console
 
-from knowledge_boosting.device_client.live_view import Figures, Frame, log_line, too_slow, view
+from knowledge_boosting.device_client.live.view import Figures, Frame, log_line, too_slow, view
 from tests.processes import PATIENCE, command, environment
 
 SS = "ss_delay6_compression2"

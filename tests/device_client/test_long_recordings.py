@@ -10,10 +10,10 @@ import pytest
 import soundfile
 import soxr
 
-from knowledge_boosting.device_client.audio import OutputStream, open_audio
-from knowledge_boosting.device_client.plot import Spectrogram
-from knowledge_boosting.device_client.replay import windows
-from knowledge_boosting.device_client.tally import Tally
+from knowledge_boosting.device_client.audio.files import OutputStream, open_audio
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
+from knowledge_boosting.device_client.replay.plot import Spectrogram
+from knowledge_boosting.device_client.replay.tally import Tally
 from knowledge_boosting.models.bundle import write_bundle
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import Framing, ModelConfig, NetworkSize
@@ -55,6 +55,16 @@ def replay(source: Path, bundle: Path, *flags: object) -> float:
     return int(result.stdout) / 1024
 
 
+class Three:
+    """Gives what it hears three times, in three ways."""
+
+    overflows = 0
+
+    def step(self, window: Samples, hint: Samples | None) -> Samples:
+        made: Samples = np.stack([window, 2 * window, -window])[..., :128]
+        return made
+
+
 @pytest.mark.parametrize(
     ("rate", "length"), [(16000, 30011), (44100, 50021), (8000, 9973), (48000, 3), (192_000, 11), (16000, 1)]
 )
@@ -69,10 +79,12 @@ def test_blocks_give_the_very_samples_of_a_whole_signal(rate: int, length: int, 
     padded = np.pad(whole, ((0, 128 * frames + 64 - len(whole)), (0, 0)))
     with open_audio(tmp_path / "in.wav") as file:
         stream, out, count = OutputStream((3, 2), 16000, file), list[Samples](), 0
-        for number, (window, valid) in enumerate(windows(file.heard(2, 16000), Framing())):
-            np.testing.assert_array_equal(window, padded[128 * number :][:192].T)
-            made = np.stack([window, 2 * window, -window])[..., :valid]
-            out += stream.add(made)
+        loop = BoostedStream(Three(), TINY)
+        for fresh, valid in frames_of(file.heard(2, 16000), Framing()):
+            loop.fresh[:] = fresh
+            frame = loop.step(0)
+            np.testing.assert_array_equal(frame.window, padded[128 * frame.number :][:192].T)
+            out += stream.add(frame.estimate[..., :valid])
             count += 1
         out += stream.finish()
     assert count == frames

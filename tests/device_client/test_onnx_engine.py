@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.device_client.engine import Engine
-from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.engines.engine import Engine
+from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.models.bundle import write_bundle
 from knowledge_boosting.models.checkpoint import build, read_config
 from knowledge_boosting.models.config import Framing

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio, signal_noise_ratio
 
-from knowledge_boosting.device_client.quality import match_sources, si_sdr, snr
+from knowledge_boosting.device_client.replay.quality import match_sources, si_sdr, snr
 
 
 @settings(max_examples=30, deadline=None)

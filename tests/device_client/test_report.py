@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
-from knowledge_boosting.device_client.report import Report
+from knowledge_boosting.device_client.replay.report import Report
 from tests.golden_cases import Golden
 from tests.processes import Server, command, refusal, run
 

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 
-from knowledge_boosting.device_client.ring import SampleRing, Signal
+from knowledge_boosting.device_client.audio.rings import SampleRing, Signal
 
 
 def test_samples_come_out_as_they_went_in_and_none_is_overwritten() -> None:

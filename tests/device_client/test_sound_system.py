@@ -16,7 +16,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.device_client.device_audio import Resampler
+from knowledge_boosting.device_client.audio.devices import Resampler
 from tests.processes import PATIENCE, command, environment, refusal, run
 
 SS = "ss_delay6_compression2"
@@ -63,7 +63,7 @@ def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 f"needs {program}: apt-get install pulseaudio pulseaudio-utils libasound2-plugins libportaudio2"
             )
     try:
-        from knowledge_boosting.device_client.device_audio import list_devices
+        from knowledge_boosting.device_client.audio.devices import list_devices
 
         list_devices()
     except InputError as error:

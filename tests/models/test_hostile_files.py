@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.device_client.onnx_engine import OnnxModel
+from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.device_client.speakers import read_embedding
 from knowledge_boosting.models.bundle import load_large
 from knowledge_boosting.models.checkpoint import build, read_checkpoint, read_config

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knowledge_boosting.device_client.hint_stream import Encodings
-from knowledge_boosting.device_client.live_hints import LiveHints
+from knowledge_boosting.device_client.hints.reconnecting import LiveHints
+from knowledge_boosting.device_client.hints.stream import Encodings
 from knowledge_boosting.models.manifest import read_manifest
 from tests.load import write_random_bundle
 from tests.processes import PATIENCE, running_server

@@ -12,8 +12,8 @@ import grpc
 import numpy as np
 import pytest
 
-from knowledge_boosting.device_client.hint_stream import Encodings
-from knowledge_boosting.device_client.live_hints import LiveHints, ServerEvent
+from knowledge_boosting.device_client.hints.reconnecting import LiveHints, ServerEvent
+from knowledge_boosting.device_client.hints.stream import Encodings
 from knowledge_boosting.models.manifest import read_manifest
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub

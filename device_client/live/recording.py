@@ -11,20 +11,21 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from knowledge_boosting.common import sound_files
 from knowledge_boosting.common.errors import InputError, existing_file, reason
 from knowledge_boosting.common.files import check_files, check_new_folder
-from knowledge_boosting.device_client import audio
-from knowledge_boosting.device_client.engine import Model
-from knowledge_boosting.device_client.mixer import Mixer, Play
-from knowledge_boosting.device_client.replay import windows
-from knowledge_boosting.models.config import Strict
+from knowledge_boosting.device_client.audio.files import check_output, open_audio, write_sound
+from knowledge_boosting.device_client.audio.mixer import Mixer, Play
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
+from knowledge_boosting.device_client.engines.engine import Model
+from knowledge_boosting.models.config import ModelConfig, Strict
 from knowledge_boosting.models.manifest import Manifest, read_json
 from knowledge_boosting.protos.codec import Samples
 
@@ -189,23 +190,38 @@ class FrameLog:
         if hints.stat().st_size != size * int(self.used.sum()):
             raise InputError(f"{hints}: does not hold the {int(self.used.sum())} hints of {path.name}; copy both again")
         self._hints = hints
-        self._shape = model.hint_channels, model.framing.bins
 
     def run(self, model: Model, samples: Iterable[Samples]) -> Iterator[Samples]:
         """What was played, ``[M, chunk]`` at a time, when the input was ``samples``, ``[M, n]`` at a time."""
         config, session = model.manifest.model, self.session
         framing = config.framing
         speaker = np.array(session.speaker_embedding, np.float32) if session.speaker_embedding is not None else None
-        engine, mixer = model.session(speaker), Mixer(config.sources, config.microphones, session.play)
+        mixer = Mixer(config.sources, config.microphones, session.play)
         with self._hints.open("rb") as file:
+            hints = _RecordedHints(file, self.used, config)
+            stream = BoostedStream(model.session(speaker), config, hints)
             # What the input has beyond the last frame is its lookahead.
-            for used, play, (window, _) in zip(self.used, self.play, windows(samples, framing), strict=False):
-                hint = None
-                if used:
-                    values = np.fromfile(file, "<f4", self._shape[0] * self._shape[1])
-                    hint = values.astype(np.float32).reshape(self._shape)
-                estimate = engine.step(window, hint)
-                yield mixer.mix(play, window[:, : framing.chunk], estimate)
+            for play, (fresh, _) in zip(self.play, frames_of(samples, framing), strict=False):
+                stream.fresh[:] = fresh
+                frame = stream.step(0)
+                yield mixer.mix(play, frame.window[:, : framing.chunk], frame.estimate)
+
+
+class _RecordedHints:
+    """The hints that were fused, one after another."""
+
+    def __init__(self, file: BinaryIO, used: NDArray[np.bool_], model: ModelConfig) -> None:
+        self._file, self._used, self._delay = file, used, model.delay
+        self._shape = model.hint_channels, model.framing.bins
+
+    def send(self, frame: int, samples: Samples, now: int) -> None:
+        """They are there already."""
+
+    def take(self, frame: int, now: int) -> Samples | None:
+        if not self._used[frame + self._delay]:
+            return None
+        values = np.fromfile(self._file, "<f4", self._shape[0] * self._shape[1])
+        return values.astype(np.float32).reshape(self._shape)
 
 
 def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -> None:
@@ -216,13 +232,13 @@ def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -
     """
     manifest = model.manifest
     framing, microphones = manifest.model.framing, manifest.model.microphones
-    audio.check_output(target, "float")
+    check_output(target, "float")
     check_files([source, *(log_file.parent / name for name in FILES)], [target])
     log = FrameLog(log_file, manifest)
-    with audio.open_audio(source) as file:
+    with open_audio(source) as file:
         length = framing.chunk * len(log.play) + framing.lookahead
         if (file.rate, file.channels, file.length) != (framing.sample_rate, microphones, length):
             raise InputError(f"{source}: is not the input.wav that was recorded with {log_file}")
-        with audio.write_sound(target, framing.sample_rate, microphones, "float") as written:
+        with write_sound(target, framing.sample_rate, microphones, "float") as written:
             for played in log.run(model, file.blocks()):
                 written.write(played)

@@ -14,8 +14,8 @@ import numpy as np
 import soxr
 
 from knowledge_boosting.common.errors import Failure, InputError, reason
-from knowledge_boosting.device_client import audio
-from knowledge_boosting.device_client.ring import SampleRing, Signal
+from knowledge_boosting.device_client.audio.files import resample
+from knowledge_boosting.device_client.audio.rings import SampleRing, Signal
 from knowledge_boosting.models.config import Framing
 from knowledge_boosting.protos.codec import ENROLLMENT_RATE, Samples
 
@@ -131,7 +131,7 @@ def record_speech(wanted: str | None, seconds: float) -> Samples:
         )
     except (portaudio.PortAudioError, ValueError) as error:
         raise InputError(f"{device.name}: cannot record ({reason(error)}); see 'kb-client devices'") from None
-    return audio.resample(captured[:, 0], device.rate, ENROLLMENT_RATE)
+    return resample(captured[:, 0], device.rate, ENROLLMENT_RATE)
 
 
 class Resampler:

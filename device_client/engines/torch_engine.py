@@ -2,7 +2,7 @@
 
 import torch
 
-from knowledge_boosting.device_client.engine import CheckedEngine, Engine
+from knowledge_boosting.device_client.engines.engine import CheckedEngine, Engine
 from knowledge_boosting.models.bundle import load_large, load_small
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import SmallModel

@@ -1,17 +1,11 @@
 """What runs the small network on the device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from knowledge_boosting.common.errors import Failure
 from knowledge_boosting.models.manifest import Manifest
 from knowledge_boosting.protos.codec import Samples
-
-EngineName = Literal["onnx", "torch"]
 
 
 class Engine(Protocol):
@@ -86,28 +80,3 @@ class Model(Protocol):
     def session(self, speaker_embedding: Samples | None) -> Engine:
         """A session from its start; ``speaker_embedding`` is ``[256]`` for TSE."""
         ...
-
-
-def load_model(directory: Path, engine: EngineName) -> Model:
-    """A bundle's small network under an engine.
-
-    Raises:
-        InputError: the bundle cannot be used.
-        Failure: the engine is not installed.
-    """
-    if engine == "onnx":
-        from knowledge_boosting.device_client.onnx_engine import OnnxModel
-
-        return OnnxModel(str(directory))
-    with needs_torch("--engine torch"):
-        from knowledge_boosting.device_client.torch_engine import TorchModel
-    return TorchModel(str(directory))
-
-
-@contextmanager
-def needs_torch(flag: str) -> Iterator[None]:
-    """Say what to install if an import in this block fails."""
-    try:
-        yield
-    except ImportError as error:
-        raise Failure(f"{flag}: needs torch ({error}): pip install 'knowledge-boosting[server]'") from None

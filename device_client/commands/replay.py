@@ -15,22 +15,33 @@ from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.cli import console, warn
 from knowledge_boosting.common.errors import Failure, InputError, printable
 from knowledge_boosting.common.files import check_files, is_standard_output, is_stream
-from knowledge_boosting.device_client import audio, simulated_network
-from knowledge_boosting.device_client import report as reporting
-from knowledge_boosting.device_client.engine import EngineName, Model, load_model, needs_torch
-from knowledge_boosting.device_client.hint_buffer import HintLog
-from knowledge_boosting.device_client.hint_stream import Encodings, HintStream, enroll
-from knowledge_boosting.device_client.local_server import local_server
-from knowledge_boosting.device_client.quality import match_sources, si_sdr, snr
-from knowledge_boosting.device_client.recording import replay_recording
-from knowledge_boosting.device_client.replay import Hints, RealHints, Run, VirtualHints, run_frames
+from knowledge_boosting.device_client.audio.files import (
+    AudioFile,
+    OutputStream,
+    SampleFormat,
+    check_channels,
+    check_output,
+    open_audio,
+    read_speech,
+    write_sound,
+)
+from knowledge_boosting.device_client.engines.engine import Model
+from knowledge_boosting.device_client.engines.loading import EngineName, load_model, needs_torch
+from knowledge_boosting.device_client.hints.links import NetworkConditions, Trace, conditions_of, make_links, read_trace
+from knowledge_boosting.device_client.hints.local_server import local_server
+from knowledge_boosting.device_client.hints.stream import Encodings, HintStream, enroll
+from knowledge_boosting.device_client.live.recording import replay_recording
+from knowledge_boosting.device_client.replay import report as reporting
+from knowledge_boosting.device_client.replay.hint_log import HintLog
+from knowledge_boosting.device_client.replay.loop import Hints, RealHints, Run, VirtualHints, run_frames
+from knowledge_boosting.device_client.replay.quality import match_sources, si_sdr, snr
 from knowledge_boosting.device_client.speakers import read_embedding
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from knowledge_boosting.models.manifest import Manifest, find_bundle, read_manifest
 from knowledge_boosting.protos.codec import Samples
 
 if TYPE_CHECKING:
-    from knowledge_boosting.device_client.plot import Spectrogram
+    from knowledge_boosting.device_client.replay.plot import Spectrogram
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class ReplayOptions:
     require_server: bool
     pcm_encoding: str
     hint_encoding: str
-    output_format: audio.SampleFormat
+    output_format: SampleFormat
     report: Path | None
     plot: Path | None
 
@@ -91,18 +102,18 @@ def replay_file(options: ReplayOptions) -> None:
     manifest = read_manifest(directory)
     config = manifest.model
     _check_call(options, manifest)
-    conditions = simulated_network.conditions_of(
+    conditions = conditions_of(
         options.network,
         delay_ms=options.delay_ms,
         jitter_ms=options.jitter_ms,
         loss=options.loss,
         bandwidth_mbit=options.bandwidth_mbit,
     )
-    trace = simulated_network.read_trace(options.trace) if options.trace is not None else None
+    trace = read_trace(options.trace) if options.trace is not None else None
     outputs = _output_paths(options, directory, config)
     with ExitStack() as stack:
-        source = stack.enter_context(audio.open_audio(options.input_file))
-        if (warning := audio.check_channels(source, config.microphones)) is not None:
+        source = stack.enter_context(open_audio(options.input_file))
+        if (warning := check_channels(source, config.microphones)) is not None:
             warn(warning)
         measured = _read_measured(options, source, config) if options.references else None
         enrollment = _read_enrollment(options.enrollment) if options.enrollment is not None else None
@@ -121,7 +132,7 @@ def replay_file(options: ReplayOptions) -> None:
             comment = f"bundle {manifest.label}" if manifest.untrained else None
             writers = [
                 files.enter_context(
-                    audio.write_sound(
+                    write_sound(
                         path,
                         source.rate,
                         config.sources * config.microphones // len(outputs),
@@ -209,11 +220,11 @@ def replay_file(options: ReplayOptions) -> None:
     console(stderr=aside).print(reporting.table(report))
 
 
-def _pictures(options: ReplayOptions, source: audio.AudioFile, config: ModelConfig) -> "list[Spectrogram]":
+def _pictures(options: ReplayOptions, source: AudioFile, config: ModelConfig) -> "list[Spectrogram]":
     """Of the mixture and every output; none without ``--plot``."""
     if options.plot is None:
         return []
-    from knowledge_boosting.device_client.plot import Spectrogram
+    from knowledge_boosting.device_client.replay.plot import Spectrogram
 
     return [Spectrogram(source.rate, source.length) for _ in range(1 + config.sources)]
 
@@ -232,14 +243,12 @@ def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model
     return load_model(find_bundle(bundle), engine)
 
 
-def _large_estimate(
-    bundle: str, source: audio.AudioFile, config: ModelConfig, embedding: Samples | None
-) -> list[Samples]:
+def _large_estimate(bundle: str, source: AudioFile, config: ModelConfig, embedding: Samples | None) -> list[Samples]:
     with needs_torch("--with-large"):
-        from knowledge_boosting.device_client.torch_engine import large_estimate
+        from knowledge_boosting.device_client.engines.torch_engine import large_estimate
     rate = config.framing.sample_rate
     estimate = large_estimate(bundle, np.concatenate(list(source.heard(config.microphones, rate)), axis=1), embedding)
-    stream = audio.OutputStream(estimate.shape[:2], rate, source)
+    stream = OutputStream(estimate.shape[:2], rate, source)
     return [*stream.add(estimate), *stream.finish()]
 
 
@@ -286,14 +295,14 @@ def _output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> l
         stem = options.output.stem
         outputs = [options.output.with_stem(f"{stem}-speaker{number}") for number in range(1, model.sources + 1)]
     for path in outputs:
-        audio.check_output(path, options.output_format)
+        check_output(path, options.output_format)
     made: dict[Path, Sequence[str]] = {}
     if options.plot is not None:
-        from knowledge_boosting.device_client.plot import check_plot
+        from knowledge_boosting.device_client.replay.plot import check_plot
 
         check_plot(options.plot)
     if options.compare is not None:
-        from knowledge_boosting.device_client.comparison import file_names
+        from knowledge_boosting.device_client.replay.comparison import file_names
 
         made[options.compare] = file_names(model.sources)
     reads = (
@@ -308,7 +317,7 @@ def _output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> l
     return outputs
 
 
-def _read_measured(options: ReplayOptions, source: audio.AudioFile, model: ModelConfig) -> _Measured:
+def _read_measured(options: ReplayOptions, source: AudioFile, model: ModelConfig) -> _Measured:
     if len(options.references) != model.sources:
         raise InputError(f"--reference: give it {model.sources} times for this bundle, once for each source")
     return _Measured(
@@ -317,15 +326,15 @@ def _read_measured(options: ReplayOptions, source: audio.AudioFile, model: Model
     )
 
 
-def _microphones(file: audio.AudioFile, microphones: int) -> Samples:
+def _microphones(file: AudioFile, microphones: int) -> Samples:
     return np.concatenate(list(file.heard(microphones, file.rate)), axis=1)
 
 
-def _read_reference(path: Path, mixture: audio.AudioFile, microphones: int) -> Samples:
-    with audio.open_audio(path) as file:
+def _read_reference(path: Path, mixture: AudioFile, microphones: int) -> Samples:
+    with open_audio(path) as file:
         if (file.rate, file.length) != (mixture.rate, mixture.length):
             raise InputError(f"{path}: must have the sample rate and the length of {mixture.path}")
-        audio.check_channels(file, microphones)
+        check_channels(file, microphones)
         samples = _microphones(file, microphones)
     if not np.ptp(samples, axis=1).all():
         raise InputError(f"{path}: is silent, nothing can be measured against it")
@@ -336,7 +345,7 @@ def _read_enrollment(path: Path) -> Samples:
     """Speech ``[N]`` at 16 kHz, or an embedding ``[256]``."""
     if path.suffix == ".npy":
         return read_embedding(path)
-    return audio.read_speech(path)
+    return read_speech(path)
 
 
 def _speaker_embedding(enrollment: Samples | None, server: str | None, credentials: Credentials) -> Samples | None:
@@ -347,7 +356,7 @@ def _speaker_embedding(enrollment: Samples | None, server: str | None, credentia
     return enroll(server, enrollment, credentials)
 
 
-def _new_run(source: audio.AudioFile, model: ModelConfig) -> Run:
+def _new_run(source: AudioFile, model: ModelConfig) -> Run:
     # Resampling rounds the length to the nearest sample, and the least is one.
     most = source.length * model.framing.sample_rate // source.rate + 2
     return Run(HintLog(model.framing.frames(most), model.delay))
@@ -359,13 +368,13 @@ def _open_hints(
     server: str,
     embedding: Samples | None,
     run: Run,
-    conditions: simulated_network.NetworkConditions,
-    trace: simulated_network.Trace | None,
+    conditions: NetworkConditions,
+    trace: Trace | None,
     stack: ExitStack,
 ) -> Hints:
     """A session with the server, on the clock that was asked for; ``stack`` ends it."""
     model = manifest.model
-    uplink, downlink = simulated_network.make_links(
+    uplink, downlink = make_links(
         conditions, spacing_ns=round(model.framing.chunk_seconds * 1e9), seed=options.seed, trace=trace
     )
     open_stream = partial(
@@ -398,7 +407,7 @@ def _open_hints(
 def _run_frames(
     label: str,
     model: Model,
-    source: audio.AudioFile,
+    source: AudioFile,
     embedding: Samples | None,
     hints: Hints | None,
     run: Run,
@@ -407,7 +416,10 @@ def _run_frames(
     """Run a recording, and hand on what came of it at the recording's rate, ``[S, M, n]`` at a time."""
     config = model.manifest.model
     rate = config.framing.sample_rate
-    engine, stream = model.session(embedding), audio.OutputStream((config.sources, config.microphones), rate, source)
+    engine, stream = (
+        model.session(embedding),
+        OutputStream((config.sources, config.microphones), rate, source),
+    )
 
     def write(estimate: Samples) -> None:
         for samples in stream.add(estimate):
@@ -415,7 +427,7 @@ def _run_frames(
 
     with _progress(label, len(run.log.used)) as advance:
         mixture = source.heard(config.microphones, rate)
-        run_frames(engine, mixture, config.framing, config.delay, hints, run, write, advance)
+        run_frames(engine, mixture, config, hints, run, write, advance)
     for samples in stream.finish():
         take(samples)
 
@@ -469,7 +481,7 @@ def _compare(
     estimates: dict[str, Samples],
     quality: dict[str, reporting.Quality],
 ) -> None:
-    from knowledge_boosting.device_client.comparison import Comparison, System, write_comparison
+    from knowledge_boosting.device_client.replay.comparison import Comparison, System, write_comparison
 
     assert options.compare is not None
     systems: dict[System, Samples] = {}
@@ -485,7 +497,7 @@ def _compare(
 
 
 def _plot(path: Path, input_file: Path, manifest: Manifest, pictures: "list[Spectrogram]", run: Run) -> None:
-    from knowledge_boosting.device_client.plot import plot_replay
+    from knowledge_boosting.device_client.replay.plot import plot_replay
 
     names = [f"output, speaker {number}" for number in range(1, len(pictures))] if len(pictures) > 2 else ["output"]
     shown = dict(zip(["mixture", *names], pictures, strict=True))

@@ -7,9 +7,11 @@ import numpy as np
 
 from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.device_client import audio, device_audio, speakers
-from knowledge_boosting.device_client.hint_stream import enroll
-from knowledge_boosting.device_client.local_server import local_server
+from knowledge_boosting.device_client import speakers
+from knowledge_boosting.device_client.audio import devices
+from knowledge_boosting.device_client.audio.files import read_speech
+from knowledge_boosting.device_client.hints.local_server import local_server
+from knowledge_boosting.device_client.hints.stream import enroll
 from knowledge_boosting.models.manifest import find_bundle
 from knowledge_boosting.protos.codec import ENROLLMENT_SECONDS
 
@@ -42,10 +44,10 @@ def enroll_speaker(
     speakers.check_name(name, speech_file)
     directory = find_bundle(bundle)
     if speech_file is not None:
-        speech = audio.read_speech(speech_file, SHORTEST)
+        speech = read_speech(speech_file, SHORTEST)
     else:
         print(f"recording {seconds:g} s: speak now, alone", flush=True)
-        speech = device_audio.record_speech(source, seconds)
+        speech = devices.record_speech(source, seconds)
         if not np.any(speech):
             raise InputError("the microphone gave only silence; is it muted?")
     with ExitStack() as stack:

@@ -4,18 +4,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
-from knowledge_boosting.device_client.engine import Engine
-from knowledge_boosting.device_client.hint_buffer import HintBuffer, HintLog
-from knowledge_boosting.device_client.hint_stream import HintStream, ReceivedHint, StreamEnd
-from knowledge_boosting.device_client.simulated_network import Link
-from knowledge_boosting.device_client.tally import Tally
-from knowledge_boosting.models.config import Framing
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, HintSource, frames_of
+from knowledge_boosting.device_client.engines.engine import Engine
+from knowledge_boosting.device_client.hints.buffer import HintBuffer
+from knowledge_boosting.device_client.hints.links import Link
+from knowledge_boosting.device_client.hints.stream import HintStream, ReceivedHint, StreamEnd
+from knowledge_boosting.device_client.replay.hint_log import HintLog
+from knowledge_boosting.device_client.replay.tally import Tally
+from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.protos.codec import Samples
 
 
@@ -42,19 +42,11 @@ class Run:
         self.server_compute.add(hint.compute_us)
 
 
-class Hints(Protocol):
-    """Where the frame loop sends audio and gets hints, on its own clock. Times are stream times in nanoseconds."""
+class Hints(HintSource, Protocol):
+    """Hints on a clock of their own. Times are stream times in nanoseconds."""
 
     def wait_until(self, time_ns: int) -> int:
         """Wait until a stream time; the time it is then."""
-        ...
-
-    def send(self, frame: int, samples: Samples, now: int) -> None:
-        """Send the samples that complete a frame."""
-        ...
-
-    def take(self, frame: int, now: int) -> Samples | None:
-        """The hint of a frame if it is there."""
         ...
 
     def finish(self) -> None:
@@ -65,8 +57,7 @@ class Hints(Protocol):
 def run_frames(
     engine: Engine,
     mixture: Iterable[Samples],
-    framing: Framing,
-    delay: int,
+    model: ModelConfig,
     hints: Hints | None,
     run: Run,
     write: Callable[[Samples], None],
@@ -81,46 +72,25 @@ def run_frames(
         write: called with every chunk of the estimate, ``[S, M, n]``; together they are as long as the mixture.
         progress: called after every frame.
     """
-    chunk, log, frame = framing.chunk, run.log, 0
+    framing, log, stream = model.framing, run.log, BoostedStream(engine, model, hints)
     chunk_ns = round(framing.chunk_seconds * 1e9)
-    for window, length in windows(mixture, framing):
-        complete = round(framing.complete_at(frame) * 1e9)
-        log.captured_at[frame] = complete
-        hint, now = None, 0
-        if hints is not None:
-            now = hints.wait_until(complete)
-            hints.send(frame, window if frame == 0 else window[:, -chunk:], now)
-            if frame >= delay:
-                hint = hints.take(frame - delay, now)
-                log.used[frame - delay] = hint is not None
-            run.frames_behind += now - complete > chunk_ns
+    for samples, length in frames_of(mixture, framing):
+        complete = round(framing.complete_at(stream.frames) * 1e9)
+        log.captured_at[stream.frames] = complete
+        now = hints.wait_until(complete) if hints is not None else 0
+        run.frames_behind += hints is not None and now - complete > chunk_ns
         run.ended_at = now
-        started = time.perf_counter_ns()
-        estimate = engine.step(window, hint)
-        run.compute.add((time.perf_counter_ns() - started + 500) // 1000)
-        write(estimate[..., :length])
-        frame += 1
+        stream.fresh[:] = samples
+        frame = stream.step(now)
+        if frame.hint_due:
+            log.used[frame.number - model.delay] = frame.hint is not None
+        run.compute.add((frame.compute_ns + 500) // 1000)
+        write(frame.estimate[..., :length])
         progress()
-    log.end(frame)
+    log.end(stream.frames)
     run.overflows = engine.overflows
     if hints is not None:
         hints.finish()
-
-
-def windows(mixture: Iterable[Samples], framing: Framing) -> Iterator[tuple[Samples, int]]:
-    """The window of every frame ``[M, n_fft]``, and how many of its chunk's samples are the mixture's."""
-    chunk, n_fft, rest = framing.chunk, framing.n_fft, np.zeros((0, 0), np.float32)
-    for samples in mixture:
-        rest = np.concatenate([rest, samples], axis=1) if rest.size else samples
-        first = 0
-        while first + n_fft <= rest.shape[1]:
-            yield np.ascontiguousarray(rest[:, first : first + n_fft]), chunk
-            first += chunk
-        rest = rest[:, first:]
-    frames = framing.frames(rest.shape[1])
-    padded = np.pad(rest, ((0, 0), (0, frames * chunk + framing.lookahead - rest.shape[1])))
-    for first in range(0, frames * chunk, chunk):
-        yield np.ascontiguousarray(padded[:, first : first + n_fft]), min(chunk, rest.shape[1] - first)
 
 
 class VirtualHints:
@@ -161,7 +131,7 @@ class VirtualHints:
         self._sent += 1
         if self._stream.ended is not None:
             return  # nobody takes it any more
-        self._stream.send(frame, samples)
+        self._stream.send(frame, samples.copy())
         reached = self._uplink.arrival(now, samples.shape[1] * self._sample_bytes)
         self._free_at = max(reached, self._free_at) + self._server_ns
         self._computed_at.append(self._free_at)
@@ -229,7 +199,7 @@ class RealHints:
         assert self._stream is not None
         if self._stream.ended is None:  # else nobody takes it any more
             self._sent_at[frame] = now
-            self._stream.send(frame, samples)
+            self._stream.send(frame, samples.copy())
 
     def take(self, frame: int, now: int) -> Samples | None:
         return self._buffer.take(frame, now)

@@ -18,16 +18,18 @@ from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.cli import console, end_signals, warn
 from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.common.files import check_files, is_standard_output, is_stream
-from knowledge_boosting.device_client import audio, live_view, speakers
-from knowledge_boosting.device_client.device_audio import DeviceAudio, open_device_audio
-from knowledge_boosting.device_client.engine import EngineName, load_model
-from knowledge_boosting.device_client.hint_stream import Encodings
-from knowledge_boosting.device_client.live import LiveLoop
-from knowledge_boosting.device_client.live_audio import LiveAudio, open_file_audio
-from knowledge_boosting.device_client.live_hints import LiveHints, ServerEvent
-from knowledge_boosting.device_client.mixer import Mixer, Play
-from knowledge_boosting.device_client.recording import FILES, Recorder, check_folder
-from knowledge_boosting.device_client.virtual_mic import OUTPUT_DEVICE, virtual_mic
+from knowledge_boosting.device_client import speakers
+from knowledge_boosting.device_client.audio.devices import DeviceAudio, open_device_audio
+from knowledge_boosting.device_client.audio.files import check_output
+from knowledge_boosting.device_client.audio.live_audio import LiveAudio, open_file_audio
+from knowledge_boosting.device_client.audio.mixer import Mixer, Play
+from knowledge_boosting.device_client.audio.virtual_mic import OUTPUT_DEVICE, virtual_mic
+from knowledge_boosting.device_client.engines.loading import EngineName, load_model
+from knowledge_boosting.device_client.hints.reconnecting import LiveHints, ServerEvent
+from knowledge_boosting.device_client.hints.stream import Encodings
+from knowledge_boosting.device_client.live import view
+from knowledge_boosting.device_client.live.loop import LiveLoop
+from knowledge_boosting.device_client.live.recording import FILES, Recorder, check_folder
 from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest, find_bundle, read_manifest
 from knowledge_boosting.protos.codec import Samples
 
@@ -120,9 +122,9 @@ def live(options: LiveOptions) -> None:
         finally:
             session.end()
         now = session.figures()
-        told = json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else live_view.log_line(now)
+        told = json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else view.log_line(now)
         print(told, file=told_to)
-        if (slow := live_view.too_slow(now)) is not None:
+        if (slow := view.too_slow(now)) is not None:
             warn(slow)
     # Only now, so that no other file of the session is lost for it.
     if recorder is not None and recorder.trouble is not None:
@@ -156,8 +158,8 @@ class _Session:
             gc.collect()
         return self._thread.is_alive()
 
-    def figures(self) -> live_view.Figures:
-        return live_view.figures(self.loop, self.hints, self.audio, self.manifest.model.framing.chunk_seconds)
+    def figures(self) -> view.Figures:
+        return view.figures(self.loop, self.hints, self.audio, self.manifest.model.framing.chunk_seconds)
 
     def news(self) -> Iterator[ServerEvent]:
         """What happened with servers since it was last asked for."""
@@ -187,7 +189,7 @@ def _show_lines(session: _Session, as_json: bool, file: TextIO) -> None:
         if time.monotonic() >= next_line:
             next_line += every
             now = session.figures()
-            line = json.dumps({"event": "figures", **asdict(now)}) if as_json else live_view.log_line(now)
+            line = json.dumps({"event": "figures", **asdict(now)}) if as_json else view.log_line(now)
             print(line, file=file, flush=True)
 
 
@@ -200,10 +202,10 @@ def _show_view(session: _Session) -> None:
         resampling = f", {audio.resampling_ms:.1f} of it resampling from {audio.rate} Hz" if audio.resampling_ms else ""
         latency = f"{audio.latency_ms:.0f} ms from microphone to loudspeaker{resampling}"
     budget_ms = 1e3 * model.delay * framing.chunk_seconds if session.hints is not None else None
-    frame = live_view.Frame(f"kb-client live   {session.manifest.label}", latency, budget_ms, loop.choices)
+    frame = view.Frame(f"kb-client live   {session.manifest.label}", latency, budget_ms, loop.choices)
     voice: Play = loop.play if loop.play != "bypass" else "1"
     last_event = ""
-    with live_view.keyboard() as key, Live(console=console(), screen=True, auto_refresh=False) as screen:
+    with view.keyboard() as key, Live(console=console(), screen=True, auto_refresh=False) as screen:
         while session.running():
             pressed = key(0.1).lower()
             if pressed == "q":
@@ -216,7 +218,7 @@ def _show_view(session: _Session) -> None:
                 loop.play = voice = chosen
             for event in session.news():
                 last_event = event.text
-            screen.update(live_view.view(session.figures(), frame, last_event), refresh=True)
+            screen.update(view.view(session.figures(), frame, last_event), refresh=True)
 
 
 def _check_call(options: LiveOptions, bundle: Path, manifest: Manifest) -> None:
@@ -240,7 +242,7 @@ def _check_call(options: LiveOptions, bundle: Path, manifest: Manifest) -> None:
         check_folder(options.record)
     reads, writes = list(options.secrets), []
     if all(files) and options.source is not None and options.target is not None:
-        audio.check_output(Path(options.target), "s16")
+        check_output(Path(options.target), "s16")
         reads, writes = [*reads, Path(options.source)], [Path(options.target)]
     if options.speaker is not None and options.speaker.endswith(".npy"):
         reads.append(Path(options.speaker))

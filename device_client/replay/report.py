@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from knowledge_boosting.common.files import atomic_file
-from knowledge_boosting.device_client.replay import Run
-from knowledge_boosting.device_client.simulated_network import NetworkConditions
-from knowledge_boosting.device_client.tally import Tally
+from knowledge_boosting.device_client.hints.links import NetworkConditions
+from knowledge_boosting.device_client.replay.loop import Run
+from knowledge_boosting.device_client.replay.tally import Tally
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest
 

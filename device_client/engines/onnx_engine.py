@@ -4,7 +4,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from knowledge_boosting.common.errors import InputError, reason
-from knowledge_boosting.device_client.engine import CheckedEngine, Engine
+from knowledge_boosting.device_client.engines.engine import CheckedEngine, Engine
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
 from knowledge_boosting.models.manifest import GRAPH_FILE, find_bundle, read_manifest, verify_graph, verify_part
 from knowledge_boosting.models.onnx_stream import OnnxStream, check_sizes, load_graph

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.common.pictures import any_words
-from knowledge_boosting.device_client.hint_buffer import HintLog
+from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.protos.codec import Samples
 
 matplotlib.use("Agg")

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.connection import Refused
 from knowledge_boosting.common.errors import Failure, InputError
-from knowledge_boosting.device_client.hint_buffer import HintBuffer
-from knowledge_boosting.device_client.hint_stream import Encodings, HintStream
-from knowledge_boosting.device_client.ring import Signal
+from knowledge_boosting.device_client.audio.rings import Signal
+from knowledge_boosting.device_client.hints.buffer import HintBuffer
+from knowledge_boosting.device_client.hints.stream import Encodings, HintStream
 from knowledge_boosting.models.manifest import Manifest
 from knowledge_boosting.protos.codec import MAX_CHUNKS_PER_MESSAGE, Samples
 
@@ -58,12 +58,14 @@ class LiveHints:
         encodings: Encodings,
         credentials: Credentials = _NONE,
         speaker_embedding: Samples | None = None,
+        first_frame: int = 0,
     ) -> None:
         """Nothing is sent before :meth:`start`.
 
         Args:
             servers: ``HOST:PORT`` of each, in the order they are tried in.
             credentials: that they want.
+            first_frame: that will be sent; silence is taken to be before it.
 
         Raises:
             InputError: an address is malformed, or must not be sent the token.
@@ -85,8 +87,8 @@ class LiveHints:
         self._audio = np.zeros((self._history, model.microphones, model.framing.chunk), np.float32)
         self._captured_at = np.zeros(self._history, np.int64)
         self._ages: NDArray[np.float64] = np.zeros(self._history)
-        self._frames = 0  # that the loop has sent
-        self._taken = 0  # first frame whose hint has not been asked for
+        self._frames = first_frame  # that the loop has sent
+        self._taken = first_frame  # first frame whose hint has not been asked for
         self._buffer = HintBuffer(model.delay)
         self._wake = Signal()
         self._closed = threading.Event()

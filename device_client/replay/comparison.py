@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.common.pictures import any_words
-from knowledge_boosting.device_client import audio
-from knowledge_boosting.device_client.plot import Spectrogram, draw_spectrogram
+from knowledge_boosting.device_client.audio.files import write_audio
+from knowledge_boosting.device_client.replay.plot import Spectrogram, draw_spectrogram
 from knowledge_boosting.models.manifest import shipped_bundles
 from knowledge_boosting.protos.codec import Samples
 
@@ -67,10 +67,10 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot make the folder ({reason(error)}); give another --compare") from None
-    audio.write_audio(folder / _MIXTURE, comparison.mixture, comparison.rate, "s16")
+    write_audio(folder / _MIXTURE, comparison.mixture, comparison.rate, "s16")
     for name, voices in comparison.systems.items():
         for file_name, voice in zip(_voice_names(name, len(voices)), voices, strict=True):
-            audio.write_audio(folder / file_name, voice, comparison.rate, "s16")
+            write_audio(folder / file_name, voice, comparison.rate, "s16")
     _draw(folder / PICTURE, comparison)
 
 

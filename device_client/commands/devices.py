@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from knowledge_boosting.common.cli import console, warn
-from knowledge_boosting.device_client.device_audio import Device, Way, default_device, list_devices
+from knowledge_boosting.device_client.audio.devices import Device, Way, default_device, list_devices
 
 _NONE = {
     "input": "there is no microphone here that can be heard; live needs one, or else sound files",

@@ -10,7 +10,16 @@ import numpy as np
 
 from knowledge_boosting.common.cli import warn
 from knowledge_boosting.common.errors import Failure, InputError
-from knowledge_boosting.device_client import audio
+from knowledge_boosting.device_client.audio.files import (
+    AudioFile,
+    OutputStream,
+    SampleFormat,
+    SoundWriter,
+    check_channels,
+    holds_floats,
+    open_audio,
+    write_sound,
+)
 from knowledge_boosting.models.config import Framing
 from knowledge_boosting.protos.codec import Samples
 
@@ -41,12 +50,12 @@ class LiveAudio(Protocol):
 class FileAudio:
     """A recording as if it were captured now, in real time; what would be played goes to a file of its rate."""
 
-    def __init__(self, source: audio.AudioFile, framing: Framing, microphones: int, target: audio.SoundWriter) -> None:
+    def __init__(self, source: AudioFile, framing: Framing, microphones: int, target: SoundWriter) -> None:
         """Audio of a recording, padded with zeros to whole frames."""
         self._framing, self._target = framing, target
         self._blocks = source.heard(microphones, framing.sample_rate)
         self._waiting = np.zeros((microphones, 0), np.float32)
-        self._output = audio.OutputStream((microphones,), framing.sample_rate, source)
+        self._output = OutputStream((microphones,), framing.sample_rate, source)
         self._captured = self._played = self._started_at = 0
         self._length: int | None = None  # samples of the recording, once that is known
         self._stopped = False
@@ -124,11 +133,11 @@ def open_file_audio(source: Path, target: Path, framing: Framing, microphones: i
         InputError: a file cannot be used.
         Failure: the output could not be written to its end; what could is there.
     """
-    with audio.open_audio(source) as recording:
-        if (warning := audio.check_channels(recording, microphones)) is not None:
+    with open_audio(source) as recording:
+        if (warning := check_channels(recording, microphones)) is not None:
             warn(warning)
-        sample_format: audio.SampleFormat = "float" if recording.floating and audio.holds_floats(target) else "s16"
-        with audio.write_sound(target, recording.rate, microphones, sample_format) as file:
+        sample_format: SampleFormat = "float" if recording.floating and holds_floats(target) else "s16"
+        with write_sound(target, recording.rate, microphones, sample_format) as file:
             opened = FileAudio(recording, framing, microphones, file)
             yield opened
             opened.finish()

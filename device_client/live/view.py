@@ -15,10 +15,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from knowledge_boosting.device_client.live import RECENT, LiveLoop
-from knowledge_boosting.device_client.live_audio import LiveAudio
-from knowledge_boosting.device_client.live_hints import LiveHints
-from knowledge_boosting.device_client.mixer import Play
+from knowledge_boosting.device_client.audio.live_audio import LiveAudio
+from knowledge_boosting.device_client.audio.mixer import Play
+from knowledge_boosting.device_client.hints.reconnecting import LiveHints
+from knowledge_boosting.device_client.live.loop import RECENT, LiveLoop
 
 _SILENCE = -60.0  # dB of full scale, and less
 _METER_FRAMES = 25  # a meter shows the loudest of the last fifth of a second

@@ -1,0 +1,1 @@
+"""Sound in and out: files, devices, and what passes between them and the frame loop."""

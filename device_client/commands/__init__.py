@@ -1,0 +1,1 @@
+"""What each command of ``kb-client`` does."""

@@ -1,0 +1,36 @@
+"""A bundle's small network under the engine that was asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.device_client.engines.engine import Model
+
+EngineName = Literal["onnx", "torch"]
+
+
+def load_model(directory: Path, engine: EngineName) -> Model:
+    """A bundle's small network under an engine.
+
+    Raises:
+        InputError: the bundle cannot be used.
+        Failure: the engine is not installed.
+    """
+    if engine == "onnx":
+        from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+
+        return OnnxModel(str(directory))
+    with needs_torch("--engine torch"):
+        from knowledge_boosting.device_client.engines.torch_engine import TorchModel
+    return TorchModel(str(directory))
+
+
+@contextmanager
+def needs_torch(flag: str) -> Iterator[None]:
+    """Say what to install if an import in this block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise Failure(f"{flag}: needs torch ({error}): pip install 'knowledge-boosting[server]'") from None

@@ -1,0 +1,1 @@
+"""From microphone to loudspeaker: the loop, what a person sees of it, and what it leaves behind."""
