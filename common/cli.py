@@ -5,17 +5,22 @@ standard output that takes no more, included).
 """
 
 import errno
+import importlib.metadata
 import importlib.util
 import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+import typer.core
+import typer.main
 
 from knowledge_boosting.common.errors import Failure, InputError, printable, reason
 
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _FAULTS_OF_PATHS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
 _OURS = "knowledge_boosting"
 
 
@@ -35,6 +43,62 @@ class _Terminated(SystemExit):
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
     # As an exception a signal unwinds the stack, so that helpers are stopped and temporary files removed.
     raise _Terminated(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"knowledge-boosting {importlib.metadata.version('knowledge-boosting')}")
+        raise typer.Exit
+
+
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A command that has the option of every command."""
+
+
+def _parameters(given: list[Any], context: Any) -> list[Any]:
+    """The parameters of a command and of every command; the help shows what is to be written for their values."""
+    if context.parent is None:
+        only = typer.Typer(add_completion=False)
+        only.command()(_version)
+        (option,) = typer.main.get_command(only).params
+        option.expose_value = False
+        given = [*given, option]
+    for parameter in given:
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: ""  # noqa: ARG005  # its name says what it is
+        if parameter.metavar is None:
+            choices, kind = parameter.type_descriptor.choices, parameter.type_descriptor.annotation
+            kind = next(iter(typing.get_args(kind)), kind)  # of a list
+            written = {bool: "", int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+            parameter.metavar = "|".join(str(choice.value) for choice in choices) if choices else written
+    return given
+
+
+class _Command(typer.core.TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _parameters(super().get_params(ctx), ctx)
+
+
+class _Group(typer.core.TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _parameters(super().get_params(ctx), ctx)
+
+
+class Application(typer.Typer):
+    """A typer application whose commands know ``-h`` and ``--version``."""
+
+    def __init__(self, *, no_args_is_help: bool = False) -> None:
+        super().__init__(
+            cls=_Group, pretty_exceptions_enable=False, no_args_is_help=no_args_is_help, context_settings=_CONTEXT
+        )
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Function], Function]:
+        """As typer's."""
+        return super().command(name, cls=_Command, context_settings=_CONTEXT, **settings)
 
 
 def end_signals() -> list[signal.Signals]:
@@ -76,8 +140,9 @@ def _run(app: typer.Typer, name: str, extra: str) -> int:
         return _refuse(name, str(error), 2)
     except typer.TyperException as error:
         # Without a message typer has printed the help already.
-        message = error.format_message()
-        return _refuse(name, f"{message} (see '{name} --help')", 2) if message else 2
+        message, context = error.format_message(), getattr(error, "ctx", None)
+        command = context.command_path if context is not None else name
+        return _refuse(name, f"{message.rstrip('.')} (see '{command} --help')", 2) if message else 2
     except Failure as error:
         return _refuse(name, str(error), 1)
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ while read -r name role; do
     run=runs/$size/$name
     # Going on with a run that has ended changes nothing.
     if [ -e "$run/last.ckpt" ]; then resume=--resume; else resume=; rm -rf "$run"; fi
-    kb-train --config "configs/$size/$name.json" --run_dir "$run" $resume </dev/null
+    kb-train --config "configs/$size/$name.json" --run-dir "$run" $resume </dev/null
     [ "$role" = export ] || continue
     rm -rf "out/$size/$name"
     kb-export --config "configs/$size/$name.json" --checkpoint "$run/last.ckpt" --half-speaker \

@@ -10,7 +10,7 @@ from knowledge_boosting.common import cli
 from knowledge_boosting.common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
 from knowledge_boosting.models.manifest import DEFAULT_BUNDLE
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+app = cli.Application(no_args_is_help=True)
 
 
 class Clock(StrEnum):

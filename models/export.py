@@ -9,7 +9,7 @@ from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError, existing_file, reason
 from knowledge_boosting.common.files import check_new_folder
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.Application()
 
 
 @app.command()

@@ -14,7 +14,7 @@ from knowledge_boosting.common.cli import warn
 from knowledge_boosting.common.environment import prepare_to_serve
 from knowledge_boosting.common.errors import InputError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.Application()
 
 _SECURITY = "Security"  # heading of these options in the help
 

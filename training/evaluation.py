@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from knowledge_boosting.models.pair import LargeModel, SmallModel
     from knowledge_boosting.training.datasets import MixtureFolder
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.Application()
 
 _SLOW: tuple[Metric, ...] = ("stoi", "pesq")
 _SHORTEST = 0.5  # s; in less, STOI and PESQ find no speech

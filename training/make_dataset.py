@@ -64,7 +64,7 @@ from knowledge_boosting.training.rooms import (
 )
 from knowledge_boosting.training.workers import run_in_workers
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.Application()
 
 PARAMETERS_FILE = "dataset.json"
 _ITEM_FILE = "metadata.json"

@@ -7,7 +7,7 @@ import typer
 
 from knowledge_boosting.common import cli
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.Application()
 
 
 @app.command()

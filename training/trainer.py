@@ -10,13 +10,15 @@ from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.files import check_folder
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.Application()
 
 
 @app.command()
 def train(
     config: Annotated[Path, typer.Option("--config", help="Training configuration (JSON), ours or a published one.")],
-    run_dir: Annotated[Path, typer.Option("--run_dir", help="Folder of this run: checkpoints, logs, configuration.")],
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", "--run_dir", help="Folder of this run: checkpoints, logs, configuration.")
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in run_dir.")] = False,
     ckpt: Annotated[
         Path | None, typer.Option("--ckpt", help="Checkpoint to go on from, or to test; else the last, or the best.")

@@ -35,7 +35,7 @@ from knowledge_boosting.training.corpus import (
 )
 from knowledge_boosting.training.workers import run_in_workers
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.Application()
 
 RECORD_FILE = "voices.json"
 _LOWEST_PITCH, _HIGHEST_PITCH = 65.0, 500.0  # Hz, of recorded speech

@@ -1,0 +1,51 @@
+"""What all command lines have in common."""
+
+import re
+from importlib.metadata import version
+
+import pytest
+
+from tests.processes import COMMANDS, call_here, refusal_here
+
+WITH_COMMANDS = {"kb-client": ["replay", "live", "devices", "enroll", "bench"], "kb-server": ["status"]}
+CALLS = [(name, *part) for name in COMMANDS for part in [(), *((command,) for command in WITH_COMMANDS.get(name, ()))]]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+def test_help_shows_values_as_they_are_written(
+    call: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    name, *part = call
+    texts = []
+    for flag in ("--help", "-h"):
+        assert call_here(name, *part, flag) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert f"Usage: {' '.join(call)}" in texts[0]
+    # Python's names of types are for nobody to write.
+    assert not re.search(r"<(str|int|float|bool|path|file|list|tuple|choice)", texts[0])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_its_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_here(name, "--version") == 0
+    assert capsys.readouterr().out == f"knowledge-boosting {version('knowledge-boosting')}\n"
+
+
+@pytest.mark.parametrize("call", [("kb-client", "replay"), ("kb-server", "status"), ("kb-train",)], ids=" ".join)
+def test_a_wrong_call_names_the_help_of_its_own_command(
+    call: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *part = call
+    assert f"No such option: --frobnicate (see '{' '.join(call)} --help')" == refusal_here(
+        name, capsys, *part, "--frobnicate"
+    ).replace(" (Possible options: --trace)", "")
+
+
+def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_KB_CLIENT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "kb-client re")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert call_here("kb-client") == 0
+    assert capsys.readouterr().out.split() == ["replay"]
