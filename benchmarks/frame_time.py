@@ -75,7 +75,7 @@ def small_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float
         pair_config = config.model_copy(update={"large": config.small})
         write_bundle(bundle, pair, pair_config, untrained=True, source="random", configuration="none")
         onnx, in_torch = OnnxModel(str(bundle)), TorchModel(str(bundle))
-    speaker = np.random.default_rng(0).normal(0, 1 / 16, 256).astype(np.float32) if config.task == "tse" else None
+    speaker = np.random.default_rng(0).normal(0, 1 / 16, 256).astype(np.float32) if config.needs_speaker else None
     framing = config.framing
     window = np.random.default_rng(1).normal(0, 0.1, (config.microphones, framing.n_fft)).astype(np.float32)
     hint = np.random.default_rng(2).normal(0, 1, (config.hint_channels, framing.bins)).astype(np.float32)
@@ -98,7 +98,7 @@ def large_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float
     """The large network with its hint encoder as the server runs it, states in slots; the time for each session."""
     torch.manual_seed(0)
     large = LargeModel(config).eval()
-    speaker = torch.randn(1, 256) if config.task == "tse" else None
+    speaker = torch.randn(1, 256) if config.needs_speaker else None
     states = StateSlots(large, 16, speaker)
     states.prepare([1])
     for slot in range(16):

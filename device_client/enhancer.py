@@ -299,7 +299,7 @@ def _servers(server: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _embedding(speaker: Speaker | None, config: ModelConfig) -> Samples | None:
-    if config.task == "ss":
+    if not config.needs_speaker:
         if speaker is not None:
             raise InputError("this bundle separates all speakers; leave out the speaker")
         return None

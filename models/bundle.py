@@ -30,6 +30,7 @@ from knowledge_boosting.models.manifest import (
 )
 from knowledge_boosting.models.onnx_graph import check_graph, frame_graph
 from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
+from knowledge_boosting.models.tasks import TASKS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -178,7 +179,7 @@ def write_bundle(
 
 def _card(manifest: Manifest, note: str) -> str:
     model, framing = manifest.model, manifest.model.framing
-    task = "target speech extraction" if model.task == "tse" else "two-speaker separation"
+    task = TASKS[model.task].label
     lines = [f"# {manifest.name}", ""]
     if manifest.untrained:
         lines += [f"**{UNTRAINED_NOTICE}.**", ""]

@@ -147,7 +147,7 @@ def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
     for name in [name for name in state if ".network.output_conv.conv." in name and name in own]:
         # Of two separated voices, the first one's output layer serves to extract one.
         axis = -own[name].dim()
-        if config.task == "tse" and state[name].shape[axis] == 2 * config.spectrum_channels:
+        if config.sources == 1 and state[name].shape[axis] == 2 * config.spectrum_channels:
             state[name] = state[name].narrow(axis, 0, config.spectrum_channels)
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     if not fitting:

@@ -12,6 +12,8 @@ from pydantic import (
     model_validator,
 )
 
+from knowledge_boosting.models.tasks import TASKS, TaskName
+
 SPEAKER_EMBEDDING_SIZE = 256
 _MOST_VALUES = 2**27  # of a network's weights and state: half a gibibyte; the largest published one has 2**23
 
@@ -90,7 +92,7 @@ class Boosting(Strict):
 class ModelConfig(Strict):
     """One network alone (``small``), or a pair in which ``large`` sends hints to ``small``."""
 
-    task: Literal["tse", "ss"]
+    task: TaskName
     microphones: Annotated[int, Field(ge=1, le=64)] = 2
     framing: Framing = Framing()
     small: NetworkSize
@@ -133,15 +135,20 @@ class ModelConfig(Strict):
         bins, channels, hidden = self.framing.bins, size.channels, size.hidden
         lstms = 3 * 4 * hidden * (channels + hidden + 2) + 3 * hidden * channels
         attention = 4 * channels * (channels + bins) + 2 * bins * channels * size.window
-        between = 2 * (SPEAKER_EMBEDDING_SIZE + 1) * bins * channels if self.task == "tse" else 0
+        between = 2 * (SPEAKER_EMBEDDING_SIZE + 1) * bins * channels if self.needs_speaker else 0
         waiting = self.delay * bins * (channels + self.hint_channels)
         framing = 4 * self.framing.n_fft * bins
         return size.blocks * (lstms + 2 * attention + between + waiting) + framing
 
     @property
     def sources(self) -> int:
-        """Voices in the output: 1 for target speech extraction, 2 for separation."""
-        return 1 if self.task == "tse" else 2
+        """Signals in the output: 1 for target speech extraction, 2 for separation."""
+        return TASKS[self.task].sources
+
+    @property
+    def needs_speaker(self) -> bool:
+        """Whether the network must be told, by a speaker embedding, whose voice is wanted."""
+        return TASKS[self.task].needs_speaker
 
     @property
     def spectrum_channels(self) -> int:

@@ -41,7 +41,7 @@ def _network(config: ModelConfig, size: NetworkSize, *, hints: bool) -> TFGridNe
         microphones=config.microphones,
         spectrum_channels=config.spectrum_channels,
         bins=config.framing.bins,
-        speaker=config.task == "tse",
+        speaker=config.needs_speaker,
         hint_channels=config.hint_channels if hints else 0,
         delay=config.delay if hints else 0,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, Boosting, Framing, ModelConfig, NetworkSize
 from knowledge_boosting.models.manifest import first_fault
+from knowledge_boosting.models.tasks import TASKS, TaskName
 
 # Values the published constructors take and the meaning implemented here. Anything else is refused, not ignored.
 _FIXED: dict[str, tuple[Any, str]] = {
@@ -26,7 +27,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "use_cross_attention": (True, "hints are fused by cross-attention"),
 }
 _SIZES = ("stft_chunk_size", "stft_pad_size", "num_ch", "D", "L", "B", "H", "use_attn", "local_atten_len")
-_TASKS: dict[str, Literal["tse", "ss"]] = {
+_TASKS: dict[str, TaskName] = {
     "src.models.tfgridnet_TSE_causal_torch_stft_layernorm.net.Net": "tse",
     "src.models.tfgridnet_ssep_causal_torch_stft_layernorm.net.Net": "ss",
 }
@@ -57,9 +58,10 @@ def config_from_published(document: Mapping[str, Any], source: str) -> ModelConf
     if "pl_module" in document or "pl_module_args" in document:
         document = _section(document, "pl_module_args", source)
     network = str(document.get("small_model", document.get("model")))
-    task: Literal["tse", "ss"] | None = document.get("task") or _TASKS.get(network)
-    if task not in ("tse", "ss"):
-        raise InputError(f'{source}: "task" must be "tse" or "ss" (no published network tells it)')
+    task: TaskName | None = document.get("task") or _TASKS.get(network)
+    if task not in TASKS:
+        known = " or ".join(f'"{name}"' for name in TASKS)
+        raise InputError(f'{source}: "task" must be {known} (no published network tells it)')
     if "model_params" in document:
         sections = {"small": "model_params"}
     else:
@@ -221,7 +223,7 @@ def _convert_network(
             _convert_self_attention(block, size, bins, ours, f"{target}attention.")
         if index == size.blocks - 1:
             break
-        if config.task == "tse":
+        if config.needs_speaker:
             speaker = net.under(f"TSE_blocks.{index}.")
             weights, biases = [], []
             for half in ("weight", "bias"):

@@ -30,7 +30,7 @@ def measure_capacity(model: LargeModel, device: torch.device) -> int:
 
 def _step_seconds(model: LargeModel, device: torch.device, sessions: int) -> float:
     framing = model.config.framing
-    speaker = torch.zeros(1, SPEAKER_EMBEDDING_SIZE, device=device) if model.config.task == "tse" else None
+    speaker = torch.zeros(1, SPEAKER_EMBEDDING_SIZE, device=device) if model.config.needs_speaker else None
     states = StateSlots(model, sessions, speaker)
     slots = torch.arange(sessions, device=device)
     for slot in range(sessions):

@@ -246,7 +246,7 @@ class HintEngine:
                 self._ready.discard(session)
 
     def _embedding(self, values: Samples | None) -> torch.Tensor | None:
-        if self._model.config.task != "tse":
+        if not self._model.config.needs_speaker:
             return None
         array = values if values is not None else np.zeros(SPEAKER_EMBEDDING_SIZE, np.float32)
         return torch.from_numpy(array)[None].to(self._device)

@@ -66,7 +66,7 @@ def check_config(config: pb.SessionConfig, model: ModelConfig) -> None:
     """
     if config.sample_rate != model.framing.sample_rate:
         raise Refused(f"config.sample_rate: is {config.sample_rate}, must be {model.framing.sample_rate}")
-    size = SPEAKER_EMBEDDING_SIZE if model.task == "tse" else 0
+    size = SPEAKER_EMBEDDING_SIZE if model.needs_speaker else 0
     if len(config.speaker_embedding) != size:
         raise Refused(f"config.speaker_embedding: has {len(config.speaker_embedding)} values, must have {size}")
     if not np.isfinite(config.speaker_embedding).all():

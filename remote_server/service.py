@@ -97,7 +97,7 @@ class HintService(HintServiceServicer):
 
     def load_speaker_encoder(self) -> None:
         """Begin to load what enrollments need, if devices may want some; the first one need not wait for it then."""
-        if self._speakers is not None and any(served.manifest.model.task == "tse" for served in self.bundles.served):
+        if self._speakers is not None and any(served.manifest.model.needs_speaker for served in self.bundles.served):
             self._speakers.load()
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
 
 def _times_ms(model: Model, frames: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     config, rng = model.manifest.model, np.random.default_rng(0)
-    speaker = rng.normal(0, 1 / 16, SPEAKER_EMBEDDING_SIZE).astype(np.float32) if config.task == "tse" else None
+    speaker = rng.normal(0, 1 / 16, SPEAKER_EMBEDDING_SIZE).astype(np.float32) if config.needs_speaker else None
     noise = rng.normal(0, 0.1, (config.microphones, config.framing.n_fft)).astype(np.float32)
     hints = None
     if config.boosting is not None:

@@ -254,7 +254,7 @@ def _is_file(name: str | None) -> bool:
 
 
 def _speaker_embedding(options: LiveOptions, manifest: Manifest) -> Samples | None:
-    if manifest.model.task == "ss":
+    if not manifest.model.needs_speaker:
         if options.speaker is not None:
             raise InputError(f"{options.bundle}: separates all speakers; leave out --speaker")
         return None

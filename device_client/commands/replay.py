@@ -254,10 +254,10 @@ def _large_estimate(bundle: str, source: AudioFile, config: ModelConfig, embeddi
 
 def _check_call(options: ReplayOptions, manifest: Manifest) -> None:
     """Whether the flags fit each other and the bundle."""
-    task, name = manifest.model.task, options.bundle
-    if task == "tse" and options.enrollment is None:
+    needs_speaker, name = manifest.model.needs_speaker, options.bundle
+    if needs_speaker and options.enrollment is None:
         raise InputError(f"{name}: extracts a target speaker; give --enrollment FILE with a voice or an embedding")
-    if task == "ss" and options.enrollment is not None:
+    if not needs_speaker and options.enrollment is not None:
         raise InputError(f"{name}: separates all speakers; leave out --enrollment")
     measuring = {"--with-large": options.with_large, "--alone": options.alone, "--compare": options.compare}
     for flag, wanted in measuring.items():

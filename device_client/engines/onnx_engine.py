@@ -24,7 +24,7 @@ class OnnxModel:
         self.manifest = read_manifest(directory)
         self._graph = load_graph(verify_graph(directory, self.manifest))
         self._speaker_layers: list[tuple[Samples, Samples]] = []
-        if self.manifest.model.task == "tse":
+        if self.manifest.model.needs_speaker:
             path = verify_part(directory, self.manifest, "small")
             try:
                 weights = load_file(path)
@@ -40,7 +40,7 @@ class OnnxModel:
         silence = np.zeros((model.microphones, model.framing.n_fft), np.float32)
         try:
             check_sizes(self._graph)
-            speaker = np.zeros(SPEAKER_EMBEDDING_SIZE, np.float32) if model.task == "tse" else None
+            speaker = np.zeros(SPEAKER_EMBEDDING_SIZE, np.float32) if model.needs_speaker else None
             estimate = self.session(speaker).step(silence, None)
             if estimate.shape != (model.sources, model.microphones, model.framing.chunk):
                 raise ValueError(f"it gives {list(estimate.shape)}")
