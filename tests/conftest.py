@@ -12,8 +12,11 @@ from tests.certificates import TOKENS_FILE, Certificates, make_certificates, wri
 from tests.golden_cases import Golden, load
 from tests.processes import Server, running_server
 
-# A test run in the background may have been told to survive its terminal; what it starts should not inherit that.
+# A test run in the background may have been told to survive its terminal, and a shell lets it survive Ctrl-C; what it
+# starts should not inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
