@@ -65,10 +65,12 @@ clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): some minutes, 0.5 GB to download with torch's CPU build, 3 GB with the one for CUDA"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[client,server]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[client,server]"
 	touch $@
 
 $(VENV)/.development: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[client,server,enroll,train,dev]"
+	@echo "Installing what training and tests need: some minutes, 0.4 GB more to download"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[client,server,enroll,train,dev]"
 	touch $@
