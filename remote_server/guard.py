@@ -6,7 +6,9 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health
 
-from knowledge_boosting.remote_server.access import CALLER, Access, Denied
+from knowledge_boosting.remote_server.core.access import CALLER, Access, Denied
+from knowledge_boosting.remote_server.core.refusals import Refused
+from knowledge_boosting.remote_server.service import refuse
 
 _OPEN = f"/{health.SERVICE_NAME}/"  # whoever balances load or watches a server has no token
 
@@ -14,11 +16,11 @@ _OPEN = f"/{health.SERVICE_NAME}/"  # whoever balances load or watches a server 
 class Guard(grpc.aio.ServerInterceptor):
     """Lets calls with a known token through, and health checks; the others end in UNAUTHENTICATED.
 
-    The coroutine that answers a call finds whom it is from in :data:`remote_server.access.CALLER`.
+    The coroutine that answers a call finds whom it is from in :data:`remote_server.core.access.CALLER`.
     """
 
-    def __init__(self, access: Access, refused: Callable[[str, str, str, str], None]) -> None:
-        """``refused`` is told peer, method, status and reason of every call that is not let through."""
+    def __init__(self, access: Access, refused: Callable[[str, str, Refused], None]) -> None:
+        """``refused`` gets peer, method and reason of every call that is not let through."""
         self._access, self._refused = access, refused
 
     async def intercept_service(
@@ -35,9 +37,8 @@ class Guard(grpc.aio.ServerInterceptor):
     def _refuse(self, method: str, why: Denied) -> Any:
         """A method of any kind that ends at once."""
 
-        async def refuse(_requests: AsyncIterator[bytes], context: Any) -> NoReturn:
-            self._refused(context.peer(), method, why.status.name, str(why))
-            await context.abort(why.status, str(why))
-            raise AssertionError  # abort has raised
+        async def end(_requests: AsyncIterator[bytes], context: Any) -> NoReturn:
+            self._refused(context.peer(), method, why)
+            await refuse(why, context)
 
-        return grpc.stream_stream_rpc_method_handler(refuse)
+        return grpc.stream_stream_rpc_method_handler(end)

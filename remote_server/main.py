@@ -95,14 +95,14 @@ def serve(
 
     from knowledge_boosting.models.device import pick_device
     from knowledge_boosting.models.manifest import UNTRAINED_NOTICE
-    from knowledge_boosting.remote_server.bundles import Bundles
-    from knowledge_boosting.remote_server.limits import read_limits
-    from knowledge_boosting.remote_server.log import running_log
-    from knowledge_boosting.remote_server.metrics import Metrics
+    from knowledge_boosting.remote_server.core.bundles import Bundles
+    from knowledge_boosting.remote_server.core.hint_server import HintServer
+    from knowledge_boosting.remote_server.core.limits import read_limits
+    from knowledge_boosting.remote_server.core.log import running_log
+    from knowledge_boosting.remote_server.core.metrics import Metrics
     from knowledge_boosting.remote_server.security import check_security
     from knowledge_boosting.remote_server.server import Listening, address_of
     from knowledge_boosting.remote_server.server import serve as run_server
-    from knowledge_boosting.remote_server.service import HintService
     from knowledge_boosting.remote_server.workers import device_of, pin
 
     limits, most = read_limits(limit or []), _session_count(max_sessions)
@@ -134,7 +134,7 @@ def serve(
 
     where = Listening(host, port, drain_seconds, until_stdin_ends, shared_port=worker is not None)
     with running_log():
-        asyncio.run(run_server(HintService(bundles, limits, metrics), limits, security, where, ready))
+        asyncio.run(run_server(HintServer(bundles, limits, metrics), limits, security, where, ready))
 
 
 @app.command()

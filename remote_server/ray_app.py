@@ -7,9 +7,8 @@ asynchronous iterator, and expects an asynchronous generator of responses where 
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from contextlib import aclosing
 
-import grpc
 import ray._private.worker
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -20,10 +19,13 @@ from knowledge_boosting.common.errors import Failure
 from knowledge_boosting.models.device import pick_device
 from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle, read_manifest
 from knowledge_boosting.protos import hints_pb2 as pb
-from knowledge_boosting.remote_server.bundles import Bundles
-from knowledge_boosting.remote_server.limits import Limits
-from knowledge_boosting.remote_server.metrics import Metrics
-from knowledge_boosting.remote_server.service import HintService
+from knowledge_boosting.remote_server.core.access import ANYBODY
+from knowledge_boosting.remote_server.core.bundles import Bundles
+from knowledge_boosting.remote_server.core.hint_server import HintServer
+from knowledge_boosting.remote_server.core.limits import Limits
+from knowledge_boosting.remote_server.core.metrics import Metrics
+from knowledge_boosting.remote_server.core.refusals import Refused, Status
+from knowledge_boosting.remote_server.service import TRY_LATER, code_of, readable
 
 # Calls beyond a replica's sessions that it takes at once: questions, enrollments, and sessions to be refused.
 _OTHER_CALLS = 16
@@ -80,77 +82,72 @@ def build(options: Options) -> serve.Application:
 
 
 class HintReplica:
-    """One replica: a HintService of its own, reached through Ray."""
+    """One replica: a server of its own, reached through Ray."""
 
     def __init__(self, options: Options) -> None:
         if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
             raise Failure("this node was started without the settings of deploy/ray/environment; see docs/cluster.md")
-        self._service = _service(options)
-        self._service.load_speaker_encoder()
+        self._server = _server(options)
+        self._server.load_speaker_encoder()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._service.watch()), loop.create_task(self._drain_when(_leaving()))]
+        self._tasks = [loop.create_task(self._server.watch()), loop.create_task(self._drain_when(_leaving()))]
 
     async def StreamHints(
         self, requests: AsyncIterator[pb.StreamHintsRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.StreamHintsResponse]:
         """One session."""
-        responses = self._service.StreamHints(requests, _Context(grpc_context))
         try:
-            async for response in responses:
-                yield response
-        except grpc.aio.AbortError:
-            return  # with the status that the context has
+            session = self._server.session(readable(requests), ANYBODY, grpc_context.peer())
+            async with aclosing(session) as responses:
+                async for response in responses:
+                    yield response
+        except Refused as error:
+            _refuse(error, grpc_context)
 
     async def Enroll(self, request: pb.EnrollRequest, grpc_context: RayServegRPCContext) -> pb.EnrollResponse:
         """Enrollment speech to a speaker embedding."""
         try:
-            return await self._service.Enroll(request, _Context(grpc_context))
-        except grpc.aio.AbortError:
+            return await self._server.enroll(request, ANYBODY, grpc_context.peer())
+        except Refused as error:
+            _refuse(error, grpc_context)
             return pb.EnrollResponse()
 
     async def DescribeModel(
         self, request: pb.DescribeModelRequest, grpc_context: RayServegRPCContext
     ) -> pb.DescribeModelResponse:
-        """What this application runs."""
+        """What this replica runs."""
         try:
-            return await self._service.DescribeModel(request, _Context(grpc_context))
-        except grpc.aio.AbortError:
+            return self._server.describe(request, ANYBODY)
+        except Refused as error:
+            _refuse(error, grpc_context)
             return pb.DescribeModelResponse()
 
     async def check_health(self) -> None:
         """Have every engine answer: a thread that hangs or has ended, or a device that fails, is noticed by Ray."""
-        for bundle in self._service.bundles.served:
+        for bundle in self._server.bundles.served:
             await bundle.engine.answer()
 
     async def _drain_when(self, leaving: Callable[[], bool]) -> None:
         while not leaving():
             await asyncio.sleep(_LEAVING_POLL)
         await asyncio.sleep(_DEREGISTRATION)
-        await self._service.drain(_MOVING)
+        await self._server.drain(_MOVING)
 
 
-class _Context:
-    """What HintService needs of a call's context, of which Ray has no ``abort``."""
-
-    def __init__(self, context: RayServegRPCContext) -> None:
-        self._context = context
-
-    async def abort(self, code: grpc.StatusCode, details: str = "") -> None:
-        """End the call with a status; raises, as gRPC's own does."""
-        self._context.set_code(code)
-        self._context.set_details(details)
-        raise grpc.aio.AbortError
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
+def _refuse(why: Refused, context: RayServegRPCContext) -> None:
+    """Give a call its end; Ray's contexts have no ``abort``."""
+    if why.status is Status.RESOURCE_EXHAUSTED:
+        context.set_trailing_metadata(TRY_LATER)
+    context.set_code(code_of(why.status))
+    context.set_details(str(why))
 
 
-def _service(options: Options) -> HintService:
+def _server(options: Options) -> HintServer:
     # Ray has made the replica's share of the GPUs, or none, the visible ones.
     device, metrics = pick_device("auto"), Metrics()
     bundles = Bundles([options.bundle], device, max_sessions=options.max_sessions, max_wait=_MAX_WAIT, metrics=metrics)
     # All calls come from HAProxy, so that its address says nothing of whose they are.
-    return HintService(bundles, Limits(enrollments_per_minute=0), metrics)
+    return HintServer(bundles, Limits(enrollments_per_minute=0), metrics)
 
 
 def _leaving() -> Callable[[], bool]:

@@ -9,7 +9,8 @@ import grpc
 from knowledge_boosting.common.addresses import is_loopback
 from knowledge_boosting.common.cli import warn
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.remote_server.access import Access
+from knowledge_boosting.remote_server.core.access import Access
+from knowledge_boosting.remote_server.core.refusals import Refused
 from knowledge_boosting.remote_server.guard import Guard
 from knowledge_boosting.remote_server.tls import TlsFiles
 
@@ -22,8 +23,8 @@ class Security:
     credentials: grpc.ServerCredentials | None  # of TLS
     reflection: bool
 
-    def interceptors(self, refused: Callable[[str, str, str, str], None]) -> list[grpc.aio.ServerInterceptor]:
-        """What stands before every call; ``refused`` is told peer, method, status and reason of those it stops."""
+    def interceptors(self, refused: Callable[[str, str, Refused], None]) -> list[grpc.aio.ServerInterceptor]:
+        """What stands before every call; ``refused`` gets peer, method and reason of those it stops."""
         return [Guard(self.access, refused)] if self.access is not None else []
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -19,9 +20,11 @@ from grpc_reflection.v1alpha import reflection
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.protos.codec import SERVICE_NAME
 from knowledge_boosting.protos.hints_pb2_grpc import add_HintServiceServicer_to_server
+from knowledge_boosting.remote_server.core.access import ANYBODY
+from knowledge_boosting.remote_server.core.hint_server import HintServer
+from knowledge_boosting.remote_server.core.limits import Limits
+from knowledge_boosting.remote_server.core.log import end_log, log_event
 from knowledge_boosting.remote_server.health import Health
-from knowledge_boosting.remote_server.limits import Limits
-from knowledge_boosting.remote_server.log import end_log, log_event
 from knowledge_boosting.remote_server.security import Security
 from knowledge_boosting.remote_server.service import HintService
 
@@ -53,7 +56,7 @@ class Listening:
 
 
 async def serve(
-    service: HintService, limits: Limits, security: Security, where: Listening, ready: Callable[[int], None]
+    hints: HintServer, limits: Limits, security: Security, where: Listening, ready: Callable[[int], None]
 ) -> None:
     """Serve until SIGTERM or SIGINT. SIGHUP looks at the bundles again.
 
@@ -67,7 +70,7 @@ async def serve(
     # The event loop needs the interpreter several times a message, and would wait 5 ms for it each time.
     sys.setswitchinterval(0.0005)
     server = grpc.aio.server(
-        interceptors=security.interceptors(service.refused),
+        interceptors=security.interceptors(partial(hints.refused, ANYBODY)),
         options=[
             # Two servers on one port would share its connections without a word.
             ("grpc.so_reuseport", int(where.shared_port)),
@@ -78,7 +81,7 @@ async def serve(
             *_CONNECTION,
         ],
     )
-    add_HintServiceServicer_to_server(service, server)
+    add_HintServiceServicer_to_server(HintService(hints), server)
     checks = Health("", SERVICE_NAME)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     if security.reflection:
@@ -100,33 +103,33 @@ async def serve(
         loop.add_signal_handler(number, asked_to_stop)
     asked_to_reload = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, asked_to_reload.set)
-    reloading = loop.create_task(_reload_when(asked_to_reload, service))
+    reloading = loop.create_task(_reload_when(asked_to_reload, hints))
     await server.start()
     # A full collection goes through all that the libraries have made, and holds everybody up for that long.
     gc.collect()
     gc.freeze()
     ready(bound)
-    slots = {served.manifest.name: served.slots for served in service.bundles.served if served.loaded is not None}
+    slots = {served.manifest.name: served.slots for served in hints.bundles.served if served.loaded is not None}
     log_event("server_started", host=where.host, port=bound, sessions=slots)
     if where.until_stdin_ends:
         # A daemon thread: nothing may wait for it when the server stops for another reason.
         threading.Thread(target=_when_stdin_ends, args=(loop, stop.set), daemon=True).start()
     else:  # one client of our own wants the speaker encoder at once, or never
-        service.load_speaker_encoder()
-    watching, stopping = loop.create_task(service.watch()), loop.create_task(stop.wait())
+        hints.load_speaker_encoder()
+    watching, stopping = loop.create_task(hints.watch()), loop.create_task(stop.wait())
     await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
     failure = watching.exception() if watching.done() else None
     if failure is not None:
         where = replace(where, drain_seconds=0)
     log_event("server_draining", seconds=where.drain_seconds)
     checks.stop_serving()
-    draining = loop.create_task(service.drain(where.drain_seconds))
+    draining = loop.create_task(hints.drain(where.drain_seconds))
     # A second signal ends it at once.
     hurry = loop.create_task(at_once.wait())
     await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
         draining.cancel()
-        await service.drain(0)
+        await hints.drain(0)
     for task in (watching, stopping, hurry, reloading):
         task.cancel()
     abandoned = False
@@ -135,7 +138,7 @@ async def serve(
             await server.stop(grace=1)
     except TimeoutError:
         abandoned = True
-    service.close()
+    hints.close()
     log_event("server_stopped", **({"why": str(failure)} if failure is not None else {}))
     if abandoned:
         # A connection whose peer sends without end does not let go of gRPC, which waits for it as the process ends.
@@ -169,13 +172,13 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _reload_when(asked: asyncio.Event, service: HintService) -> None:
+async def _reload_when(asked: asyncio.Event, hints: HintServer) -> None:
     while True:
         await asked.wait()
         asked.clear()
         try:
-            found = await asyncio.to_thread(service.bundles.load_new)
-            added, retired = service.bundles.take_in(found)
+            found = await asyncio.to_thread(hints.bundles.load_new)
+            added, retired = hints.bundles.take_in(found)
         except InputError as error:
             log_event("reload_failed", why=str(error))
             continue

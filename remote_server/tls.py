@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 
 from knowledge_boosting.common.credentials import read_authorities, read_identity
-from knowledge_boosting.remote_server.reloading import Reloading
+from knowledge_boosting.remote_server.core.reloading import Reloading
 
 
 @dataclass(frozen=True)

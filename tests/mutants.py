@@ -247,7 +247,7 @@ def _read_configuration(path: Path) -> None:
 
 
 def _read_tokens(path: Path) -> None:
-    from knowledge_boosting.remote_server.access import Access
+    from knowledge_boosting.remote_server.core.access import Access
 
     Access(path)
 

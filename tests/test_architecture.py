@@ -102,6 +102,14 @@ def test_there_is_one_frame_loop() -> None:
     assert callers == {"device_client/boosted_stream.py"} | engines
 
 
+def test_the_core_of_the_server_knows_no_transport() -> None:
+    core = f"{PACKAGE}.remote_server.core"
+    for path in (ROOT / "remote_server" / "core").glob("*.py"):
+        used = imports(path)
+        assert not {name for name in used if name.split(".")[0] in ("grpc", "grpc_health", "ray")}, path
+        assert not {name for name in used if name.startswith(f"{PACKAGE}.remote_server") and not name.startswith(core)}
+
+
 def test_the_rooms_are_all_there_is() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages - {"tests", PACKAGE} == ROOMS

@@ -22,7 +22,7 @@ from knowledge_boosting.models.bundle import load_large
 from knowledge_boosting.models.checkpoint import build, read_checkpoint, read_config
 from knowledge_boosting.models.config import ModelConfig, NetworkSize
 from knowledge_boosting.models.manifest import bundle_id, file_digest, read_manifest
-from knowledge_boosting.remote_server.access import Access
+from knowledge_boosting.remote_server.core.access import Access
 from knowledge_boosting.training.rooms import check_sofa
 
 SS = "ss_delay6_compression2"

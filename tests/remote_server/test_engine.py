@@ -10,7 +10,7 @@ import torch
 
 from knowledge_boosting.models.pair import LargeModel
 from knowledge_boosting.protos.codec import Samples
-from knowledge_boosting.remote_server.engine import EngineSession, HintEngine, Hints, Step
+from knowledge_boosting.remote_server.core.engine import EngineSession, HintEngine, Hints, Step
 from tests.golden_cases import TOLERANCE, Golden, worst
 
 

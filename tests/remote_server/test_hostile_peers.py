@@ -23,9 +23,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knowledge_boosting.common.addresses import host_of
 from knowledge_boosting.models.manifest import MANIFEST_FILE
-from knowledge_boosting.remote_server.limits import Limits
-from knowledge_boosting.remote_server.log import Refusals
-from knowledge_boosting.remote_server.metrics import Metrics
+from knowledge_boosting.remote_server.core.limits import Limits
+from knowledge_boosting.remote_server.core.log import Refusals
+from knowledge_boosting.remote_server.core.metrics import Metrics
 from tests import attackers
 from tests.processes import PATIENCE, Server, command, environment, running_server
 from tests.remote_server.driver import Device, Material, message
@@ -264,7 +264,7 @@ def test_idle_connections_take_few_threads_of_the_metrics() -> None:
 
 
 def test_lines_that_find_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from knowledge_boosting.remote_server import log
+    from knowledge_boosting.remote_server.core import log
 
     ends = os.pipe()
     fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 4096)

@@ -1,9 +1,11 @@
 """A server that other machines can reach: TLS, tokens, and what each is refused without."""
 
+import json
 import os
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -280,7 +282,9 @@ def secrets_are_kept(server: Server, certificates: Certificates, *others: str) -
 def test_secrets_are_in_no_log(guarded_server: Server, certificates: Certificates) -> None:
     with channel(guarded_server.address, certificates.ca) as to:
         assert describe(to, bearer("stranger-0123456789")) == "UNAUTHENTICATED"
-    guarded_server.wait_for_log("DescribeModel.*UNAUTHENTICATED")
+    line = json.loads(guarded_server.wait_for_log("DescribeModel.*UNAUTHENTICATED"))
+    assert line["token"] == "unknown"
+    assert abs(datetime.fromisoformat(line["time"]) - datetime.now(UTC)) < timedelta(minutes=10)
     secrets_are_kept(guarded_server, certificates, "stranger-0123456789", "0123456789")
 
 

@@ -6,16 +6,15 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 
-import grpc
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from knowledge_boosting.protos import hints_pb2 as pb
-from knowledge_boosting.remote_server.bundles import ServedBundle
-from knowledge_boosting.remote_server.engine import EngineSession, Hints
-from knowledge_boosting.remote_server.limits import Limits
-from knowledge_boosting.remote_server.messages import AudioReader, Refused
-from knowledge_boosting.remote_server.metrics import Metrics
+from knowledge_boosting.remote_server.core.bundles import ServedBundle
+from knowledge_boosting.remote_server.core.engine import EngineSession, Hints
+from knowledge_boosting.remote_server.core.limits import Limits
+from knowledge_boosting.remote_server.core.messages import AudioReader
+from knowledge_boosting.remote_server.core.metrics import Metrics
+from knowledge_boosting.remote_server.core.refusals import Refused, Status
 
 _MOST_WAITING = 250  # frames in the engine, and hints in the outbox, above which no more audio is taken
 _BURST = 125  # frames that may come at once, such as the audio of an outage
@@ -51,7 +50,7 @@ class Session:
         self._refused: Refused | None = None  # what was read last, after the hints of what came before
         # When it began, audio came last, a hint went last, until when what came may last, and until when it must have
         # been followed by more; of the monotonic clock.
-        self._opened = self._heard = self._moved = self._paid = time.monotonic()
+        self._opened = self._last_audio_at = self._last_sent_at = self._paid_until = time.monotonic()
         self._enough_until = self._opened + limits.slow_seconds
         name = bundle.manifest.name
         self._late, self._queue = metrics.late.labels(name), metrics.queue.labels(name)
@@ -71,7 +70,7 @@ class Session:
                     yield self._outbox[0]
                     # Only now, so that one the device does not read counts as unread.
                     self._outbox.popleft()
-                    self._moved = time.monotonic()
+                    self._last_sent_at = time.monotonic()
                     self._room.set()
                 if self.ended is not None:
                     raise self.ended
@@ -104,30 +103,30 @@ class Session:
         """Whether it has ended but cannot tell its device, which reads nothing."""
         if self.ended is None:
             return False
-        return self.ended.status is grpc.StatusCode.RESOURCE_EXHAUSTED or now - self._ended_at > _CLOSING_SECONDS
+        return self.ended.status is Status.RESOURCE_EXHAUSTED or now - self._ended_at > _CLOSING_SECONDS
 
     def overdue(self, now: float) -> Refused | None:
         """Which of the limits on time has passed, if one has; ``now`` in seconds of the monotonic clock."""
         limits = self._limits
-        if self._outbox and now - self._moved > limits.unread_seconds:
+        if self._outbox and now - self._last_sent_at > limits.unread_seconds:
             text = f"hints wait unread for {limits.unread_seconds:g} s; read them as they come"
-            return Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
-        if limits.idle_seconds and now - self._heard > limits.idle_seconds:
+            return Refused(text, Status.RESOURCE_EXHAUSTED)
+        if limits.idle_seconds and now - self._last_audio_at > limits.idle_seconds:
             text = f"no audio for {limits.idle_seconds:g} s; open a session when there is some"
-            return Refused(text, grpc.StatusCode.DEADLINE_EXCEEDED)
+            return Refused(text, Status.DEADLINE_EXCEEDED)
         if limits.least_speed and now > self._enough_until:
             text = f"audio came at less than {limits.least_speed:g} of its speed for {limits.slow_seconds:g} s"
-            return Refused(f"{text}; open a session when there is more", grpc.StatusCode.DEADLINE_EXCEEDED)
+            return Refused(f"{text}; open a session when there is more", Status.DEADLINE_EXCEEDED)
         if limits.session_seconds and now - self._opened > limits.session_seconds:
             text = f"a session here may last {limits.session_seconds:g} s; open a new one"
-            return Refused(text, grpc.StatusCode.DEADLINE_EXCEEDED)
+            return Refused(text, Status.DEADLINE_EXCEEDED)
         return None
 
     async def _read(self, requests: AsyncIterator[pb.StreamHintsRequest], stream: EngineSession) -> None:
         try:
             async for request in requests:
                 first, samples = self._reader.read(request)
-                self._heard = time.monotonic()
+                self._last_audio_at = time.monotonic()
                 frames = self._reader.next_frame - first
                 self._credit(frames)
                 stream.send(samples, frames)
@@ -142,10 +141,6 @@ class Session:
             await asyncio.sleep(0.01)
         except Refused as error:
             self._refused = error
-        except DecodeError:
-            self._refused = Refused("request: is no StreamHintsRequest")
-        except grpc.RpcError as error:
-            self._refused = Refused(f"the connection broke ({type(error).__name__})", grpc.StatusCode.CANCELLED)
         self._read_all = True
         self._wake.set()
 
@@ -154,20 +149,20 @@ class Session:
         limits = self._limits
         if limits.least_speed:
             earned = frames * self._bundle.manifest.model.framing.chunk_seconds / limits.least_speed
-            self._enough_until = min(self._enough_until + earned, self._heard + limits.slow_seconds)
+            self._enough_until = min(self._enough_until + earned, self._last_audio_at + limits.slow_seconds)
 
     def _ahead(self, frames: int) -> float:
         """The seconds by which the audio has come too fast."""
         # Silence earns no more than one burst.
-        self._paid = max(self._paid, self._heard) + frames * self._price
-        return self._paid - self._heard - _BURST * self._price
+        self._paid_until = max(self._paid_until, self._last_audio_at) + frames * self._price
+        return self._paid_until - self._last_audio_at - _BURST * self._price
 
     def _receive(self, result: Hints | Exception) -> None:
         if self.ended is not None:
             return
         if isinstance(result, Exception):
             text = f"the server failed on this session; see its log ({type(result).__name__})"
-            self.end(Refused(text, grpc.StatusCode.INTERNAL))
+            self.end(Refused(text, Status.INTERNAL))
             return
         compute = (result.ended - result.started) // 1000
         if not result.finite:
@@ -193,6 +188,6 @@ class Session:
 
     def _put(self, response: Response) -> None:
         if not self._outbox:
-            self._moved = time.monotonic()
+            self._last_sent_at = time.monotonic()
         self._outbox.append(response)
         self._wake.set()

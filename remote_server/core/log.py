@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TextIO
 
 _log = logging.getLogger("kb-server")
@@ -164,7 +165,8 @@ class _JsonLines(logging.Formatter):
     """An event as it is, anything else as the event ``log``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, object] = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), "level": record.levelname}
+        time = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        fields: dict[str, object] = {"time": time, "level": record.levelname}
         if isinstance(record.msg, dict):
             fields |= record.msg
         else:

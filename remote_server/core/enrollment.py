@@ -13,11 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from typing import Any
 
-import grpc
 import numpy as np
 
 from knowledge_boosting.protos.codec import ENROLLMENT_RATE, Samples
-from knowledge_boosting.remote_server.messages import Refused
+from knowledge_boosting.remote_server.core.refusals import Refused, Status
 
 _log = logging.getLogger("kb-server")
 
@@ -60,7 +59,7 @@ class SpeakerEncoder:
             raise ValueError("silence")
         if self._waiting >= _MOST_WAITING:
             text = f"{_MOST_WAITING} enrollments wait already; try again in a minute"
-            raise Refused(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            raise Refused(text, Status.RESOURCE_EXHAUSTED)
         self._waiting += 1
         executor = self._executor
         try:

@@ -9,7 +9,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from knowledge_boosting.common.errors import InputError, reason
-from knowledge_boosting.remote_server.engine import Step
+from knowledge_boosting.remote_server.core.engine import Step
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.024, 0.032, 0.048, 0.064, 0.125, 0.25, 0.5, 1.0)
 _SESSIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -19,9 +19,9 @@ from knowledge_boosting.models.manifest import (
     find_bundle,
     read_manifest,
 )
-from knowledge_boosting.remote_server.capacity import measure_capacity
-from knowledge_boosting.remote_server.engine import HintEngine
-from knowledge_boosting.remote_server.metrics import Metrics
+from knowledge_boosting.remote_server.core.capacity import measure_capacity
+from knowledge_boosting.remote_server.core.engine import HintEngine
+from knowledge_boosting.remote_server.core.metrics import Metrics
 
 _log = logging.getLogger("kb-server")
 

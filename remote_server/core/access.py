@@ -12,14 +12,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 from pydantic import Field, SecretStr, StringConstraints, ValidationError
 
 from knowledge_boosting.common.credentials import read_secret
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.config import Strict
-from knowledge_boosting.remote_server.messages import Refused
-from knowledge_boosting.remote_server.reloading import Reloading
+from knowledge_boosting.remote_server.core.refusals import Refused, Status
+from knowledge_boosting.remote_server.core.reloading import Reloading
 
 _SHORTEST_TOKEN = 16  # characters
 _LARGEST_FILE = 2**18  # bytes; a thousand tokens and more
@@ -27,6 +26,11 @@ _LARGEST_FILE = 2**18  # bytes; a thousand tokens and more
 
 class Denied(Refused):
     """A call that its caller may not make."""
+
+    def __init__(self, text: str, status: Status, token: str) -> None:
+        """``token`` says what is wrong with it: ``missing``, ``unknown``, ``revoked``, or ``not enough``."""
+        super().__init__(text, status)
+        self.token = token
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Caller:
         """
         if not self.may_use(bundle):
             text = f"the token of {self.name} is not for the bundle {bundle}; ask whoever runs this server"
-            raise Denied(text, grpc.StatusCode.PERMISSION_DENIED)
+            raise Denied(text, Status.PERMISSION_DENIED, "not enough")
 
     def check_still(self, bundle: str) -> None:
         """Refuse a session that goes on when its token has been taken away, or is for other bundles now.
@@ -62,7 +66,7 @@ class Caller:
         if self._now is not None:
             now = self._now()
             if now is None:
-                raise Denied("this server does not know the token any more", grpc.StatusCode.UNAUTHENTICATED)
+                raise Denied("this server does not know the token any more", Status.UNAUTHENTICATED, "revoked")
             now.check_bundle(bundle)
 
     @contextmanager
@@ -74,7 +78,7 @@ class Caller:
         """
         if self.sessions is not None and self._open[self.name] >= self.sessions:
             text = f"all sessions of the token of {self.name} ({self.sessions}) are taken; end one, or try again later"
-            raise Denied(text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            raise Denied(text, Status.RESOURCE_EXHAUSTED, "not enough")
         self._open[self.name] += 1
         try:
             yield
@@ -121,12 +125,12 @@ class Access:
         scheme, _, token = given[0].partition(" ") if given and isinstance(given[0], str) else ("", "", "")
         if scheme.lower() != "bearer" or len(given) > 1:
             text = "this server wants a token, in the metadata 'authorization: Bearer TOKEN'"
-            raise Denied(text, grpc.StatusCode.UNAUTHENTICATED)
+            raise Denied(text, Status.UNAUTHENTICATED, "missing")
         digest = sha256(token.encode()).digest()
         # All are compared, so that the time it takes tells nothing of where, or whether, one fits.
         known = [caller for other, caller in self._callers.get() if hmac.compare_digest(other, digest)]
         if not known:
-            raise Denied("this server does not know the token", grpc.StatusCode.UNAUTHENTICATED)
+            raise Denied("this server does not know the token", Status.UNAUTHENTICATED, "unknown")
         return replace(known[0], _now=lambda: self._of(digest))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import grpc
 import numpy as np
 
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
@@ -17,16 +16,9 @@ from knowledge_boosting.protos.codec import (
     hint_type,
     pcm_sample_size,
 )
+from knowledge_boosting.remote_server.core.refusals import Refused, Status
 
 MAX_FIRST_FRAME = 2**62  # leaves every later index within an int64
-
-
-class Refused(Exception):
-    """Why a call ends: a text for people, and the status."""
-
-    def __init__(self, text: str, status: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 def read_config(request: pb.StreamHintsRequest) -> pb.SessionConfig:
@@ -43,7 +35,7 @@ def read_config(request: pb.StreamHintsRequest) -> pb.SessionConfig:
         raise Refused(
             f"config.protocol_version: is {config.protocol_version}, this server speaks {PROTOCOL_VERSION}; "
             "install the same release on both machines",
-            grpc.StatusCode.FAILED_PRECONDITION,
+            Status.FAILED_PRECONDITION,
         )
     return config
 
@@ -54,7 +46,7 @@ def unknown_bundle(config: pb.SessionConfig, served: Sequence[Manifest]) -> Refu
     return Refused(
         f"config.bundle_id: the device has {config.bundle_name[:80]!r} ({config.bundle_id[:64]!r}), "
         f"this server runs {there}; use the same bundle on both",
-        grpc.StatusCode.FAILED_PRECONDITION,
+        Status.FAILED_PRECONDITION,
     )
 
 

@@ -1,4 +1,4 @@
-"""The service by itself, at moments that a network connection hits by chance only."""
+"""The server without a transport, at moments that a network connection hits by chance only."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -6,19 +6,13 @@ from pathlib import Path
 
 import torch
 
-from knowledge_boosting.remote_server.bundles import Bundles
-from knowledge_boosting.remote_server.limits import Limits
-from knowledge_boosting.remote_server.metrics import Metrics
-from knowledge_boosting.remote_server.service import HintService
+from knowledge_boosting.remote_server.core.access import ANYBODY
+from knowledge_boosting.remote_server.core.bundles import Bundles
+from knowledge_boosting.remote_server.core.hint_server import HintServer
+from knowledge_boosting.remote_server.core.limits import Limits
+from knowledge_boosting.remote_server.core.metrics import Metrics
 from tests.processes import PATIENCE
 from tests.remote_server.driver import Material, Request
-
-
-class Call:
-    """A call as the service sees it."""
-
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:1"
 
 
 async def first_frame(ss: Material) -> AsyncIterator[Request]:
@@ -33,13 +27,13 @@ def test_a_device_that_vanishes_leaves_its_place_to_the_next_one(
     metrics = Metrics()
     path = golden_bundle("ss_delay6_compression2")
     bundles = Bundles([str(path)], torch.device("cpu"), max_sessions=1, max_wait=0, metrics=metrics)
-    service = HintService(bundles, Limits(), metrics)
+    server = HintServer(bundles, Limits(), metrics)
 
     async def session() -> None:
-        responses = service.StreamHints(first_frame(ss), Call())
+        responses = server.session(first_frame(ss), ANYBODY, "ipv4:127.0.0.1:1")
         assert (await anext(responses)).WhichOneof("response") == "started"
         assert (await anext(responses)).hint.frame == 0
-        await responses.aclose()  # type: ignore[attr-defined]  # what gRPC's own generators have
+        await responses.aclose()
 
     async def one_after_the_other() -> None:
         for _ in range(3):
@@ -48,4 +42,4 @@ def test_a_device_that_vanishes_leaves_its_place_to_the_next_one(
     try:
         asyncio.run(asyncio.wait_for(one_after_the_other(), PATIENCE))
     finally:
-        service.close()
+        server.close()
