@@ -38,7 +38,8 @@ class RunningLevel(nn.Module):
 
     def __init__(self, framing: Framing, microphones: int) -> None:
         super().__init__()
-        window = torch.hamming_window(framing.n_fft, periodic=True, dtype=torch.float64)
+        # Its sum is a number of Python's, which must be there also where tensors are made on no real device.
+        window = torch.hamming_window(framing.n_fft, periodic=True, dtype=torch.float64, device="cpu")
         # The power of a frame's samples from the sum of its squared spectrum, of which the other half mirrors this one.
         self.unit = 2 / (framing.n_fft * float(window.square().sum()) * microphones)
         self.fading = FADING_DB / 10 * math.log(10) * framing.chunk_seconds  # of the power's logarithm, a frame

@@ -134,6 +134,9 @@ def descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+_PATIENT = ("--max-sessions", 16, "--limit", "least_speed=0", "--limit", "idle_seconds=0")
+
+
 @contextmanager
 def running_server(bundle: Path | None, *arguments: object, for_us: bool = True) -> Iterator[Server]:
     """A server of a bundle, or of those that are shipped, on a free port of loopback, stopped at the end.
@@ -145,8 +148,8 @@ def running_server(bundle: Path | None, *arguments: object, for_us: bool = True)
     if for_us:
         arguments = ("--until-stdin-ends", *arguments)
     process = subprocess.Popen(
-        # How many sessions a busy machine carries is not what most tests ask.
-        command("kb-server", "--port", 0, "--device", "cpu", "--max-sessions", 16, *arguments),
+        # What a busy machine carries, and how long its devices keep quiet, is not what most tests ask.
+        command("kb-server", "--port", 0, "--device", "cpu", *_PATIENT, *arguments),
         env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
