@@ -140,7 +140,8 @@ def replay(
     """Run a recording through the small network, helped by a server's hints under a simulated network."""
     # What runs a replay is imported only now, so that --help and mistakes in the call answer at once.
     from knowledge_boosting.common.call_credentials import read_credentials
-    from knowledge_boosting.device_client.commands.replay import ReplayOptions, replay_file
+    from knowledge_boosting.device_client.commands.replay import replay_file
+    from knowledge_boosting.device_client.commands.replay_call import ReplayOptions
 
     replay_file(
         ReplayOptions(

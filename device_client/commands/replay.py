@@ -1,9 +1,8 @@
 """``kb-client replay``: from files to files."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,16 +13,20 @@ from rich.progress import Progress
 from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.cli import console, warn
 from knowledge_boosting.common.errors import Failure, InputError, printable
-from knowledge_boosting.common.files import check_files, is_standard_output, is_stream
+from knowledge_boosting.common.files import is_standard_output
 from knowledge_boosting.device_client.audio.files import (
     AudioFile,
     OutputStream,
-    SampleFormat,
     check_channels,
-    check_output,
     open_audio,
     read_speech,
     write_sound,
+)
+from knowledge_boosting.device_client.commands.replay_call import (
+    ReplayOptions,
+    check_call,
+    check_frame_log_call,
+    output_paths,
 )
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model, needs_torch
@@ -34,7 +37,7 @@ from knowledge_boosting.device_client.live.recording import replay_recording
 from knowledge_boosting.device_client.replay import report as reporting
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.device_client.replay.loop import Hints, RealHints, Run, VirtualHints, run_frames
-from knowledge_boosting.device_client.replay.quality import match_sources, si_sdr, snr
+from knowledge_boosting.device_client.replay.quality import Measured, match_sources, qualities
 from knowledge_boosting.device_client.speakers import read_embedding
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from knowledge_boosting.models.manifest import Manifest, find_bundle, read_manifest
@@ -42,48 +45,6 @@ from knowledge_boosting.protos.codec import Samples
 
 if TYPE_CHECKING:
     from knowledge_boosting.device_client.replay.plot import Spectrogram
-
-
-@dataclass(frozen=True)
-class ReplayOptions:
-    """The flags of ``kb-client replay``; its help says what each means."""
-
-    input_file: Path
-    output: Path
-    bundle: str
-    engine: EngineName
-    server: str | None
-    credentials: Credentials
-    secrets: tuple[Path, ...]  # files that the credentials are from
-    enrollment: Path | None
-    frame_log: Path | None
-    references: tuple[Path, ...]
-    with_large: bool
-    alone: str | None
-    compare: Path | None
-    real_clock: bool
-    network: str | None
-    delay_ms: float | None
-    jitter_ms: float | None
-    loss: float | None
-    bandwidth_mbit: float | None
-    trace: Path | None
-    seed: int
-    server_ms: float | None
-    require_server: bool
-    pcm_encoding: str
-    hint_encoding: str
-    output_format: SampleFormat
-    report: Path | None
-    plot: Path | None
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What figures and comparisons are made of: whole signals, at the file's rate."""
-
-    mixture: Samples  # [M, N]
-    references: Samples  # [S, M, N]
 
 
 def replay_file(options: ReplayOptions) -> None:
@@ -96,12 +57,12 @@ def replay_file(options: ReplayOptions) -> None:
     began = time.perf_counter()
     directory = find_bundle(options.bundle)
     if options.frame_log is not None:
-        _check_frame_log_call(options)
+        check_frame_log_call(options)
         replay_recording(options.frame_log, options.input_file, options.output, load_model(directory, options.engine))
         return
     manifest = read_manifest(directory)
     config = manifest.model
-    _check_call(options, manifest)
+    check_call(options, manifest)
     conditions = conditions_of(
         options.network,
         delay_ms=options.delay_ms,
@@ -110,7 +71,7 @@ def replay_file(options: ReplayOptions) -> None:
         bandwidth_mbit=options.bandwidth_mbit,
     )
     trace = read_trace(options.trace) if options.trace is not None else None
-    outputs = _output_paths(options, directory, config)
+    outputs = output_paths(options, directory, config)
     with ExitStack() as stack:
         source = stack.enter_context(open_audio(options.input_file))
         if (warning := check_channels(source, config.microphones)) is not None:
@@ -202,7 +163,7 @@ def replay_file(options: ReplayOptions) -> None:
         overflows=run.overflows,
         hints=reporting.hint_report(run, seconds) if server is not None else None,
         server_lost=reporting.lost_report(run),
-        quality=_quality(measured, estimates) if measured is not None else {},
+        quality=qualities(measured, estimates) if measured is not None else {},
         timing=reporting.timing(
             run,
             config,
@@ -252,75 +213,10 @@ def _large_estimate(bundle: str, source: AudioFile, config: ModelConfig, embeddi
     return [*stream.add(estimate), *stream.finish()]
 
 
-def _check_call(options: ReplayOptions, manifest: Manifest) -> None:
-    """Whether the flags fit each other and the bundle."""
-    needs_speaker, name = manifest.model.needs_speaker, options.bundle
-    if needs_speaker and options.enrollment is None:
-        raise InputError(f"{name}: extracts a target speaker; give --enrollment FILE with a voice or an embedding")
-    if not needs_speaker and options.enrollment is not None:
-        raise InputError(f"{name}: separates all speakers; leave out --enrollment")
-    measuring = {"--with-large": options.with_large, "--alone": options.alone, "--compare": options.compare}
-    for flag, wanted in measuring.items():
-        if wanted and not options.references:
-            raise InputError(f"{flag}: measures; give --reference to measure against")
-    given = (options.network, options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit)
-    simulated = options.trace is not None or any(value is not None for value in given)
-    if manifest.model.boosting is None and (
-        options.server is not None or options.with_large or options.real_clock or simulated
-    ):
-        raise InputError(
-            f"{name}: is one network alone; leave out --with-large, --clock and the flags of server and network"
-        )
-    if options.trace is not None and any(value is not None for value in given):
-        raise InputError("--trace holds the whole network; leave out the flags of the simulated one")
-    if options.server_ms is not None and options.real_clock:
-        raise InputError("--server-ms is for the virtual clock; on the real one the server takes what it takes")
-
-
-def _check_frame_log_call(options: ReplayOptions) -> None:
-    """A recorded session has its hints, its speaker and its network in it."""
-    given = (
-        *(options.server, options.enrollment, options.alone, options.compare, options.network, options.trace),
-        *(options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit, options.server_ms),
-        *(options.report, options.plot),
-    )
-    if any(value is not None for value in given) or options.references or options.with_large or options.real_clock:
-        raise InputError("--frame-log runs a recorded session again: give only --output, --bundle and --engine with it")
-
-
-def _output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> list[Path]:
-    """Where the estimates go, one file a source, or all into one stream; all that is to be written has been checked."""
-    outputs = [options.output]
-    if model.sources > 1 and not is_stream(options.output):
-        stem = options.output.stem
-        outputs = [options.output.with_stem(f"{stem}-speaker{number}") for number in range(1, model.sources + 1)]
-    for path in outputs:
-        check_output(path, options.output_format)
-    made: dict[Path, Sequence[str]] = {}
-    if options.plot is not None:
-        from knowledge_boosting.device_client.replay.plot import check_plot
-
-        check_plot(options.plot)
-    if options.compare is not None:
-        from knowledge_boosting.device_client.replay.comparison import file_names
-
-        made[options.compare] = file_names(model.sources)
-    reads = (
-        *(options.input_file, *options.references, options.enrollment, options.trace, *options.secrets),
-        *bundle.iterdir(),
-    )
-    check_files(
-        [path for path in reads if path is not None],
-        [path for path in (*outputs, options.report, options.plot) if path is not None],
-        made,
-    )
-    return outputs
-
-
-def _read_measured(options: ReplayOptions, source: AudioFile, model: ModelConfig) -> _Measured:
+def _read_measured(options: ReplayOptions, source: AudioFile, model: ModelConfig) -> Measured:
     if len(options.references) != model.sources:
         raise InputError(f"--reference: give it {model.sources} times for this bundle, once for each source")
-    return _Measured(
+    return Measured(
         _microphones(source, model.microphones),
         np.stack([_read_reference(path, source, model.microphones) for path in options.references]),
     )
@@ -457,27 +353,11 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         bar.stop()
 
 
-def _quality(measured: _Measured, estimates: dict[str, Samples]) -> dict[str, reporting.Quality]:
-    mixture, references = measured.mixture, measured.references
-    before = si_sdr(mixture, references).mean(), snr(mixture, references).mean()
-    quality = {"mixture": reporting.Quality(si_sdr=round(float(before[0]), 3), si_sdri=0, snri=0)}
-    for name in ("alone", "small_without_hints", "boosted", "large"):
-        if name in estimates:
-            matched = estimates[name][list(match_sources(estimates[name], references))]
-            after = si_sdr(matched, references).mean(), snr(matched, references).mean()
-            quality[name] = reporting.Quality(
-                si_sdr=round(float(after[0]), 3),
-                si_sdri=round(float(after[0] - before[0]), 3),
-                snri=round(float(after[1] - before[1]), 3),
-            )
-    return quality
-
-
 def _compare(
     options: ReplayOptions,
     manifest: Manifest,
     rate: int,
-    measured: _Measured,
+    measured: Measured,
     estimates: dict[str, Samples],
     quality: dict[str, reporting.Quality],
 ) -> None:

@@ -1,11 +1,13 @@
 """How much of the wanted voice an estimate holds. All figures in decibels; signals are ``[..., N]``."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from knowledge_boosting.device_client.replay.report import Quality
 from knowledge_boosting.protos.codec import Samples
 
 
@@ -51,3 +53,28 @@ def _power(signal: NDArray[np.float64]) -> NDArray[np.float64]:
 def _decibels(power: NDArray[np.float64], of: NDArray[np.float64]) -> NDArray[np.float64]:
     ratio: NDArray[np.float64] = 10 * (np.log10(power) - np.log10(of))
     return ratio
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What figures and comparisons are made of: whole signals, at the file's rate."""
+
+    mixture: Samples  # [M, N]
+    references: Samples  # [S, M, N]
+
+
+def qualities(measured: Measured, estimates: dict[str, Samples]) -> dict[str, Quality]:
+    """Figures of the mixture, and of every system there is an estimate ``[S, M, N]`` of, by its name."""
+    mixture, references = measured.mixture, measured.references
+    before = si_sdr(mixture, references).mean(), snr(mixture, references).mean()
+    quality = {"mixture": Quality(si_sdr=round(float(before[0]), 3), si_sdri=0, snri=0)}
+    for name in ("alone", "small_without_hints", "boosted", "large"):
+        if name in estimates:
+            matched = estimates[name][list(match_sources(estimates[name], references))]
+            after = si_sdr(matched, references).mean(), snr(matched, references).mean()
+            quality[name] = Quality(
+                si_sdr=round(float(after[0]), 3),
+                si_sdri=round(float(after[0] - before[0]), 3),
+                snri=round(float(after[1] - before[1]), 3),
+            )
+    return quality
