@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.training.corpus import (
+from knowledge_boosting.training.data.corpus import (
     SAMPLE_RATE,
     BrokenFile,
     NoSpeech,

@@ -17,9 +17,9 @@ from torch import Tensor
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.config import ModelConfig, NetworkSize
 from knowledge_boosting.training.config import DynamicData, FolderData
-from knowledge_boosting.training.corpus import speaker_embedding
-from knowledge_boosting.training.datasets import Batch, DynamicMixing, EpochOrder, Loader, MixtureFolder, render
-from knowledge_boosting.training.rooms import write_bank
+from knowledge_boosting.training.data.corpus import speaker_embedding
+from knowledge_boosting.training.data.datasets import Batch, DynamicMixing, EpochOrder, Loader, MixtureFolder, render
+from knowledge_boosting.training.data.rooms import write_bank
 
 SPEECH = Path(__file__).parent / "speech"
 RATE = 16000

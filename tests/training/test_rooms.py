@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.training.rooms import (
+from knowledge_boosting.training.data.rooms import (
     MICROPHONES,
     MONO,
     RESPONSE_LENGTH,

@@ -37,11 +37,9 @@ from knowledge_boosting.training.config import (
     TrainingConfig,
     read_training_config,
 )
-from knowledge_boosting.training.corpus import refuse_shared_speakers
-from knowledge_boosting.training.datasets import DynamicMixing, EpochOrder, Examples, Loader, MixtureFolder, render
-from knowledge_boosting.training.memory import keep_freed_memory
-from knowledge_boosting.training.module import MONITOR, TrainingModule
-from knowledge_boosting.training.stored_hints import (
+from knowledge_boosting.training.data.corpus import refuse_shared_speakers
+from knowledge_boosting.training.data.datasets import DynamicMixing, EpochOrder, Examples, Loader, MixtureFolder, render
+from knowledge_boosting.training.data.stored_hints import (
     SHARD,
     STORED_LARGE,
     Record,
@@ -52,6 +50,8 @@ from knowledge_boosting.training.stored_hints import (
     shard_path,
     write_shard,
 )
+from knowledge_boosting.training.learning.memory import keep_freed_memory
+from knowledge_boosting.training.learning.module import MONITOR, TrainingModule
 
 LAST = "last.ckpt"
 

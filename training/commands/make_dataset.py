@@ -28,7 +28,7 @@ from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_directory, atomic_file, write_by_memory
 from knowledge_boosting.models.manifest import file_digest
-from knowledge_boosting.training.corpus import (
+from knowledge_boosting.training.data.corpus import (
     METADATA_FILE,
     NOISE_FILE,
     SAMPLE_RATE,
@@ -44,7 +44,7 @@ from knowledge_boosting.training.corpus import (
     read_noise,
     split_talkers,
 )
-from knowledge_boosting.training.rooms import (
+from knowledge_boosting.training.data.rooms import (
     BANK_FILE,
     HEADROOM,
     MICROPHONES,

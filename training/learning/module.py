@@ -26,13 +26,13 @@ from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.manifest import find_bundle, read_manifest
 from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
-from knowledge_boosting.training import metrics
 from knowledge_boosting.training.config import StoredData, TrainingConfig
-from knowledge_boosting.training.datasets import Batch, render
-from knowledge_boosting.training.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
-from knowledge_boosting.training.losses import level_error, match_sources, negative_si_sdr
-from knowledge_boosting.training.speaker_whitening import SpeakerWhitening
-from knowledge_boosting.training.stored_hints import STORED_LARGE, large_digest
+from knowledge_boosting.training.data.datasets import Batch, render
+from knowledge_boosting.training.data.stored_hints import STORED_LARGE, large_digest
+from knowledge_boosting.training.evaluation import metrics
+from knowledge_boosting.training.learning.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
+from knowledge_boosting.training.learning.losses import level_error, match_sources, negative_si_sdr
+from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
 
 MONITOR = "validation/si_sdri"
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, existing_file, reason
-from knowledge_boosting.training.corpus import SAMPLE_RATE, Samples
+from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples
 
 RESPONSE_LENGTH = 4096  # samples; 256 ms
 BANK_FILE = "responses.safetensors"

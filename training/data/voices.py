@@ -23,7 +23,7 @@ import typer
 from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.files import atomic_directory, write_by_memory
-from knowledge_boosting.training.corpus import (
+from knowledge_boosting.training.data.corpus import (
     DERIVED,
     SAMPLE_RATE,
     Corpus,

@@ -23,7 +23,7 @@ from knowledge_boosting.common.cli import end_signals, warn
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from knowledge_boosting.training.config import DynamicData, FolderData
-from knowledge_boosting.training.corpus import (
+from knowledge_boosting.training.data.corpus import (
     NOISE_FILE,
     SAMPLE_RATE,
     BrokenFile,
@@ -41,7 +41,7 @@ from knowledge_boosting.training.corpus import (
     read_speech,
     speaker_embedding,
 )
-from knowledge_boosting.training.rooms import read_bank
+from knowledge_boosting.training.data.rooms import read_bank
 
 Address = tuple[int, int]  # epoch, index
 

@@ -41,8 +41,8 @@ from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.manifest import MANIFEST_FILE, UNTRAINED_NOTICE, file_digest, find_bundle, read_manifest
-from knowledge_boosting.training.corpus import refuse_shared_speakers
-from knowledge_boosting.training.evaluation_plot import (
+from knowledge_boosting.training.data.corpus import refuse_shared_speakers
+from knowledge_boosting.training.evaluation.results import (
     METRICS,
     RESULT_FILES,
     SYSTEMS,
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from knowledge_boosting.models.pair import LargeModel, SmallModel
-    from knowledge_boosting.training.datasets import MixtureFolder
+    from knowledge_boosting.training.data.datasets import MixtureFolder
 
 app = cli.Application()
 
@@ -150,7 +150,7 @@ def _load_models(given: Sequence[str]) -> list[_Model]:
 
 
 def _load_model(given: str, name: str) -> _Model:
-    from knowledge_boosting.training.metrics import SAMPLE_RATE
+    from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE
 
     folder = Path(given)
     is_run = (folder / "config.json").is_file() and not (folder / MANIFEST_FILE).is_file()
@@ -177,7 +177,7 @@ def _load_run(folder: Path, given: str, name: str) -> _Model:
     from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
     from knowledge_boosting.models.pair import BoostedPair
     from knowledge_boosting.training.config import read_training_config
-    from knowledge_boosting.training.run import best_checkpoint
+    from knowledge_boosting.training.learning.run import best_checkpoint
 
     config = read_training_config(folder / "config.json").model
     path = best_checkpoint(folder)
@@ -218,7 +218,7 @@ def _milliseconds(config: ModelConfig, frames: int) -> float:
 
 def _open_data(root: Path, split: str, items: int | None, config: ModelConfig) -> "MixtureFolder":
     from knowledge_boosting.training.config import FolderData
-    from knowledge_boosting.training.datasets import MixtureFolder
+    from knowledge_boosting.training.data.datasets import MixtureFolder
 
     data = MixtureFolder(
         FolderData(root=str(root), split=split, items=items), config, seed=0, training=False, skip_broken=False
@@ -234,7 +234,7 @@ def _check_items(data: "MixtureFolder", metrics: Sequence[Metric]) -> int:
     Raises:
         InputError: an item cannot be used.
     """
-    from knowledge_boosting.training.metrics import SAMPLE_RATE
+    from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE
 
     total = 0
     for index, item in enumerate(data.items):
@@ -353,7 +353,7 @@ def _listen(
 
 
 def _decibels(estimates: "Tensor", heard: _Heard) -> dict[Metric, float]:
-    from knowledge_boosting.training.metrics import si_sdr_improvement, snr_improvement
+    from knowledge_boosting.training.evaluation.metrics import si_sdr_improvement, snr_improvement
 
     return {
         "si_sdri": float(si_sdr_improvement(estimates, heard.sources, heard.mixture)),
@@ -367,7 +367,7 @@ def _slow_figures(
     """STOI and PESQ as far as asked for, of arrays ``[1, S, M, N]``; NaN where there is no speech to measure."""
     import torch
 
-    from knowledge_boosting.training.metrics import pesq, stoi
+    from knowledge_boosting.training.evaluation.metrics import pesq, stoi
 
     measures: dict[Metric, Callable[[Tensor, Tensor], Tensor]] = {"stoi": stoi, "pesq": pesq}
     figures: dict[Metric, float] = {}
@@ -558,7 +558,7 @@ def _evaluate(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
     import torch
 
     from knowledge_boosting.models.device import pick_device
-    from knowledge_boosting.training.metrics import SAMPLE_RATE
+    from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE
 
     device = pick_device(options.device)
     if options.record:

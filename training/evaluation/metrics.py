@@ -9,7 +9,7 @@ from torchmetrics.functional.audio import (
 )
 
 from knowledge_boosting.models.config import Framing
-from knowledge_boosting.training.losses import permuted_si_sdr, si_sdr
+from knowledge_boosting.training.learning.losses import permuted_si_sdr, si_sdr
 
 SAMPLE_RATE = Framing().sample_rate
 
