@@ -20,7 +20,7 @@ def kb_client() -> NoReturn:
 
 def kb_evaluate() -> NoReturn:
     """``kb-evaluate``."""
-    _start("knowledge_boosting.training.evaluation.measuring")
+    _start("knowledge_boosting.training.commands.evaluate")
 
 
 def kb_export() -> NoReturn:
@@ -35,7 +35,7 @@ def kb_make_dataset() -> NoReturn:
 
 def kb_make_voices() -> NoReturn:
     """``kb-make-voices``."""
-    _start("knowledge_boosting.training.data.voices")
+    _start("knowledge_boosting.training.commands.make_voices")
 
 
 def kb_server() -> NoReturn:

@@ -13,8 +13,9 @@ from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.training.config import StoredData, TrainingConfig
-from knowledge_boosting.training.data.datasets import Batch, DynamicMixing, Examples, render
-from knowledge_boosting.training.data.rooms import write_bank
+from knowledge_boosting.training.data.dynamic_mixing import DynamicMixing, render
+from knowledge_boosting.training.data.loading import Batch, Examples
+from knowledge_boosting.training.data.responses import write_bank
 from knowledge_boosting.training.data.stored_hints import StoredHints, large_digest
 from knowledge_boosting.training.learning.module import TrainingModule
 from knowledge_boosting.training.learning.run import store_hints

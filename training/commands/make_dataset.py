@@ -5,18 +5,13 @@
 ``metadata.json``; ``<output>/<split>/`` holds the items' records as ``metadata.csv``; ``<output>/dataset.json`` what it
 was made with. With ``--responses-only`` there is ``<output>/responses.safetensors`` instead, and its ``metadata.csv``.
 
-Everything of item i of a split is drawn from ``default_rng([seed, split, i])`` and computed on one thread, so that an
-item's bytes follow from the flags alone, not from the number of workers or from what was made before. Items are
-written under a temporary name and renamed: what is there is whole, and the same command makes what is missing.
+An item's bytes follow from the flags alone (:mod:`training.data.items`), and the same command makes what is missing of
+an interrupted run (:mod:`training.data.dataset_folder`).
 """
 
-import csv
-import json
-import math
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -25,55 +20,28 @@ import numpy as np
 import typer
 
 from knowledge_boosting.common import cli
-from knowledge_boosting.common.errors import InputError, reason
-from knowledge_boosting.common.files import atomic_directory, atomic_file, write_by_memory
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.models.manifest import file_digest
-from knowledge_boosting.training.data.corpus import (
-    METADATA_FILE,
-    NOISE_FILE,
-    SAMPLE_RATE,
-    SPLITS,
-    Samples,
-    Talker,
-    Utterance,
-    clips_digest,
-    draw_voices,
-    find_clips,
-    find_speech,
-    find_talkers,
-    read_noise,
-    split_talkers,
+from knowledge_boosting.training.data.corpus import SAMPLE_RATE, clips_digest, find_clips, find_speech
+from knowledge_boosting.training.data.dataset_folder import check_root, make_missing, warn_of_broken, write_metadata
+from knowledge_boosting.training.data.items import (
+    BANK,
+    RESPONSE_FILE,
+    Mixtures,
+    Responses,
+    item_name,
+    mixture_bytes,
+    read_record,
+    room_bytes,
 )
-from knowledge_boosting.training.data.rooms import (
-    BANK_FILE,
-    HEADROOM,
-    MICROPHONES,
-    MONO,
-    RESPONSE_LENGTH,
-    Listener,
-    Range,
-    Renderer,
-    RoomRanges,
-    check_range,
-    check_sofa,
-    draw_room,
-    head_name,
-    level_gains,
-    render,
-    write_bank,
-)
-from knowledge_boosting.training.workers import run_in_workers
+from knowledge_boosting.training.data.responses import BANK_FILE, Renderer, check_sofa, head_name, write_bank
+from knowledge_boosting.training.data.rooms import MICROPHONES, MONO, Range, RoomRanges, check_range
+from knowledge_boosting.training.data.talkers import Talker, find_talkers, split_talkers
 
 app = cli.Application()
 
-PARAMETERS_FILE = "dataset.json"
-_ITEM_FILE = "metadata.json"
-_RESPONSE_FILE = "responses.npy"
-_BANK = "rooms"  # where the rooms of a bank wait until all are there
-_SPLIT_NUMBERS = {split: number for number, split in enumerate((*SPLITS, _BANK))}
-_LEFTOVER = re.compile(r"\.(dataset|metadata|responses|\d{6})-")  # temporary names of what a killed run was writing
 _MOST = 1_000_000
-_BLOCK = 4096  # bytes; a file takes whole blocks of a disk
 _ROOMS = RoomRanges()
 
 
@@ -82,313 +50,6 @@ class Task(StrEnum):
 
     SS = "ss"
     TSE = "tse"
-
-
-@dataclass(frozen=True)
-class Mixtures:
-    """What a worker needs to make mixtures. Lengths are samples at 16 kHz."""
-
-    renderer: Renderer
-    rooms: RoomRanges
-    seed: int
-    talkers: Mapping[str, tuple[Talker, ...]]  # of every split
-    length: int
-    enrollment: int  # 0 for SS
-    difference: Range  # dB
-    level: Range  # dBFS
-    noise: tuple[Utterance, ...]  # recordings, perhaps none
-    noise_ratio: Range  # dB, of the voices over the noise
-    skip_broken: bool
-
-    def make(self, split: str, index: int, folder: Path) -> dict[Path, str]:
-        """Write one item; gives the broken files that were drawn and left out."""
-        rng = np.random.default_rng([self.seed, _SPLIT_NUMBERS[split], index])
-        room = draw_room(rng, self.rooms, self.renderer.heads)
-        difference, level = rng.uniform(*self.difference), rng.uniform(*self.level)
-        voices, broken = draw_voices(
-            rng, self.talkers[split], self.length, self.enrollment, skip_broken=self.skip_broken
-        )
-        responses = self.renderer.responses(room)
-        sources = [render(voice.speech, own) for voice, own in zip(voices, responses, strict=True)]
-        gains = level_gains(sources, difference, level)
-        heard = [gain * source for gain, source in zip(gains, sources, strict=True)]
-        record: dict[str, object] = {"item": _item_name(index), **room.record()}
-        if self.noise:
-            noise, drawn = self._noise(rng, heard[0] + heard[1], room.listener)
-            factor = min(1.0, HEADROOM / float(np.abs(heard[0] + heard[1] + noise).max()))
-            heard = [factor * source for source in heard]
-            gains = (factor * gains[0], factor * gains[1])
-            _write_wav(folder / NOISE_FILE, factor * noise)
-            record |= drawn
-        for number, voice, source, gain in zip(("00", "01"), voices, heard, gains, strict=True):
-            _write_wav(folder / f"source{number}.wav", source)
-            if voice.embedding is not None:
-                _write_embedding(folder / f"spk_id{number}.pt", voice.embedding)
-            record |= {**voice.record(number), f"gain{number}": gain}
-        _write_record(folder, {**record, "level_difference_db": difference, "mixture_level_dbfs": level})
-        return broken
-
-    def _noise(
-        self, rng: np.random.Generator, mixture: Samples, listener: Listener
-    ) -> tuple[Samples, dict[str, object]]:
-        """Noise ``[2, N]`` from two places in a room of its own, as the same listener hears it, and its record."""
-        clip = self.noise[rng.integers(len(self.noise))]
-        ratio = rng.uniform(*self.noise_ratio)
-        places = [read_noise(rng, clip, mixture.shape[1]) for _ in range(2)]
-        room = replace(draw_room(rng, self.rooms, self.renderer.heads), listener=listener)
-        noise = np.sum([render(*pair) for pair in zip(places, self.renderer.responses(room), strict=True)], axis=0)
-        power = max(float(np.mean(np.square(noise))), 1e-16)
-        gain = math.sqrt(float(np.mean(np.square(mixture))) / power) * 10 ** (-ratio / 20)
-        return gain * noise, {"noise": clip.name, "noise_ratio_db": ratio}
-
-
-@dataclass(frozen=True)
-class Responses:
-    """What a worker needs to make the rooms of a bank."""
-
-    renderer: Renderer
-    rooms: RoomRanges
-    seed: int
-
-    def make(self, split: str, index: int, folder: Path) -> dict[Path, str]:
-        """Write one room's responses; nothing can be broken."""
-        rng = np.random.default_rng([self.seed, _SPLIT_NUMBERS[split], index])
-        room = draw_room(rng, self.rooms, self.renderer.heads)
-        write_by_memory(folder / _RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room)))
-        _write_record(folder, {"room": _item_name(index), **room.record()})
-        return {}
-
-
-def mixture_bytes(length: int, *, embeddings: bool, noise: bool) -> int:
-    """What an item of ``length`` samples takes of a disk: sources, record, folder, perhaps embeddings and noise."""
-    return (3 if noise else 2) * _on_disk(44 + 4 * length) + (4 if embeddings else 2) * _BLOCK
-
-
-def room_bytes() -> int:
-    """What a room takes of a disk, where its responses lie twice while the bank is put together."""
-    return 2 * _on_disk(4 * 4 * RESPONSE_LENGTH) + 3 * _BLOCK
-
-
-def _on_disk(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
-
-
-def _item_name(index: int) -> str:
-    return f"{index:06d}"
-
-
-def _write_wav(path: Path, samples: Samples) -> None:
-    """Samples ``[2, N]`` below full scale."""
-    import soundfile
-
-    pcm = np.rint(samples.T * 32768).astype(np.int16)
-    write_by_memory(path, lambda file: soundfile.write(file, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16"))
-
-
-def _write_embedding(path: Path, embedding: Samples) -> None:
-    import torch
-
-    write_by_memory(path, lambda file: torch.save(torch.from_numpy(embedding), file))
-
-
-def _write_record(folder: Path, record: Mapping[str, object]) -> None:
-    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in record.items()}
-    (folder / _ITEM_FILE).write_text(json.dumps(rounded, indent=1) + "\n")
-
-
-def _read_record(folder: Path) -> dict[str, object]:
-    return dict(json.loads((folder / _ITEM_FILE).read_text()))
-
-
-_maker: Mixtures | Responses  # of a worker process, set when it starts
-
-
-def _start_worker(maker: Mixtures | Responses) -> None:
-    global _maker
-    _maker = maker
-
-
-def _make_item(split: Path, index: int) -> dict[Path, str]:
-    with atomic_directory(split / _item_name(index)) as folder:
-        return _maker.make(split.name, index, folder)
-
-
-def _make_items(maker: Mixtures | Responses, missing: Sequence[tuple[Path, int]], workers: int | None) -> None:
-    """Make items in worker processes, and warn of the broken files that were left out.
-
-    Raises:
-        InputError: from a worker, of speech or disk.
-        Failure: a worker process died.
-    """
-    broken: dict[Path, str] = {}
-    for found in run_in_workers(
-        _make_item,
-        missing,
-        workers,
-        start=_start_worker,
-        arguments=(maker,),
-        after_death="the same command goes on from here",
-    ):
-        broken |= found
-    _warn_of_broken(broken)
-
-
-def _warn_of_broken(files: Mapping[Path, str]) -> None:
-    if files:
-        path = min(files)
-        cli.warn(f"broken files left out: {len(files)}, the first {path}: {files[path]}")
-
-
-def _check_root(root: Path, parameters: Mapping[str, object]) -> None:
-    """Whether a dataset of these parameters can be made, or gone on with, in a folder.
-
-    Raises:
-        InputError: something else is there.
-    """
-    path = root / PARAMETERS_FILE
-    if not path.exists():
-        if root.exists() and (not root.is_dir() or any(not _LEFTOVER.match(entry.name) for entry in root.iterdir())):
-            raise InputError(f"{root}: exists already and is no dataset; give another --output")
-        return
-    try:
-        made_with = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not readable ({reason(error)}); give another --output") from None
-    for name, new in json.loads(json.dumps(parameters)).items():
-        old = made_with.get(name)
-        if old != new and (name in made_with or new):
-            flag = "--" + name.replace("_", "-")
-            how = f"without {flag}" if old is None else f"with {flag} {_told(old)}"
-            if "sha256:" in str(old) and "sha256:" in str(new):
-                how = f"from other {flag} files"
-            raise InputError(f"{root}: was made {how}; give another --output, or the same flags to go on with it")
-
-
-def _told(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _open_root(root: Path, parameters: Mapping[str, object]) -> None:
-    """Make the folder, or clear away what a killed run left half-written in it."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for folder in (root, *(root / split for split in _SPLIT_NUMBERS)):
-            for entry in list(folder.iterdir()) if folder.is_dir() else []:
-                if _LEFTOVER.match(entry.name):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    except OSError as error:
-        raise InputError(f"{root}: cannot write there ({reason(error)}); choose a folder you can write to") from None
-    if not (root / PARAMETERS_FILE).exists():
-        with atomic_file(root / PARAMETERS_FILE) as temporary:
-            temporary.write_text(json.dumps(parameters, indent=2) + "\n")
-
-
-def _check_disk(root: Path, needed: int) -> str:
-    """A line that says how much will be written, and how much is free.
-
-    Raises:
-        InputError: less is free.
-    """
-    folder = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            f"{root}: needs {_size(needed)} and its disk has {_size(free)} free; choose another disk or make fewer"
-        )
-    return f"{_size(needed)} to write, {_size(free)} free"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _make(
-    root: Path,
-    parameters: Mapping[str, object],
-    counts: Mapping[str, int],
-    item_bytes: int,
-    prepare: Callable[[], Mixtures | Responses],
-    workers: int | None,
-) -> None:
-    """Make what is missing of ``counts`` items a split, after saying what that takes."""
-    _check_root(root, parameters)
-    wanted = [(root / split, index) for split, count in counts.items() for index in range(count)]
-    missing = [(split, index) for split, index in wanted if not (split / _item_name(index) / _ITEM_FILE).exists()]
-    disk = _check_disk(root, len(missing) * item_bytes)
-    maker = prepare() if missing else None
-    _open_root(root, parameters)
-    print(f"{root}: {len(missing)} of {len(wanted)} to make; {disk}", flush=True)
-    if maker:
-        _make_items(maker, missing, workers)
-
-
-def _write_metadata(folder: Path, items: Path, count: int) -> None:
-    """Put the items' records together as ``metadata.csv``, a line an item."""
-    records = [_read_record(items / _item_name(index)) for index in range(count)]
-    with atomic_file(folder / METADATA_FILE) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def _make_bank(
-    root: Path, sofa: Sequence[Path], ranges: RoomRanges, rooms: int, seed: int, workers: int | None
-) -> None:
-    parameters = {"rooms": rooms, "seed": seed, **asdict(ranges), "sofa": _digests(sofa)}
-    bank, items = root / BANK_FILE, root / _BANK
-    if bank.exists():
-        _check_root(root, parameters)
-        print(f"{bank}: made already")
-    else:
-        _make(root, parameters, {_BANK: rooms}, room_bytes(), lambda: Responses(Renderer(sofa), ranges, seed), workers)
-        _write_metadata(root, items, rooms)
-        folders = [items / _item_name(index) for index in range(rooms)]
-        responses = np.stack([np.load(folder / _RESPONSE_FILE) for folder in folders])
-        listeners = [str(_read_record(folder)["listener"]) for folder in folders]
-        with atomic_file(bank) as temporary:
-            write_bank(temporary, responses, listeners)
-        print(f"{bank}: {rooms} rooms")
-    shutil.rmtree(items, ignore_errors=True)
-
-
-def _find_splits(
-    folders: Mapping[str, Path],
-    counts: Mapping[str, int],
-    length: int,
-    enrollment: int,
-    seed: int,
-    *,
-    skip_broken: bool,
-) -> tuple[dict[str, tuple[Talker, ...]], dict[str, object]]:
-    """Talkers of every split, and the digest of each corpus.
-
-    Args:
-        folders: by parameter, ``speech`` and perhaps ``valid_speech``.
-        counts: items of the splits that have any.
-
-    Raises:
-        InputError: a corpus has too few speakers, or shares one with the other.
-    """
-    corpora = {name: find_speech(folder, skip_broken=skip_broken) for name, folder in folders.items()}
-    _warn_of_broken({path: fault for corpus in corpora.values() for path, fault in corpus.broken.items()})
-    shared = set.intersection(*(set(corpus.speakers) for corpus in corpora.values())) if len(corpora) > 1 else set()
-    if shared:
-        raise InputError(
-            f"--valid-speech: speaker {min(shared)} is in --speech too; give folders of different speakers"
-        )
-    chosen: dict[str, tuple[Talker, ...]] = {}
-    for name, corpus in corpora.items():
-        splits = [split for split in counts if len(corpora) == 1 or (split == "train") == (name == "speech")]
-        talkers = find_talkers(corpus, length, enrollment)
-        if len(talkers) < 2 * len(splits):
-            apart = f" and {enrollment / SAMPLE_RATE:g} s more to enroll with" if enrollment else ""
-            raise InputError(
-                f"{folders[name]}: {len(talkers)} of its {len(corpus.speakers)} speakers have "
-                f"{length / SAMPLE_RATE:g} s of speech in one file{apart}; at least {2 * len(splits)} are needed for "
-                f"{' and '.join(splits)}; add speech or ask for less"
-            )
-        chosen |= split_talkers(talkers, splits, seed)
-    return chosen, {name: corpus.digest for name, corpus in corpora.items()}
 
 
 @app.command()
@@ -542,7 +203,7 @@ def make_dataset(
             skip_broken,
         )
 
-    _make(
+    make_missing(
         output,
         parameters,
         counts,
@@ -551,8 +212,70 @@ def make_dataset(
         workers,
     )
     for split, count in counts.items():
-        _write_metadata(output / split, output / split, count)
+        write_metadata(output / split, output / split, count)
         print(f"{output / split}: {count} items of {len(talkers[split])} speakers")
+
+
+def _make_bank(
+    root: Path, sofa: Sequence[Path], ranges: RoomRanges, rooms: int, seed: int, workers: int | None
+) -> None:
+    parameters = {"rooms": rooms, "seed": seed, **asdict(ranges), "sofa": _digests(sofa)}
+    bank, items = root / BANK_FILE, root / BANK
+    if bank.exists():
+        check_root(root, parameters)
+        print(f"{bank}: made already")
+    else:
+        make_missing(
+            root, parameters, {BANK: rooms}, room_bytes(), lambda: Responses(Renderer(sofa), ranges, seed), workers
+        )
+        write_metadata(root, items, rooms)
+        folders = [items / item_name(index) for index in range(rooms)]
+        responses = np.stack([np.load(folder / RESPONSE_FILE) for folder in folders])
+        listeners = [str(read_record(folder)["listener"]) for folder in folders]
+        with atomic_file(bank) as temporary:
+            write_bank(temporary, responses, listeners)
+        print(f"{bank}: {rooms} rooms")
+    shutil.rmtree(items, ignore_errors=True)
+
+
+def _find_splits(
+    folders: Mapping[str, Path],
+    counts: Mapping[str, int],
+    length: int,
+    enrollment: int,
+    seed: int,
+    *,
+    skip_broken: bool,
+) -> tuple[dict[str, tuple[Talker, ...]], dict[str, object]]:
+    """Talkers of every split, and the digest of each corpus.
+
+    Args:
+        folders: by parameter, ``speech`` and perhaps ``valid_speech``.
+        counts: items of the splits that have any.
+
+    Raises:
+        InputError: a corpus has too few speakers, or shares one with the other.
+    """
+    corpora = {name: find_speech(folder, skip_broken=skip_broken) for name, folder in folders.items()}
+    warn_of_broken({path: fault for corpus in corpora.values() for path, fault in corpus.broken.items()})
+    shared = set.intersection(*(set(corpus.speakers) for corpus in corpora.values())) if len(corpora) > 1 else set()
+    if shared:
+        raise InputError(
+            f"--valid-speech: speaker {min(shared)} is in --speech too; give folders of different speakers"
+        )
+    chosen: dict[str, tuple[Talker, ...]] = {}
+    for name, corpus in corpora.items():
+        splits = [split for split in counts if len(corpora) == 1 or (split == "train") == (name == "speech")]
+        talkers = find_talkers(corpus, length, enrollment)
+        if len(talkers) < 2 * len(splits):
+            apart = f" and {enrollment / SAMPLE_RATE:g} s more to enroll with" if enrollment else ""
+            raise InputError(
+                f"{folders[name]}: {len(talkers)} of its {len(corpus.speakers)} speakers have "
+                f"{length / SAMPLE_RATE:g} s of speech in one file{apart}; at least {2 * len(splits)} are needed for "
+                f"{' and '.join(splits)}; add speech or ask for less"
+            )
+        chosen |= split_talkers(talkers, splits, seed)
+    return chosen, {name: corpus.digest for name, corpus in corpora.items()}
 
 
 def _check_heads(files: Sequence[Path]) -> None:

@@ -59,7 +59,8 @@ def train(
     # runs, that takes most of the processor's time. Read as torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # What trains is imported only now, so that --help and mistakes in the call answer at once.
-    from knowledge_boosting.training.learning.run import Devices, read_settings, run_test, run_training
+    from knowledge_boosting.training.learning.run import read_settings, run_test, run_training
+    from knowledge_boosting.training.learning.trainer import Devices
 
     settings = read_settings(config, data=data, large=large)
     machines = Devices(devices, nodes)
