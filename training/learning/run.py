@@ -155,7 +155,7 @@ def run_training(
 
 
 def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
-    """Draw mixtures, and keep them with what the large network makes of each (:mod:`training.stored_hints`).
+    """Draw mixtures, and keep them with what the large network makes of each (:mod:`training.data.stored_hints`).
 
     Raises:
         InputError: the configuration is not of a pair with a frozen large network and dynamic mixing, its data or
