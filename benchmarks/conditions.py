@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from knowledge_boosting.training.evaluation_plot import bootstrap
+from knowledge_boosting.training.evaluation.results import bootstrap
 
 Record = dict[str, str]
 _UNEQUAL_DB = 6.0  # that two microphones differ by anyway

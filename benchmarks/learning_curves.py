@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from knowledge_boosting.training.module import MONITOR
+from knowledge_boosting.training.learning.module import MONITOR
 
 matplotlib.use("Agg")
 

@@ -33,8 +33,8 @@ from knowledge_boosting.models.config import ModelConfig, NetworkSize
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import SmallModel
 from knowledge_boosting.models.tfgridnet import torch_residual_lstm
-from knowledge_boosting.training.losses import negative_si_sdr
-from knowledge_boosting.training.memory import keep_freed_memory
+from knowledge_boosting.training.learning.losses import negative_si_sdr
+from knowledge_boosting.training.learning.memory import keep_freed_memory
 
 NETWORKS = {
     "small": NetworkSize(channels=16, hidden=16),

@@ -20,7 +20,7 @@ def kb_client() -> NoReturn:
 
 def kb_evaluate() -> NoReturn:
     """``kb-evaluate``."""
-    _start("knowledge_boosting.training.evaluation")
+    _start("knowledge_boosting.training.commands.evaluate")
 
 
 def kb_export() -> NoReturn:
@@ -30,12 +30,12 @@ def kb_export() -> NoReturn:
 
 def kb_make_dataset() -> NoReturn:
     """``kb-make-dataset``."""
-    _start("knowledge_boosting.training.make_dataset")
+    _start("knowledge_boosting.training.commands.make_dataset")
 
 
 def kb_make_voices() -> NoReturn:
     """``kb-make-voices``."""
-    _start("knowledge_boosting.training.voices")
+    _start("knowledge_boosting.training.commands.make_voices")
 
 
 def kb_server() -> NoReturn:
@@ -45,9 +45,9 @@ def kb_server() -> NoReturn:
 
 def kb_store_hints() -> NoReturn:
     """``kb-store-hints``."""
-    _start("knowledge_boosting.training.store_hints")
+    _start("knowledge_boosting.training.commands.store_hints")
 
 
 def kb_train() -> NoReturn:
     """``kb-train``."""
-    _start("knowledge_boosting.training.trainer")
+    _start("knowledge_boosting.training.commands.train")

@@ -53,34 +53,12 @@ def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
     Raises:
         InputError: the file is no checkpoint, or a tensor is missing, left over or misshaped; it is named.
     """
-    state = _state_dict(path)
+    state = read_weights(path)
     if is_published(state):
         state = convert(state, config, str(path))
     model = build(config)
     load_exactly(model, state, path)
     return model.eval()
-
-
-def load_large_network(model: BoostedPair, path: Path) -> None:
-    """Give a pair's large network the weights of a checkpoint: of that network alone, or of another pair.
-
-    Raises:
-        InputError: the file is no checkpoint, or of a network of another size; a tensor is named.
-    """
-    state, config = _state_dict(path), model.config
-    assert config.large is not None
-    if is_published(state):
-        prefix = "joint_model.big."
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        alone = ModelConfig(
-            task=config.task, microphones=config.microphones, framing=config.framing, small=config.large
-        )
-        state = convert(state, alone, str(path))
-    part = "large" if any(key.startswith("large.") for key in state) else "small"
-    prefix = f"{part}.network."
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    load_exactly(model.large.network, own, path)
 
 
 def read_training_speakers(path: Path) -> list[str]:
@@ -129,57 +107,6 @@ def level_output(model: nn.Module, path: Path) -> None:
                 module.encoder.conv.weight /= each[:, None, None]
 
 
-def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
-    """Give a model what fits it of a related one: of the other task, or of the small network without hints.
-
-    Args:
-        model: of :func:`build`.
-        path: a checkpoint of ours.
-        config: the model's.
-
-    Returns:
-        The tensors that keep their own values, because the checkpoint has none of that name and shape.
-
-    Raises:
-        InputError: the file is no checkpoint, or has nothing that fits.
-    """
-    state, own = _state_dict(path), model.state_dict()
-    for name in [name for name in state if ".network.output_conv.conv." in name and name in own]:
-        # Of two separated voices, the first one's output layer serves to extract one.
-        axis = -own[name].dim()
-        if config.sources == 1 and state[name].shape[axis] == 2 * config.spectrum_channels:
-            state[name] = state[name].narrow(axis, 0, config.spectrum_channels)
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    if not fitting:
-        raise InputError(f"{path}: has no tensor that fits this configuration; is it a checkpoint of a related model?")
-    load_exactly(model, own | fitting, path)
-    return sorted(own.keys() - fitting.keys())
-
-
-def average_with(model: nn.Module, path: Path) -> None:
-    """Move a model's weights halfway to those of a checkpoint that came from the same ones, where that has them.
-
-    Of networks that were trained further from the same weights, the mean is often better than each: Wortsman et al.,
-    "Model soups", ICML 2022. What the checkpoint lacks, as the small network alone lacks fusion, stays as it is.
-
-    Args:
-        model: with the weights of the one.
-        path: a checkpoint of ours with those of the other.
-
-    Raises:
-        InputError: the file is no checkpoint, or has a tensor that the model lacks, or that differs in shape or is not
-            finite; it is named.
-    """
-    state, own = _state_dict(path), model.state_dict()
-    mean = {
-        name: torch.lerp(own[name], value.to(own[name]), 0.5)
-        if name in own and value.shape == own[name].shape
-        else value
-        for name, value in state.items()
-    }
-    load_exactly(model, own | mean, path)
-
-
 def _content(path: Path) -> Any:
     existing_file(path, "a checkpoint")
     try:
@@ -193,7 +120,12 @@ def _content(path: Path) -> Any:
         raise InputError(f"{path}: not a readable checkpoint ({reason(error).split('. ')[0]})") from None
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name: a published one's as they are, of ours those of the model alone.
+
+    Raises:
+        InputError: the file is no checkpoint, or has a tensor that is no plain one; it is named.
+    """
     content = _content(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if (

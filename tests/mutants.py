@@ -257,7 +257,7 @@ def _make_sofa(path: Path) -> None:
 
 
 def _read_sofa(path: Path) -> None:
-    from knowledge_boosting.training.rooms import check_sofa
+    from knowledge_boosting.training.data.responses import check_sofa
 
     check_sofa(path)
 

@@ -22,11 +22,11 @@ PATIENCE = 240.0
 
 COMMANDS = {
     "kb-client": "knowledge_boosting.device_client.main",
-    "kb-evaluate": "knowledge_boosting.training.evaluation",
+    "kb-evaluate": "knowledge_boosting.training.commands.evaluate",
     "kb-export": "knowledge_boosting.models.export",
-    "kb-make-dataset": "knowledge_boosting.training.make_dataset",
-    "kb-make-voices": "knowledge_boosting.training.voices",
-    "kb-store-hints": "knowledge_boosting.training.store_hints",
+    "kb-make-dataset": "knowledge_boosting.training.commands.make_dataset",
+    "kb-make-voices": "knowledge_boosting.training.commands.make_voices",
+    "kb-store-hints": "knowledge_boosting.training.commands.store_hints",
     "kb-server": "knowledge_boosting.remote_server.main",
     "kb-train": "knowledge_boosting.training.trainer",
 }

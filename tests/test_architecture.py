@@ -54,27 +54,46 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
 
 
 # From the bottom up; what stands in one line may not import what stands beside it.
-FLOORS = [
-    {"audio", "engines", "speakers"},
-    {"hints"},
-    {"boosted_stream"},
-    {"enhancer", "live", "replay"},
-    {"commands"},
-    {"main"},
-]
+FLOORS = {
+    "device_client": [
+        {"audio", "engines", "speakers"},
+        {"hints"},
+        {"boosted_stream"},
+        {"enhancer", "live", "replay"},
+        {"commands"},
+        {"main"},
+    ],
+    "training": [
+        {"config", "workers"},
+        {"data", "weights"},
+        {"evaluation"},
+        {"learning"},
+        {"commands"},
+        {"trainer"},
+    ],
+}
 
 
-def test_the_rooms_of_the_client_import_only_downwards() -> None:
-    client = f"{PACKAGE}.device_client"
-    floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-    rooms = {name.removeprefix(f"{client}.").split(".")[0] for name in modules("device_client") if name != client}
-    assert rooms == set(floor_of)
-    for name, path in modules("device_client").items():
-        room = name.removeprefix(f"{client}.").split(".")[0]
+@pytest.mark.parametrize("room", FLOORS)
+def test_the_rooms_within_a_room_import_only_downwards(room: str) -> None:
+    whole = f"{PACKAGE}.{room}"
+    floor_of = {inner: number for number, rooms in enumerate(FLOORS[room]) for inner in rooms}
+    assert {name.removeprefix(f"{whole}.").split(".")[0] for name in modules(room) if name != whole} == set(floor_of)
+    for name, path in modules(room).items():
+        inner = name.removeprefix(f"{whole}.").split(".")[0]
         for used in imports(path):
-            if name != client and used.startswith(f"{client}."):
-                other = used.removeprefix(f"{client}.").split(".")[0]
-                assert other == room or floor_of[other] < floor_of[room], f"{path} imports {used}"
+            if name != whole and used.startswith(f"{whole}."):
+                other = used.removeprefix(f"{whole}.").split(".")[0]
+                assert other == inner or floor_of[other] < floor_of[inner], f"{path} imports {used}"
+
+
+def test_no_module_is_too_long_to_be_read() -> None:
+    ours = [path for folder in (*ROOMS, PACKAGE, "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert len(ours) > 100
+    long = {
+        path.relative_to(ROOT).as_posix(): count for path in ours if (count := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
@@ -139,6 +158,16 @@ def test_libraries_find_the_environment_prepared() -> None:
     elsewhere = [*ROOT.glob("benchmarks/*.py"), *(path for room in ROOMS for path in modules(room).values())]
     users = {path.relative_to(ROOT).as_posix() for path in elsewhere if "onnxruntime" in imports(path)}
     assert users == {"models/onnx_stream.py"}
+
+
+def test_there_is_one_speaker_encoder() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for room in ROOMS
+        for path in modules(room).values()
+        if "resemblyzer" in {module.split(".")[0] for module in imports(path)}
+    }
+    assert users == {"models/speaker_encoder.py"}
 
 
 def test_loading_onnx_runtime_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:

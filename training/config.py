@@ -10,7 +10,8 @@ from knowledge_boosting.common.errors import InputError, existing_file
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig, Strict
 from knowledge_boosting.models.manifest import first_fault, read_json, validate
 from knowledge_boosting.models.published import config_from_published, is_published_config
-from knowledge_boosting.training.losses import Permutation
+
+Permutation = Literal["per_channel", "joint"]
 
 
 class FolderData(Strict):

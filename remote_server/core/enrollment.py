@@ -1,4 +1,4 @@
-"""Speaker embeddings from enrollment audio, with the Resemblyzer voice encoder (d-vectors, 256 values)."""
+"""Speaker embeddings from enrollment audio, made in a process beside the server's."""
 
 import asyncio
 import importlib.util
@@ -7,15 +7,12 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from knowledge_boosting.protos.codec import ENROLLMENT_RATE, Samples
+from knowledge_boosting.models.speaker_encoder import SAMPLE_RATE, Samples, speaker_embedding
 from knowledge_boosting.remote_server.core.refusals import Refused, Status
 
 _log = logging.getLogger("kb-server")
@@ -45,25 +42,23 @@ class SpeakerEncoder:
 
         Most of what it builds on is loaded, or compiled, only when there is something to hear.
         """
-        noise = np.random.default_rng(0).normal(0, 0.1, ENROLLMENT_RATE).astype(np.float32)
-        self._executor.submit(_embed, noise).add_done_callback(_tell_loaded)
+        noise = np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE).astype(np.float32)
+        self._executor.submit(speaker_embedding, noise).add_done_callback(_tell_loaded)
 
     async def embed(self, speech: Samples) -> Samples:
         """The embedding ``[256]`` of speech ``[N]`` at 16 kHz.
 
         Raises:
-            ValueError: no speech was found in it.
+            NoSpeech: as :func:`speaker_embedding`.
             Refused: too many wait already.
         """
-        if not speech.any():
-            raise ValueError("silence")
         if self._waiting >= _MOST_WAITING:
             text = f"{_MOST_WAITING} enrollments wait already; try again in a minute"
             raise Refused(text, Status.RESOURCE_EXHAUSTED)
         self._waiting += 1
         executor = self._executor
         try:
-            return await asyncio.get_running_loop().run_in_executor(executor, _embed, speech)
+            return await asyncio.get_running_loop().run_in_executor(executor, speaker_embedding, speech)
         except BrokenProcessPool:
             if self._executor is executor:
                 self._executor = _new_executor()
@@ -104,24 +99,3 @@ def _end_with_server() -> None:
     assert server is not None
     server.join()
     os._exit(0)
-
-
-@lru_cache(1)
-def _encoder() -> Any:
-    import resemblyzer
-
-    return resemblyzer.VoiceEncoder("cpu", verbose=False)
-
-
-def _embed(speech: Samples) -> Samples:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the packages that Resemblyzer builds on, about themselves
-        import resemblyzer
-
-        voiced = resemblyzer.preprocess_wav(speech, source_sr=ENROLLMENT_RATE)
-        if len(voiced) < ENROLLMENT_RATE // 2:
-            raise ValueError("less than half a second of speech")
-        embedding: Samples = np.asarray(_encoder().embed_utterance(voiced), dtype=np.float32)
-        if not np.isfinite(embedding).all():
-            raise ValueError("the encoder overflows; scale the samples to +-1")
-        return embedding

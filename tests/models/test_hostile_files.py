@@ -23,7 +23,7 @@ from knowledge_boosting.models.checkpoint import build, read_checkpoint, read_co
 from knowledge_boosting.models.config import ModelConfig, NetworkSize
 from knowledge_boosting.models.manifest import bundle_id, file_digest, read_manifest
 from knowledge_boosting.remote_server.core.access import Access
-from knowledge_boosting.training.rooms import check_sofa
+from knowledge_boosting.training.data.responses import check_sofa
 
 SS = "ss_delay6_compression2"
 CONFIG = ModelConfig(task="ss", small=NetworkSize(channels=4, hidden=4))

@@ -16,8 +16,8 @@ from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
 from knowledge_boosting.training.config import DynamicData, FolderData, TrainingConfig, read_training_config
-from knowledge_boosting.training.corpus import read_names
-from knowledge_boosting.training.losses import negative_si_sdr
+from knowledge_boosting.training.data.corpus import read_names
+from knowledge_boosting.training.learning.losses import negative_si_sdr
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

@@ -7,21 +7,17 @@ import pytest
 import soundfile
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.training.corpus import (
+from knowledge_boosting.models.speaker_encoder import NoSpeech
+from knowledge_boosting.training.data.corpus import (
     SAMPLE_RATE,
     BrokenFile,
-    NoSpeech,
     Segment,
-    Talker,
     Utterance,
-    draw_segments,
-    draw_voices,
     find_speech,
-    find_talkers,
     read_segment,
     read_speech,
-    split_talkers,
 )
+from knowledge_boosting.training.data.talkers import Talker, draw_segments, draw_voices, find_talkers, split_talkers
 from tests.sounds import wav
 
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.speaker_encoder import speaker_embedding
 from knowledge_boosting.training.config import DynamicData, FolderData
-from knowledge_boosting.training.corpus import speaker_embedding
-from knowledge_boosting.training.datasets import Batch, DynamicMixing, EpochOrder, Loader, MixtureFolder, render
-from knowledge_boosting.training.rooms import write_bank
+from knowledge_boosting.training.data.dynamic_mixing import DynamicMixing, render
+from knowledge_boosting.training.data.loading import Batch, EpochOrder, Loader
+from knowledge_boosting.training.data.mixture_folder import MixtureFolder
+from knowledge_boosting.training.data.responses import write_bank
 
 SPEECH = Path(__file__).parent / "speech"
 RATE = 16000
@@ -631,7 +633,7 @@ def test_the_embeddings_are_of_the_talkers(targeted: Batch) -> None:
     for name, found in zip(targeted["names"], targeted["speaker_embedding"], strict=True):
         whole = torch.stack(
             [
-                torch.from_numpy(speaker_embedding(soundfile.read(SPEECH / utterance, dtype="float32")[0])[0])
+                torch.from_numpy(speaker_embedding(soundfile.read(SPEECH / utterance, dtype="float32")[0]))
                 for utterance in name.split(" + ")
             ]
         )
@@ -649,7 +651,7 @@ def test_the_embeddings_are_of_voices_at_the_speed_they_play_at(bank: Path) -> N
         example = fast.example((0, index))
         names = [utterance.partition("-")[0] for utterance in example["names"].split(" + ")]
         for name, speech, found in zip(names, example["speech"], example["speaker_embedding"], strict=True):
-            plays = torch.from_numpy(speaker_embedding(speech.numpy())[0])
+            plays = torch.from_numpy(speaker_embedding(speech.numpy()))
             closer.append(float(found @ plays - voices[name] @ plays))
     assert np.mean(closer) > 0.05
 

@@ -32,7 +32,8 @@ from knowledge_boosting.models.config import ModelConfig, NetworkSize
 from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, read_manifest
 from knowledge_boosting.models.pair import BoostedPair, delay_hints
 from knowledge_boosting.training.config import FolderData, TrainingConfig
-from knowledge_boosting.training.evaluation_plot import RESAMPLES, RESULT_FILES, Figure, Results, bootstrap
+from knowledge_boosting.training.evaluation.files import RESULT_FILES
+from knowledge_boosting.training.evaluation.results import RESAMPLES, Figure, Results, bootstrap
 from tests.golden_cases import Golden
 from tests.processes import call_here
 

@@ -10,7 +10,7 @@ from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
-from knowledge_boosting.training.guidance import Guidance, ideal_embedding, source_spectra
+from knowledge_boosting.training.learning.guidance import Guidance, ideal_embedding, source_spectra
 
 SIZE = {"channels": 4, "hidden": 4, "blocks": 3}
 COMPILED = {"channels": 16, "hidden": 16, "blocks": 3}  # sizes that have operations of their own in training

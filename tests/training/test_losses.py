@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.audio import permutation_invariant_training, scale_invariant_signal_distortion_ratio
 
-from knowledge_boosting.training.losses import Permutation, negative_si_sdr, permuted_si_sdr, si_sdr
+from knowledge_boosting.training.config import Permutation
+from knowledge_boosting.training.evaluation.si_sdr import permuted_si_sdr, si_sdr
+from knowledge_boosting.training.learning.losses import negative_si_sdr
 
 BATCH, MICROPHONES, SAMPLES = 4, 2, 800
 TOLERANCE = 1e-4  # dB

@@ -19,10 +19,12 @@ import pytest
 import soundfile
 import torch
 
-from knowledge_boosting.training import make_dataset
-from knowledge_boosting.training.corpus import find_speech, find_talkers, split_talkers
-from knowledge_boosting.training.make_dataset import Mixtures, mixture_bytes
-from knowledge_boosting.training.rooms import RESPONSE_LENGTH, Renderer, RoomRanges, draw_room, read_bank
+from knowledge_boosting.training.commands import make_dataset
+from knowledge_boosting.training.data.corpus import find_speech
+from knowledge_boosting.training.data.items import Mixtures, mixture_bytes
+from knowledge_boosting.training.data.responses import RESPONSE_LENGTH, Renderer, read_bank
+from knowledge_boosting.training.data.rooms import RoomRanges, draw_room
+from knowledge_boosting.training.data.talkers import find_talkers, split_talkers
 from tests.processes import PATIENCE, call_here, command
 
 ROOT = Path(__file__).parents[2]

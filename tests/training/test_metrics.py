@@ -9,7 +9,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from knowledge_boosting.training.metrics import SAMPLE_RATE, match, pesq, si_sdr_improvement, snr_improvement, stoi
+from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE, pesq, si_sdr_improvement, snr_improvement, stoi
+from knowledge_boosting.training.evaluation.si_sdr import match
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 LENGTH = 1600

@@ -13,19 +13,15 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.training.rooms import (
+from knowledge_boosting.training.data.responses import RESPONSE_LENGTH, Renderer, level_gains, read_bank, render
+from knowledge_boosting.training.data.rooms import (
     MICROPHONES,
     MONO,
-    RESPONSE_LENGTH,
     Listener,
     Place,
-    Renderer,
     Room,
     RoomRanges,
     draw_room,
-    level_gains,
-    read_bank,
-    render,
 )
 
 SOFA = Path(__file__).parents[2] / "samples" / "hrtf" / "mit_kemar_normal_pinna.sofa"

@@ -13,11 +13,12 @@ from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.training.config import StoredData, TrainingConfig
-from knowledge_boosting.training.datasets import Batch, DynamicMixing, Examples, render
-from knowledge_boosting.training.module import TrainingModule
-from knowledge_boosting.training.rooms import write_bank
-from knowledge_boosting.training.run import store_hints
-from knowledge_boosting.training.stored_hints import StoredHints, large_digest
+from knowledge_boosting.training.data.dynamic_mixing import DynamicMixing, render
+from knowledge_boosting.training.data.loading import Batch, Examples
+from knowledge_boosting.training.data.responses import write_bank
+from knowledge_boosting.training.data.stored_hints import StoredHints, large_digest
+from knowledge_boosting.training.learning.module import TrainingModule
+from knowledge_boosting.training.learning.run import store_hints
 from tests.processes import refusal, run
 
 SPEECH = Path(__file__).parent / "speech"

@@ -24,10 +24,11 @@ from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
 from knowledge_boosting.training.config import FolderData, read_training_config
-from knowledge_boosting.training.datasets import Batch, MixtureFolder
-from knowledge_boosting.training.losses import permuted_si_sdr, si_sdr
-from knowledge_boosting.training.metrics import si_sdr_improvement
-from knowledge_boosting.training.module import TrainingModule
+from knowledge_boosting.training.data.loading import Batch
+from knowledge_boosting.training.data.mixture_folder import MixtureFolder
+from knowledge_boosting.training.evaluation.metrics import si_sdr_improvement
+from knowledge_boosting.training.evaluation.si_sdr import permuted_si_sdr, si_sdr
+from knowledge_boosting.training.learning.module import TrainingModule
 from tests.processes import PATIENCE, command, environment, refusal, refusal_here, run
 
 SAMPLES = Path(__file__).parents[2] / "samples"

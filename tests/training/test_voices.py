@@ -10,8 +10,9 @@ import scipy.signal
 import soundfile
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.training.corpus import SAMPLE_RATE, Samples, find_speech, refuse_shared_speakers
-from knowledge_boosting.training.voices import Change, change_voice
+from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples, find_speech
+from knowledge_boosting.training.data.layout import refuse_shared_speakers
+from knowledge_boosting.training.data.voices import Change, change_voice
 from tests.processes import call_here
 
 SPEECH = Path(__file__).parent / "speech"

@@ -7,39 +7,32 @@ How a speaker is told, the first rule that fits:
 3. a file in no folder, ``<speaker>-….ogg``: by what stands before the first hyphen.
 """
 
-import csv
-import functools
 import hashlib
 import re
-import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.models.speaker_encoder import NoSpeech
 
 if TYPE_CHECKING:
     from knowledge_boosting.common.sound_files import Sound
 
 Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
-SPLITS = ("train", "val", "test")
 DERIVED = "~"  # between a speaker's name and the number of a voice that kb-make-voices made of the recordings
-NOISE_FILE = "noise.wav"  # of an item, beside its sources
-METADATA_FILE = "metadata.csv"  # of a rendered split: a line an item
 _SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
 _LAYOUTS = "<speaker>/… folders or <speaker>-… file names"
 _FADE = SAMPLE_RATE // 50  # 20 ms: a cut in the middle of a word would click
 _SILENCE = 1e-3  # RMS, -60 dBFS
-_LEAST_VOICE = SAMPLE_RATE // 2
-_DRAWS = 20
 
 
 class BrokenFile(InputError):
@@ -51,10 +44,6 @@ class BrokenFile(InputError):
 
     def __reduce__(self) -> tuple[type["BrokenFile"], tuple[Path, str]]:
         return type(self), (self.path, self.fault)  # as it comes out of another process
-
-
-class NoSpeech(ValueError):
-    """A segment in which nobody speaks."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +81,6 @@ def clips_digest(clips: Sequence[Utterance]) -> str:
     """A digest of recordings' names and lengths."""
     lines = sorted(f"{clip.name} {clip.length}\n" for clip in clips)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Talker:
-    """A speaker whose utterances are long enough: some to be mixed, some to enroll with."""
-
-    name: str
-    mixable: tuple[Utterance, ...]
-    enrollable: tuple[Utterance, ...]
 
 
 def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
@@ -260,184 +240,3 @@ def read_speech(segment: Segment) -> Samples:
     samples[:_FADE] *= ramp
     samples[-_FADE:] *= ramp[::-1]
     return samples
-
-
-def find_talkers(corpus: Corpus, length: int, enrollment: int) -> dict[str, Talker]:
-    """Speakers with ``length`` samples to mix and, apart from these, ``enrollment`` samples (0: no enrollment).
-
-    Speakers and utterances that are too short for that are left out.
-    """
-    found = {}
-    for name, utterances in corpus.speakers.items():
-        enrollable = tuple(utterance for utterance in utterances if enrollment and utterance.length >= enrollment)
-        mixable = tuple(
-            utterance
-            for utterance in utterances
-            if utterance.length >= length + enrollment
-            or (utterance.length >= length and any(other != utterance for other in enrollable))
-        )
-        if mixable:
-            found[name] = Talker(name, mixable, enrollable)
-    return found
-
-
-def mixture_speakers(split: Path) -> frozenset[str]:
-    """Who speaks in the mixtures of a rendered split; nobody if it does not tell, as published data sets do not.
-
-    Raises:
-        InputError: its metadata cannot be read.
-    """
-    path = split / METADATA_FILE
-    if not path.is_file():
-        return frozenset()
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return frozenset(line[f"speaker{number}"] for line in csv.DictReader(file) for number in ("00", "01"))
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise InputError(f"{path}: not readable as the metadata of mixtures ({reason(error)})") from None
-
-
-def refuse_shared_speakers(trained: Collection[str], split: Path) -> None:
-    """Refuse to measure on voices that were trained on.
-
-    Raises:
-        InputError: a speaker of the split is among those ``trained``.
-    """
-    # A voice made of a speaker's recordings is that speaker, on either side.
-    heard, learned = ({name.partition(DERIVED)[0] for name in names} for names in (mixture_speakers(split), trained))
-    shared = sorted(heard & learned)
-    if shared:
-        others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-        raise InputError(
-            f"{split}: speaker {shared[0]}{others} is in the training list too; measure on speakers of their own"
-        )
-
-
-def split_talkers(talkers: Mapping[str, Talker], splits: Sequence[str], seed: int) -> dict[str, tuple[Talker, ...]]:
-    """Talkers of every split, none of them in two splits.
-
-    Train gets whoever is left when each other split has a tenth, at least two; without train all get equal shares.
-
-    Raises:
-        ValueError: fewer than two talkers a split.
-    """
-    if len(talkers) < 2 * len(splits):
-        raise ValueError(f"{len(talkers)} speakers for {len(splits)} splits")
-    names = sorted(talkers)
-    order = [names[i] for i in np.random.default_rng([seed, len(SPLITS)]).permutation(len(names))]
-    share = max(2, len(names) // 10) if "train" in splits else len(names) // max(1, len(splits))
-    shares = {}
-    for split in splits[1:]:
-        shares[split], order = order[:share], order[share:]
-    shares.update(dict.fromkeys(splits[:1], order))
-    return {split: tuple(talkers[name] for name in sorted(shares[split])) for split in splits}
-
-
-def draw_segments(rng: np.random.Generator, talker: Talker, length: int, enrollment: int) -> tuple[Segment, Segment]:
-    """A segment of ``length`` samples to mix, and another of ``enrollment`` samples that shares nothing with it.
-
-    The other comes from another utterance if the talker has one that is long enough. Its length is 0 for a task
-    without enrollment.
-    """
-    mixed = talker.mixable[rng.integers(len(talker.mixable))]
-    others = [utterance for utterance in talker.enrollable if utterance != mixed]
-    if others:
-        other = others[rng.integers(len(others))]
-        return (
-            Segment(mixed, int(rng.integers(mixed.length - length + 1)), length),
-            Segment(other, int(rng.integers(other.length - enrollment + 1)), enrollment),
-        )
-    first, second = np.sort(rng.integers(mixed.length - length - enrollment + 1, size=2))
-    if rng.integers(2):
-        return Segment(mixed, int(first), length), Segment(mixed, int(second) + length, enrollment)
-    return Segment(mixed, int(second) + enrollment, length), Segment(mixed, int(first), enrollment)
-
-
-@functools.cache
-def _encoder() -> Any:
-    import resemblyzer
-
-    return resemblyzer.VoiceEncoder("cpu", verbose=False)
-
-
-def speaker_embedding(speech: Samples) -> Samples:
-    """The d-vector ``[1, 256]`` of speech ``[N]`` at 16 kHz, by the Resemblyzer voice encoder.
-
-    Raises:
-        NoSpeech: less than half a second of voice is in it.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the packages that Resemblyzer builds on, about themselves
-        import resemblyzer
-
-        if not speech.any():
-            raise NoSpeech("silence")
-        voiced = resemblyzer.preprocess_wav(speech, source_sr=SAMPLE_RATE)
-        if len(voiced) < _LEAST_VOICE:
-            raise NoSpeech("less than half a second of voice")
-        return np.asarray(_encoder().embed_utterance(voiced), dtype=np.float32)[None]
-
-
-@dataclass(frozen=True)
-class Voice:
-    """What one speaker of a mixture says."""
-
-    speaker: str
-    mixed: Segment
-    other: Segment
-    speech: Samples  # [N]
-    embedding: Samples | None  # [1, 256], of the other segment
-
-    def record(self, number: str) -> dict[str, object]:
-        """Where it comes from, the columns of ``metadata.csv`` for the source of that number."""
-        record: dict[str, object] = {
-            f"speaker{number}": self.speaker,
-            f"utterance{number}": self.mixed.utterance.name,
-            f"offset{number}_samples": self.mixed.start,
-        }
-        if self.embedding is not None:
-            record |= {
-                f"enrollment{number}": self.other.utterance.name,
-                f"enrollment_offset{number}_samples": self.other.start,
-            }
-        return record
-
-
-def draw_voices(
-    rng: np.random.Generator, talkers: Sequence[Talker], length: int, enrollment: int, *, skip_broken: bool
-) -> tuple[list[Voice], dict[Path, str]]:
-    """Two different speakers' speech, with embeddings if ``enrollment`` is not 0.
-
-    Silence is drawn again, and broken files are if ``skip_broken``.
-
-    Returns:
-        The two, and what is wrong with the broken files that were drawn.
-
-    Raises:
-        InputError: nothing usable in twenty draws.
-        BrokenFile: a broken file was drawn, and ``skip_broken`` is off.
-    """
-    broken: dict[Path, str] = {}
-    why = ""
-    for _ in range(_DRAWS):
-        chosen = [talkers[i] for i in rng.choice(len(talkers), 2, replace=False)]
-        segments = [draw_segments(rng, talker, length, enrollment) for talker in chosen]
-        try:
-            return [
-                Voice(
-                    talker.name,
-                    mixed,
-                    other,
-                    read_speech(mixed),
-                    speaker_embedding(read_segment(other)) if enrollment else None,
-                )
-                for talker, (mixed, other) in zip(chosen, segments, strict=True)
-            ], broken
-        except NoSpeech as error:
-            why = str(error)
-        except BrokenFile as error:
-            if not skip_broken:
-                raise
-            why = str(error)
-            broken[error.path] = error.fault
-    raise InputError(f"no usable speech in {_DRAWS} draws, at last {why}; give other speech")

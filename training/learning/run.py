@@ -1,30 +1,16 @@
-"""A training run on Lightning: devices, checkpoints, logs, interruption and resume."""
+"""Training runs, from the beginning or resumed, their tests, and hints stored for them."""
 
 import json
-import logging
-import signal
 import sys
-import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import (
-    Callback,
-    EMAWeightAveraging,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    RichProgressBar,
-)
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 
-from knowledge_boosting.common.cli import end_signals
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.models.checkpoint import read_checkpoint
@@ -37,11 +23,11 @@ from knowledge_boosting.training.config import (
     TrainingConfig,
     read_training_config,
 )
-from knowledge_boosting.training.corpus import refuse_shared_speakers
-from knowledge_boosting.training.datasets import DynamicMixing, EpochOrder, Examples, Loader, MixtureFolder, render
-from knowledge_boosting.training.memory import keep_freed_memory
-from knowledge_boosting.training.module import MONITOR, TrainingModule
-from knowledge_boosting.training.stored_hints import (
+from knowledge_boosting.training.data.dynamic_mixing import DynamicMixing, render
+from knowledge_boosting.training.data.layout import refuse_shared_speakers
+from knowledge_boosting.training.data.loading import EpochOrder, Examples, Loader
+from knowledge_boosting.training.data.mixture_folder import MixtureFolder
+from knowledge_boosting.training.data.stored_hints import (
     SHARD,
     STORED_LARGE,
     Record,
@@ -52,16 +38,10 @@ from knowledge_boosting.training.stored_hints import (
     shard_path,
     write_shard,
 )
-
-LAST = "last.ckpt"
-
-
-@dataclass(frozen=True)
-class Devices:
-    """Where a run runs."""
-
-    per_node: int | None  # GPUs, or processes on the CPU; None: every GPU, else one process
-    nodes: int
+from knowledge_boosting.training.learning.memory import keep_freed_memory
+from knowledge_boosting.training.learning.module import MONITOR, TrainingModule
+from knowledge_boosting.training.learning.trainer import Devices, Interruption, make_loggers, make_trainer, quiet
+from knowledge_boosting.training.weights import LAST, best_checkpoint
 
 
 def read_settings(path: Path, *, data: Path | None, large: str | None) -> TrainingConfig:
@@ -99,7 +79,7 @@ def run_training(
         InputError: the configuration, the data or the checkpoint cannot be used.
         Failure: the loss is no number any more.
     """
-    _quiet()
+    quiet()
     if not torch.cuda.is_available():
         keep_freed_memory()
     lightning.seed_everything(settings.seed, verbose=False)
@@ -121,13 +101,13 @@ def run_training(
     except OSError as error:
         raise InputError(f"{run_dir}: cannot make the folder ({reason(error)})") from None
 
-    interruption = _Interruption(run_dir / LAST)
-    trainer = _trainer(
+    interruption = Interruption(run_dir / LAST)
+    trainer = make_trainer(
         settings,
         run_dir,
         devices,
         frac,
-        loggers=_loggers(run_dir, wandb=wandb),
+        loggers=make_loggers(run_dir, wandb=wandb),
         callbacks=[
             # A stopped run loses at most a minute.
             ModelCheckpoint(
@@ -175,13 +155,13 @@ def run_training(
 
 
 def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
-    """Draw mixtures, and keep them with what the large network makes of each (:mod:`training.stored_hints`).
+    """Draw mixtures, and keep them with what the large network makes of each (:mod:`training.data.stored_hints`).
 
     Raises:
         InputError: the configuration is not of a pair with a frozen large network and dynamic mixing, its data or
             checkpoints cannot be used, or the folder holds something else.
     """
-    _quiet()
+    quiet()
     data = settings.train
     if not isinstance(data, DynamicData) or not settings.freeze_large:
         raise InputError("--config: give that of a pair with freeze_large, and with dynamic mixing for training")
@@ -219,33 +199,19 @@ def run_test(
     Raises:
         InputError: no checkpoint, no test data, or either cannot be used.
     """
-    _quiet()
+    quiet()
     if settings.test is None:
         raise InputError("the configuration names no test data")
     path = checkpoint or best_checkpoint(run_dir)
     module = TrainingModule(settings.without_sources().model_copy(update={"initial_checkpoint": str(path)}))
     refuse_shared_speakers(module.training_speakers, Path(settings.test.root) / settings.test.split)
     test = _examples(settings.test, settings, None, training=False, skip_broken=skip_broken)
-    trainer = _trainer(settings, run_dir, devices, frac, loggers=[], callbacks=[])
+    trainer = make_trainer(settings, run_dir, devices, frac, loggers=[], callbacks=[])
     figures = trainer.test(module, _evaluation_loader(test, settings, trainer))
     if trainer.is_global_zero:
         with atomic_file(run_dir / "test.json") as temporary:
             result = {"checkpoint": path.name, **{name: round(value, 4) for name, value in figures[0].items()}}
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of a run with the best validation figure, or else its last.
-
-    Raises:
-        InputError: the run has none.
-    """
-    scored = {float(path.stem.partition("_")[2].removesuffix("dB")): path for path in run_dir.glob("best/*dB.ckpt")}
-    if scored:
-        return scored[max(scored)]
-    if (run_dir / LAST).is_file():
-        return run_dir / LAST
-    raise InputError(f"{run_dir}: has no checkpoint; train first")
 
 
 def _examples(
@@ -271,56 +237,6 @@ def _evaluation_loader(examples: Examples, settings: TrainingConfig, trainer: li
     return Loader(examples, order, settings.workers)
 
 
-def _trainer(
-    settings: TrainingConfig,
-    run_dir: Path,
-    devices: Devices,
-    frac: float,
-    *,
-    loggers: list[Logger],
-    callbacks: list[Callback],
-) -> lightning.Trainer:
-    if sys.stderr.isatty():
-        callbacks = [*callbacks, RichProgressBar()]
-    per_node = devices.per_node or (torch.cuda.device_count() or 1)
-    try:
-        return lightning.Trainer(
-            accelerator="auto",
-            devices=per_node,
-            num_nodes=devices.nodes,
-            strategy="ddp" if per_node * devices.nodes > 1 else "auto",
-            precision=settings.precision,
-            max_epochs=settings.epochs,
-            gradient_clip_val=settings.gradient_clip or None,
-            limit_train_batches=frac,
-            limit_val_batches=frac,
-            limit_test_batches=frac,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            log_every_n_steps=10,
-            default_root_dir=run_dir,
-            logger=loggers,
-            callbacks=callbacks,
-            plugins=[_WholeCheckpoints()],
-            enable_progress_bar=sys.stderr.isatty(),
-            enable_model_summary=sys.stderr.isatty(),
-        )
-    except (ValueError, RuntimeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
-        raise InputError(f"--devices, --nodes: {reason(error)}") from None
-
-
-def _loggers(run_dir: Path, *, wandb: bool) -> list[Logger]:
-    loggers: list[Logger] = [TensorBoardLogger(run_dir, name="tensorboard", version="")]
-    if wandb:
-        try:
-            from lightning.pytorch.loggers import WandbLogger
-
-            loggers.append(WandbLogger(name=run_dir.name, save_dir=run_dir, project="knowledge-boosting"))
-        except ImportError:
-            raise InputError("--wandb: Weights & Biases is not installed; pip install wandb") from None
-    return loggers
-
-
 def _steps_of(checkpoint: Path, settings: TrainingConfig) -> int:
     """Steps that a run's checkpoint had taken.
 
@@ -338,48 +254,3 @@ def _content(checkpoint: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises nearly anything on files that are not its own
         raise InputError(f"{checkpoint}: not a readable checkpoint of a run ({reason(error).split('. ')[0]})") from None
     return content
-
-
-class _WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints written beside their place and renamed: whoever is killed while writing leaves the one before."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
-
-
-class _Interruption(Callback):
-    """On SIGTERM, SIGHUP or Ctrl-C: finish the step, save, end. A second signal ends at once."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.number: int | None = None
-        self._checkpoint = checkpoint
-        self._handlers: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, *end_signals())}
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
-        # Every process must stop at the same step.
-        if trainer.strategy.reduce_boolean_decision(self.number is not None, all=False):
-            self.number = self.number or int(signal.SIGTERM)
-            trainer.save_checkpoint(self._checkpoint)
-            trainer.should_stop = True
-            trainer.limit_val_batches = 0
-
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(number, self._handlers[number])
-
-
-def _quiet() -> None:
-    """Keep Lightning's own remarks off the terminal; what a user must know, this project says."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

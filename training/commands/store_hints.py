@@ -23,7 +23,7 @@ def store_hints(
 ) -> None:
     """Keep mixtures and what a large network makes of them. The same command goes on with an interrupted run."""
     # What trains is imported only now, so that --help and mistakes in the call answer at once.
-    from knowledge_boosting.training import run
+    from knowledge_boosting.training.learning import run
 
     run.store_hints(run.read_settings(config, data=None, large=large), output, items)
 

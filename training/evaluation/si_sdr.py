@@ -1,13 +1,12 @@
-"""What training minimises."""
+"""The scale-invariant signal-to-distortion ratio (SI-SDR), and the order of sources in which it is best."""
 
 from itertools import permutations
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
-Permutation = Literal["per_channel", "joint"]
+from knowledge_boosting.training.config import Permutation
 
 
 def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
@@ -38,30 +37,11 @@ def permuted_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutat
     return scores.gather(0, best)[0]
 
 
-def match_sources(signals: Tensor, others: Tensor) -> Tensor:
-    """Signals ``[B, S, M, N]`` in the order that fits the others best, one for all microphones."""
+def match(signals: Tensor, others: Tensor) -> Tensor:
+    """Signals ``[B, S, M, N]`` in the order of the others, one assignment for all microphones (best SI-SDR)."""
+    if others.shape[1] == 1:
+        return signals
     orders = [list(order) for order in permutations(range(others.shape[1]))]
     scores = torch.stack([si_sdr(signals[:, order], others).mean((1, 2)) for order in orders])
     best = torch.tensor(orders, device=signals.device)[scores.argmax(0)]  # [B, S]
     return signals.gather(1, best[:, :, None, None].expand_as(signals))
-
-
-def negative_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutation) -> Tensor:
-    """The training loss, dB: every microphone apart, permutation-invariant over the sources, averaged.
-
-    Args:
-        estimates, references: ``[B, S, M, N]``; S is 1 for target speech extraction.
-    """
-    return -permuted_si_sdr(estimates, references, permutation).mean()
-
-
-def level_error(estimates: Tensor, references: Tensor) -> Tensor:
-    """How far the levels of estimates are from those of their references, dB, averaged; SI-SDR is blind to it.
-
-    Args:
-        estimates, references: ``[B, S, M, N]``.
-    """
-    with torch.no_grad():
-        references = match_sources(references, estimates)
-    energies = [signal.square().sum(-1).clamp_min(1e-10) for signal in (estimates, references)]
-    return (10 * torch.log10(energies[0] / energies[1])).abs().mean()

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.checkpoint import average_with, build, level_output, warm_start
+from knowledge_boosting.models.checkpoint import build, level_output
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
+from knowledge_boosting.training.weights import average_with, warm_start
 
 SIZE = {"channels": 6, "hidden": 5, "blocks": 3}
 SS = ModelConfig.model_validate({"task": "ss", "small": SIZE})

@@ -1,7 +1,5 @@
 """What one step of training, validation and test computes."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -10,29 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from knowledge_boosting.common.errors import Failure
-from knowledge_boosting.models.bundle import load_large, read_bundle
-from knowledge_boosting.models.checkpoint import (
-    OUTPUT_GAIN,
-    TRAINING_SPEAKERS,
-    average_with,
-    build,
-    load_exactly,
-    load_large_network,
-    read_checkpoint,
-    read_training_speakers,
-    warm_start,
-)
-from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from knowledge_boosting.models.checkpoint import OUTPUT_GAIN, TRAINING_SPEAKERS
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
 from knowledge_boosting.models.framing import pad_to_frames
-from knowledge_boosting.models.manifest import find_bundle, read_manifest
 from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
-from knowledge_boosting.training import metrics
 from knowledge_boosting.training.config import StoredData, TrainingConfig
-from knowledge_boosting.training.datasets import Batch, render
-from knowledge_boosting.training.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
-from knowledge_boosting.training.losses import level_error, match_sources, negative_si_sdr
-from knowledge_boosting.training.speaker_whitening import SpeakerWhitening
-from knowledge_boosting.training.stored_hints import STORED_LARGE, large_digest
+from knowledge_boosting.training.data.dynamic_mixing import render
+from knowledge_boosting.training.data.loading import Batch
+from knowledge_boosting.training.data.stored_hints import STORED_LARGE, large_digest
+from knowledge_boosting.training.evaluation.metrics import METRICS, si_sdr_improvement
+from knowledge_boosting.training.evaluation.si_sdr import match
+from knowledge_boosting.training.learning.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
+from knowledge_boosting.training.learning.losses import level_error, negative_si_sdr
+from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
+from knowledge_boosting.training.weights import initial_model, initial_speakers
 
 MONITOR = "validation/si_sdri"
 
@@ -51,24 +40,12 @@ class TrainingModule(lightning.LightningModule):
         """
         super().__init__()
         self.config = config
-        if config.initial_checkpoint is not None:
-            self.model = _initial_model(config.initial_checkpoint, config.model).train()
-        else:
-            self.model = build(config.model)
-        if config.warm_start is not None:
-            left = warm_start(self.model, Path(config.warm_start), config.model)
-            print(f"{config.warm_start}: taken over, but for {len(left)} tensors that start anew", file=sys.stderr)
-        if config.averaged_with is not None:
-            average_with(self.model, Path(config.averaged_with))
-        if config.large_checkpoint is not None:
-            _start_large(self.pair, config.large_checkpoint)
+        self.model = initial_model(config)
         # By part, for every source and microphone, measured at validation: the loss is blind to level and sign.
         self.output_gain: dict[str, list[float]] = {}
         self._products: dict[str, Tensor] = {}
         # Whom the weights have heard, by whatever way: to be measured on others.
-        self.training_speakers: set[str] = set()
-        for source in config.sources():
-            self.training_speakers |= training_speakers(source)
+        self.training_speakers = initial_speakers(config)
         if config.freeze_large:
             self.pair.large.network.requires_grad_(False)
         # Whose hints are stored; told before speaker layers change to take whitened embeddings.
@@ -195,10 +172,10 @@ class TrainingModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         estimates = self.estimates(batch)
         for name, estimate in estimates.items():
-            figure = metrics.si_sdr_improvement(estimate.float(), batch["sources"], batch["mixture"]).mean()
+            figure = si_sdr_improvement(estimate.float(), batch["sources"], batch["mixture"]).mean()
             key = MONITOR if name == "small" else f"{MONITOR}_{name}"
             self.log(key, figure, prog_bar=True, sync_dist=True, batch_size=len(estimate))
-            sources = match_sources(batch["sources"], estimate.float())
+            sources = match(batch["sources"], estimate.float())
             pairs = ((estimate, sources), (estimate, estimate), (sources, sources))
             products = torch.stack([(one * other).sum((0, 3)) for one, other in pairs])  # [3, S, M]
             self._products[name] = self._products.get(name, torch.zeros_like(products)) + products
@@ -218,14 +195,9 @@ class TrainingModule(lightning.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         references, mixture = batch["sources"], batch["mixture"]
         for name, estimate in self.estimates(batch).items():
-            figures = {
-                "si_sdri": metrics.si_sdr_improvement(estimate, references, mixture),
-                "snri": metrics.snr_improvement(estimate, references, mixture),
-                "stoi": metrics.stoi(estimate, references),
-                "pesq": metrics.pesq(estimate.cpu(), references.cpu()),
-            }
-            for figure, values in figures.items():
-                self.log(f"test/{name}_{figure}", values.nanmean(), sync_dist=True, batch_size=len(estimate))
+            for metric, definition in METRICS.items():
+                values = definition.measure(estimate, references, mixture)
+                self.log(f"test/{name}_{metric}", values.nanmean(), sync_dist=True, batch_size=len(estimate))
 
     def configure_optimizers(self) -> Any:
         weights = [weight for weight in self.parameters() if weight.requires_grad]
@@ -251,26 +223,3 @@ class TrainingModule(lightning.LightningModule):
         rate = self.config.model.framing.sample_rate
         for name, signal in signals.items():
             add_audio(f"validation/{name}", signal.float().clamp(-1, 1).cpu(), self.global_step, rate)
-
-
-def _initial_model(source: str, config: ModelConfig) -> nn.Module:
-    """A model with the weights of a checkpoint file, or of a bundle by name or path."""
-    path = Path(source)
-    return read_checkpoint(path, config) if path.is_file() or path.suffix else read_bundle(source, config)
-
-
-def _start_large(pair: BoostedPair, source: str) -> None:
-    """Give the large network the weights of a bundle, by name or path, or of a checkpoint file."""
-    path = Path(source)
-    if path.is_file():
-        load_large_network(pair, path)
-        return
-    large, _ = load_large(source)
-    load_exactly(pair.large.network, large.network.state_dict(), find_bundle(source))
-
-
-def training_speakers(source: str) -> set[str]:
-    """The speakers that a bundle, by name or path, or a checkpoint file was trained on, as far as it tells."""
-    if Path(source).is_file():
-        return set(read_training_speakers(Path(source)))
-    return set(read_manifest(find_bundle(source)).provenance.training_speakers)

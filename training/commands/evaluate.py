@@ -1,0 +1,117 @@
+"""The ``kb-evaluate`` command: what bundles and runs make of a dataset's mixtures, as a table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
+
+app = cli.Application()
+
+_MOST_DELAY = 1000  # frames, 8 s
+_FILE_WIDTH = 160  # of the table where it is no terminal's
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="BUNDLE_OR_RUN...", help="Bundles by name or path, and folders of runs.")
+    ],
+    data: Annotated[Path, typer.Option("--data", help="Root of a dataset in the published layout.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json, .csv, .png and items.csv.")],
+    split: Annotated[str, typer.Option("--split", help="Folder of the dataset to measure on.")] = "test",
+    delays: Annotated[
+        str | None,
+        typer.Option(
+            "--delays", help="Frames: run every pair at these delays too, besides the one it was trained for."
+        ),
+    ] = None,
+    items: Annotated[int | None, typer.Option("--items", min=1, help="Use only the first ones.")] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Run frame by frame, and tell how far that is from whole signals.")
+    ] = False,
+    metrics: Annotated[
+        str, typer.Option("--metrics", help="What to measure; STOI and PESQ take most of the time.")
+    ] = ",".join(METRICS),
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Processes for STOI and PESQ; 0: this one.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write what was measured into the bundles: bundle.json and model card.")
+    ] = False,
+) -> None:
+    """Measure what models make of a dataset's mixtures: alone, boosted, with wrong hints, and the large network.
+
+    Quality by delay takes several bundles, each trained for its delay; --delays runs each also at others.
+    """
+    retimed = _parse_delays(delays) if delays is not None else []
+    wanted = _parse_metrics(metrics)
+    packages = [package for metric in wanted if (package := METRICS[metric].package) is not None]
+    cli.check_installed("torchmetrics", "matplotlib", *packages)
+    # What measures is imported only now, so that --help and mistakes in the call answer at once.
+    from knowledge_boosting.training.evaluation.files import (
+        RESULT_FILES,
+        output_folder,
+        record_in_bundles,
+        write_results,
+    )
+    from knowledge_boosting.training.evaluation.measuring import Options, measure
+    from knowledge_boosting.training.evaluation.table import table
+
+    options = Options(
+        models=models,
+        data=data,
+        split=split,
+        items=items,
+        delays=retimed,
+        metrics=wanted,
+        streaming=streaming,
+        workers=workers,
+        device=device,
+        seed=seed,
+        record=record,
+    )
+    with output_folder(output):
+        results, names, figures = measure(options)
+        write_results(output, results, names, figures)
+        if record:
+            record_in_bundles(results)
+    terminal = cli.console()
+    if not terminal.is_terminal:
+        terminal = cli.console(width=_FILE_WIDTH)
+    terminal.print(table(results, terminal.width))
+    print(f"{output}: {', '.join(RESULT_FILES)}")
+
+
+def _parse_metrics(text: str) -> list[MetricName]:
+    """The metrics named, in the order of the table; SI-SDRi is always among them.
+
+    Raises:
+        InputError: one is unknown.
+    """
+    names = {name.strip() for name in text.split(",")}
+    unknown = sorted(names - set(METRICS))
+    if unknown:
+        raise InputError(f"--metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
+    return [metric for metric in METRICS if metric in names or metric == "si_sdri"]
+
+
+def _parse_delays(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and int(word) <= _MOST_DELAY for word in words):
+        raise InputError(f"--delays {text}: give frames, 0 to {_MOST_DELAY}, with commas between, such as 0,1,3,6")
+    return [int(word) for word in words]
+
+
+def main() -> None:
+    """Entry point of ``kb-evaluate``."""
+    cli.run(app, "kb-evaluate", "train")
+
+
+if __name__ == "__main__":
+    main()

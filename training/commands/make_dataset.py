@@ -1,0 +1,301 @@
+"""The ``kb-make-dataset`` command: speech and head-related responses to a dataset in the published layout.
+
+``<output>/<split>/<item>/`` holds ``source00.wav`` and ``source01.wav`` (two ears, 16 kHz, 16-bit), with ``--noise``
+``noise.wav`` (the sum of all is the mixture), for TSE ``spk_id00.pt`` and ``spk_id01.pt`` (``[1, 256]``), and
+``metadata.json``; ``<output>/<split>/`` holds the items' records as ``metadata.csv``; ``<output>/dataset.json`` what it
+was made with. With ``--responses-only`` there is ``<output>/responses.safetensors`` instead, and its ``metadata.csv``.
+
+An item's bytes follow from the flags alone (:mod:`training.data.items`), and the same command makes what is missing of
+an interrupted run (:mod:`training.data.dataset_folder`).
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.files import atomic_file
+from knowledge_boosting.models.manifest import file_digest
+from knowledge_boosting.training.data.corpus import SAMPLE_RATE, clips_digest, find_clips, find_speech
+from knowledge_boosting.training.data.dataset_folder import check_root, make_missing, warn_of_broken, write_metadata
+from knowledge_boosting.training.data.items import (
+    BANK,
+    RESPONSE_FILE,
+    Mixtures,
+    Responses,
+    item_name,
+    mixture_bytes,
+    read_record,
+    room_bytes,
+)
+from knowledge_boosting.training.data.responses import BANK_FILE, Renderer, check_sofa, head_name, write_bank
+from knowledge_boosting.training.data.rooms import MICROPHONES, MONO, Range, RoomRanges, check_range
+from knowledge_boosting.training.data.talkers import Talker, find_talkers, split_talkers
+
+app = cli.Application()
+
+_MOST = 1_000_000
+_ROOMS = RoomRanges()
+
+
+class Task(StrEnum):
+    """What the dataset is for."""
+
+    SS = "ss"
+    TSE = "tse"
+
+
+@app.command()
+def make_dataset(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or to go on with.")],
+    sofa: Annotated[
+        list[Path],
+        typer.Option("--sofa", help="Head-related responses of two ears (SOFA file); several are drawn from."),
+    ],
+    speech: Annotated[
+        Path | None,
+        typer.Option("--speech", help="Mono speech of 16 kHz or more: <speaker>/… folders or <speaker>-… names."),
+    ] = None,
+    valid_speech: Annotated[
+        Path | None, typer.Option("--valid-speech", help="Speech of val and test; else --speech is divided by speaker.")
+    ] = None,
+    task: Annotated[Task | None, typer.Option("--task", help="For tse every item has speaker embeddings.")] = None,
+    train: Annotated[int, typer.Option("--train", min=0, max=_MOST, help="Items of train.")] = 0,
+    val: Annotated[int, typer.Option("--val", min=0, max=_MOST, help="Items of val.")] = 0,
+    test: Annotated[int, typer.Option("--test", min=0, max=_MOST, help="Items of test.")] = 0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.5, max=60, help="Length of an item.")] = 4.0,
+    enrollment_seconds: Annotated[
+        float, typer.Option("--enrollment-seconds", min=1, max=60, help="tse: speech that an embedding is made of.")
+    ] = 4.0,
+    level_difference: Annotated[
+        Range, typer.Option("--level-difference", metavar="LOW HIGH", help="dB, first speaker over the second.")
+    ] = (-5.0, 5.0),
+    level: Annotated[
+        Range, typer.Option("--level", metavar="LOW HIGH", help="dBFS (RMS) of the mixture, lowered if it would clip.")
+    ] = (-35.0, -20.0),
+    noise: Annotated[
+        Path | None, typer.Option("--noise", help="Recordings without voices, mono, 16 kHz or more, at any depth.")
+    ] = None,
+    noise_ratio: Annotated[
+        Range, typer.Option("--noise-ratio", metavar="LOW HIGH", help="dB, both speakers over the noise.")
+    ] = (15.0, 40.0),
+    side: Annotated[
+        Range, typer.Option("--side", metavar="LOW HIGH", help="Length and width of a room, m.")
+    ] = _ROOMS.side,
+    height: Annotated[Range, typer.Option("--height", metavar="LOW HIGH", help="Height of a room, m.")] = _ROOMS.height,
+    absorption: Annotated[
+        Range, typer.Option("--absorption", metavar="LOW HIGH", help="Share of the energy that surfaces take.")
+    ] = _ROOMS.absorption,
+    anechoic: Annotated[
+        float, typer.Option("--anechoic", min=0, max=1, help="Share of rooms without reflections.")
+    ] = _ROOMS.anechoic,
+    distance: Annotated[
+        Range, typer.Option("--distance", metavar="LOW HIGH", help="Head to speaker, m.")
+    ] = _ROOMS.distance,
+    azimuth: Annotated[
+        Range, typer.Option("--azimuth", metavar="LOW HIGH", help="Degrees from where the head faces; 90 is left.")
+    ] = _ROOMS.azimuth,
+    elevation: Annotated[
+        Range, typer.Option("--elevation", metavar="LOW HIGH", help="Degrees above the height of the head.")
+    ] = _ROOMS.elevation,
+    separation: Annotated[
+        float, typer.Option("--separation", min=0, max=90, help="Least difference of the two azimuths, degrees.")
+    ] = _ROOMS.separation,
+    microphones: Annotated[
+        float, typer.Option("--microphones", min=0, max=1, help="Share of rooms with two microphones and no head.")
+    ] = _ROOMS.microphones,
+    mono: Annotated[
+        float,
+        typer.Option("--mono", min=0, max=1, help="Share of rooms with one microphone, whose signal comes twice."),
+    ] = _ROOMS.mono,
+    unequal: Annotated[
+        float,
+        typer.Option(
+            "--unequal", min=0, max=1, help="Share of all rooms but mono: one ear or microphone 20 dB weaker."
+        ),
+    ] = _ROOMS.unequal,
+    responses_only: Annotated[
+        bool, typer.Option("--responses-only", help="A bank of room responses for dynamic mixing, without speech.")
+    ] = False,
+    rooms: Annotated[int, typer.Option("--rooms", min=0, max=_MOST, help="Rooms of the bank.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of every draw.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes, one a core if not given; changes no byte.")
+    ] = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out speech that is unreadable, not mono or below 16 kHz.")
+    ] = False,
+) -> None:
+    """Mix two speakers in random rooms, as two ears hear them. The same command goes on with an interrupted run."""
+    shares = (microphones, mono, unequal)
+    ranges = RoomRanges(side, height, absorption, anechoic, distance, azimuth, elevation, separation, *shares)
+    counts = {split: count for split, count in (("train", train), ("val", val), ("test", test)) if count}
+    if responses_only:
+        if speech or valid_speech or task or counts or noise:
+            raise InputError(
+                "--responses-only takes no --speech, --valid-speech, --noise, --task, --train, --val or --test"
+            )
+        if not rooms:
+            raise InputError("--responses-only needs --rooms, how many rooms the bank has")
+        cli.check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
+        _check_heads(sofa)
+        _make_bank(output, sofa, ranges, rooms, seed, workers)
+        return
+    if rooms:
+        raise InputError("--rooms needs --responses-only; a dataset has a room for every item")
+    if speech is None or task is None:
+        raise InputError(f"give {'--speech DIR' if speech is None else '--task ss or tse'}, or --responses-only")
+    if not counts:
+        raise InputError("nothing to make; give --train, --val or --test a number of items")
+    if valid_speech is not None and not (val or test):
+        raise InputError("--valid-speech is for val and test; give --val or --test a number of items")
+    check_range("--level-difference", level_difference, -40, 40)
+    check_range("--level", level, -60, 0)
+    check_range("--noise-ratio", noise_ratio, -20, 100)
+    folders = {"speech": speech, **({"valid_speech": valid_speech} if valid_speech else {})}
+    for folder in folders.values():
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{output}: lies in the speech folder {folder}; give another --output")
+    needed = ("resemblyzer", "torch") if task is Task.TSE else ()
+    cli.check_installed("netCDF4", "pyroomacoustics", "sofa", *needed)
+    _check_heads(sofa)
+    length = round(seconds * SAMPLE_RATE)
+    enrollment = round(enrollment_seconds * SAMPLE_RATE) if task is Task.TSE else 0
+    clips = find_clips(noise) if noise is not None else ()
+    talkers, digests = _find_splits(folders, counts, length, enrollment, seed, skip_broken=skip_broken)
+    parameters: dict[str, object] = {
+        "task": task.value,
+        "train": train,
+        "val": val,
+        "test": test,
+        "seconds": seconds,
+        "enrollment_seconds": enrollment_seconds if enrollment else None,
+        "level_difference": level_difference,
+        "level": level,
+        "seed": seed,
+        **asdict(ranges),
+        "speech": digests["speech"],
+        "valid_speech": digests.get("valid_speech"),
+        "sofa": _digests(sofa),
+        "noise": clips_digest(clips) if clips else None,
+        "noise_ratio": noise_ratio if clips else None,
+    }
+
+    def prepare() -> Mixtures:
+        return Mixtures(
+            Renderer(sofa),
+            ranges,
+            seed,
+            talkers,
+            length,
+            enrollment,
+            level_difference,
+            level,
+            clips,
+            noise_ratio,
+            skip_broken,
+        )
+
+    make_missing(
+        output,
+        parameters,
+        counts,
+        mixture_bytes(length, embeddings=enrollment > 0, noise=noise is not None),
+        prepare,
+        workers,
+    )
+    for split, count in counts.items():
+        write_metadata(output / split, output / split, count)
+        print(f"{output / split}: {count} items of {len(talkers[split])} speakers")
+
+
+def _make_bank(
+    root: Path, sofa: Sequence[Path], ranges: RoomRanges, rooms: int, seed: int, workers: int | None
+) -> None:
+    parameters = {"rooms": rooms, "seed": seed, **asdict(ranges), "sofa": _digests(sofa)}
+    bank, items = root / BANK_FILE, root / BANK
+    if bank.exists():
+        check_root(root, parameters)
+        print(f"{bank}: made already")
+    else:
+        make_missing(
+            root, parameters, {BANK: rooms}, room_bytes(), lambda: Responses(Renderer(sofa), ranges, seed), workers
+        )
+        write_metadata(root, items, rooms)
+        folders = [items / item_name(index) for index in range(rooms)]
+        responses = np.stack([np.load(folder / RESPONSE_FILE) for folder in folders])
+        listeners = [str(read_record(folder)["listener"]) for folder in folders]
+        with atomic_file(bank) as temporary:
+            write_bank(temporary, responses, listeners)
+        print(f"{bank}: {rooms} rooms")
+    shutil.rmtree(items, ignore_errors=True)
+
+
+def _find_splits(
+    folders: Mapping[str, Path],
+    counts: Mapping[str, int],
+    length: int,
+    enrollment: int,
+    seed: int,
+    *,
+    skip_broken: bool,
+) -> tuple[dict[str, tuple[Talker, ...]], dict[str, object]]:
+    """Talkers of every split, and the digest of each corpus.
+
+    Args:
+        folders: by parameter, ``speech`` and perhaps ``valid_speech``.
+        counts: items of the splits that have any.
+
+    Raises:
+        InputError: a corpus has too few speakers, or shares one with the other.
+    """
+    corpora = {name: find_speech(folder, skip_broken=skip_broken) for name, folder in folders.items()}
+    warn_of_broken({path: fault for corpus in corpora.values() for path, fault in corpus.broken.items()})
+    shared = set.intersection(*(set(corpus.speakers) for corpus in corpora.values())) if len(corpora) > 1 else set()
+    if shared:
+        raise InputError(
+            f"--valid-speech: speaker {min(shared)} is in --speech too; give folders of different speakers"
+        )
+    chosen: dict[str, tuple[Talker, ...]] = {}
+    for name, corpus in corpora.items():
+        splits = [split for split in counts if len(corpora) == 1 or (split == "train") == (name == "speech")]
+        talkers = find_talkers(corpus, length, enrollment)
+        if len(talkers) < 2 * len(splits):
+            apart = f" and {enrollment / SAMPLE_RATE:g} s more to enroll with" if enrollment else ""
+            raise InputError(
+                f"{folders[name]}: {len(talkers)} of its {len(corpus.speakers)} speakers have "
+                f"{length / SAMPLE_RATE:g} s of speech in one file{apart}; at least {2 * len(splits)} are needed for "
+                f"{' and '.join(splits)}; add speech or ask for less"
+            )
+        chosen |= split_talkers(talkers, splits, seed)
+    return chosen, {name: corpus.digest for name, corpus in corpora.items()}
+
+
+def _check_heads(files: Sequence[Path]) -> None:
+    for sofa in files:
+        check_sofa(sofa)
+    names = [head_name(sofa) for sofa in files]
+    for name in names:
+        if names.count(name) > 1 or name in (MICROPHONES, MONO):
+            raise InputError(f"--sofa: two listeners would be called {name}; rename the file")
+
+
+def _digests(files: Sequence[Path]) -> str | list[str]:
+    digests = [file_digest(path) for path in files]
+    return digests[0] if len(digests) == 1 else digests
+
+
+def main() -> None:
+    """Entry point of ``kb-make-dataset``."""
+    cli.run(app, "kb-make-dataset", "train")
+
+
+if __name__ == "__main__":
+    main()

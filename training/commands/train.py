@@ -1,0 +1,80 @@
+"""The ``kb-train`` command."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.files import check_folder
+
+app = cli.Application()
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option("--config", help="Training configuration (JSON), ours or a published one.")],
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", "--run_dir", help="Folder of this run: checkpoints, logs, configuration.")
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in run_dir.")] = False,
+    ckpt: Annotated[
+        Path | None, typer.Option("--ckpt", help="Checkpoint to go on from, or to test; else the last, or the best.")
+    ] = None,
+    test: Annotated[bool, typer.Option("--test", help="Test instead of training.")] = False,
+    frac: Annotated[float, typer.Option("--frac", min=0.0, max=1.0, help="Share of every epoch that is used.")] = 1.0,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Root of the rendered dataset, for the configuration's.")
+    ] = None,
+    large: Annotated[
+        str | None, typer.Option("--large", help="Where the large network starts: a checkpoint or a bundle.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option("--devices", min=1, help="GPUs, or processes on the CPU; else every GPU.")
+    ] = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines, each of which runs this command.")] = 1,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Pass over broken items, with a warning.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too, where it is installed.")] = False,
+) -> None:
+    """Train one network, or a pair for its small one. Figures and sounds go to RUN_DIR/tensorboard."""
+    if frac == 0:
+        raise InputError("--frac: must be more than 0")
+    if test and resume:
+        raise InputError("--test and --resume: give one of them")
+    last = run_dir / "last.ckpt"
+    # Processes that a first one or torchrun has started find the folder made.
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first and not resume and not test and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise InputError(f"{run_dir}: holds a run already; give --resume to go on with it, or another --run_dir")
+    if first and not test:
+        check_folder(run_dir)
+    if resume and ckpt is None and not last.is_file():
+        raise InputError(f"{run_dir}: has no last.ckpt to resume from; leave out --resume to start")
+    if ckpt is not None and not ckpt.is_file():
+        raise InputError(f"{ckpt}: no such file; give a checkpoint of this configuration")
+
+    # By default torch's threads wait for each other by turning round and round, for milliseconds: where anything else
+    # runs, that takes most of the processor's time. Read as torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # What trains is imported only now, so that --help and mistakes in the call answer at once.
+    from knowledge_boosting.training.learning.run import read_settings, run_test, run_training
+    from knowledge_boosting.training.learning.trainer import Devices
+
+    settings = read_settings(config, data=data, large=large)
+    machines = Devices(devices, nodes)
+    if test:
+        run_test(settings, run_dir, ckpt, machines, frac=frac, skip_broken=skip_broken)
+    else:
+        start = ckpt or (last if resume else None)
+        run_training(settings, run_dir, start, machines, frac=frac, skip_broken=skip_broken, wandb=wandb)
+
+
+def main() -> None:
+    """Entry point of ``kb-train``."""
+    cli.run(app, "kb-train", "train")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Speech, rooms, mixtures and examples: what there is to learn from."""

@@ -1,0 +1,249 @@
+"""Mixtures made anew for every example from speech and room responses, mixed on the training device."""
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import soxr
+import torch
+from torch import Tensor
+
+from knowledge_boosting.common.cli import warn
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.speaker_encoder import NoSpeech, speaker_embedding
+from knowledge_boosting.training.config import DynamicData
+from knowledge_boosting.training.data.corpus import (
+    SAMPLE_RATE,
+    BrokenFile,
+    Samples,
+    Segment,
+    find_clips,
+    find_speech,
+    read_names,
+    read_noise,
+    read_segment,
+    read_speech,
+)
+from knowledge_boosting.training.data.loading import Address, Batch
+from knowledge_boosting.training.data.responses import read_bank
+from knowledge_boosting.training.data.talkers import draw_segments, find_talkers
+
+_ENROLLMENT_SECONDS = 3
+_SPEEDS = 8  # slower and faster ones that are drawn from
+_DRAWS = 20
+
+
+class DynamicMixing:
+    """Two talkers and a room drawn for every example; :func:`render` mixes them on the training device."""
+
+    def __init__(self, data: DynamicData, model: ModelConfig, *, seed: int, skip_broken: bool) -> None:
+        """List the talkers and read the bank.
+
+        Raises:
+            InputError: no speech, fewer than two talkers with enough of it, or no bank of responses.
+        """
+        self._data, self._model, self._seed = data, model, seed
+        self._length = round(data.seconds * SAMPLE_RATE)
+        # The fastest playback needs the most speech.
+        self._segment = round(self._length * (1 + data.speed)) + 1
+        enrollment = round(_ENROLLMENT_SECONDS * SAMPLE_RATE * (1 + data.speed))
+        self._enrollment = enrollment if model.task == "tse" else 0
+        self._skip_broken = skip_broken
+        corpus = find_speech(Path(data.speech), skip_broken=skip_broken)
+        for line in corpus.broken:
+            warn(f"skipped: {line}")
+        talkers = find_talkers(corpus, self._segment, self._enrollment)
+        if data.excluded_speakers is not None:
+            excluded = read_names(Path(data.excluded_speakers))
+            talkers = {name: talker for name, talker in talkers.items() if name not in excluded}
+        self.speakers = frozenset(talkers)
+        self._talkers = list(talkers.values())
+        if len(self._talkers) < 2:
+            raise InputError(f"{data.speech}: has {len(self._talkers)} speakers with enough speech, two are needed")
+        self._bank = read_bank(Path(data.responses))
+        # Noise has a room of its own, with the same listener.
+        self._alike = {number: np.flatnonzero(self._bank.listeners == number) for number in set(self._bank.listeners)}
+        self._noise = find_clips(Path(data.noise)) if data.noise is not None else ()
+        self._embeddings: dict[tuple[Segment, float], torch.Tensor] = {}
+        if data.candidates > 1:
+            if model.task != "tse" or data.candidates >= len(self._talkers):
+                raise InputError(f"train.candidates: must be 1 for separation, and less than {len(self._talkers)}")
+            self._voices = self.speaker_embeddings()
+
+    def __len__(self) -> int:
+        return self._data.items
+
+    def example(self, address: Address) -> dict[str, Any]:
+        """One example by epoch and index.
+
+        Raises:
+            InputError: a speech file is damaged (skipping broken ones, another is drawn), or there is only silence.
+        """
+        rng = np.random.default_rng([self._seed, *address])
+        why = ""
+        for _ in range(_DRAWS):  # the next draw is as reproducible as the one before
+            try:
+                return self._draw(rng)
+            except NoSpeech as error:
+                why = str(error)
+            except BrokenFile as error:
+                if not self._skip_broken:
+                    raise
+                why = str(error)
+                warn(f"skipped: {why}")
+        raise InputError(f"{self._data.speech}: no usable speech in {_DRAWS} draws, at last {why}; give other speech")
+
+    def _draw(self, rng: np.random.Generator) -> dict[str, Any]:
+        first, *others = rng.choice(len(self._talkers), 1 + self._data.candidates, replace=False)
+        second = others[0]
+        if len(others) > 1:
+            likeness = self._voices @ self._voices[first]
+            second = min(others, key=lambda index: float(likeness[index]))
+        talkers = [self._talkers[first], self._talkers[second]]
+        segments = [draw_segments(rng, talker, self._segment, self._enrollment) for talker in talkers]
+        # Speech that plays faster is another voice, and so its enrollment must play as fast.
+        speeds = (1 + self._data.speed * rng.integers(-_SPEEDS, _SPEEDS + 1, size=2) / _SPEEDS).tolist()
+        speech = []
+        for (mixed, _), speed in zip(segments, speeds, strict=True):
+            samples = _at_speed(read_speech(mixed), speed)
+            speech.append(np.pad(samples, (0, max(0, self._length - len(samples))))[: self._length])
+        room = rng.integers(len(self._bank.responses))
+        example: dict[str, Any] = {
+            "names": " + ".join(mixed.utterance.name for mixed, _ in segments),
+            "speech": torch.from_numpy(np.stack(speech)),
+            "responses": torch.from_numpy(self._bank.responses[room][rng.permutation(2)]),
+            "level_difference_db": torch.tensor(self._data.level_difference_db * rng.uniform(-1, 1)),
+        }
+        example["level_dbfs"] = torch.tensor(rng.uniform(*self._data.level_dbfs))
+        example |= self._draw_conditions(rng, int(self._bank.listeners[room]))
+        if rng.uniform() < self._data.pauses:
+            _pause(rng, example["speech"])
+        if self._model.task == "tse":
+            example["speaker_embedding"] = torch.stack(
+                [self._embedding(*pair, speed) for pair, speed in zip(segments, speeds, strict=True)]
+            )
+        return example
+
+    def _draw_conditions(self, rng: np.random.Generator, listener: int) -> dict[str, Tensor]:
+        """What disturbs the mixture besides the room."""
+        data = self._data
+        drawn: dict[str, Tensor] = {}
+        if data.ear_difference_db:
+            drawn["ear_difference_db"] = torch.tensor(data.ear_difference_db * (rng.uniform() - rng.uniform()))
+        if data.level_change_db:
+            drawn["level_change_db"] = torch.tensor(data.level_change_db * rng.uniform(-1, 1))
+        if self._noise:
+            clip = self._noise[rng.integers(len(self._noise))]
+            places = [read_noise(rng, clip, self._length) for _ in range(2)]
+            room = rng.choice(self._alike[listener])
+            drawn["noise"] = torch.from_numpy(np.stack(places))
+            drawn["noise_responses"] = torch.from_numpy(self._bank.responses[room])
+            drawn["noise_db"] = torch.tensor(rng.uniform(*data.noise_db))
+        return drawn
+
+    def speaker_embeddings(self) -> Tensor:
+        """A d-vector of every talker, ``[talkers, 256]``, always the same; the mean where one has no speech."""
+        rng = np.random.default_rng(0)
+        found: dict[int, Tensor] = {}
+        for index, talker in enumerate(self._talkers):
+            with suppress(NoSpeech):
+                found[index] = self._embedding(*draw_segments(rng, talker, self._segment, self._enrollment), 1.0)
+        if not found:
+            raise InputError(f"{self._data.speech}: no usable speech; give other speech")
+        mean = torch.stack(list(found.values())).mean(0)
+        return torch.stack([found.get(index, mean) for index in range(len(self._talkers))])
+
+    def _embedding(self, mixed: Segment, enrollment: Segment, speed: float) -> Tensor:
+        """The d-vector of an enrollment that begins with a whole second, unless what is mixed is in the way.
+
+        A d-vector takes longer than all else of an example, and so the same ones come again and are kept.
+        """
+        whole = replace(enrollment, start=enrollment.start - enrollment.start % SAMPLE_RATE)
+        if (
+            whole.utterance != mixed.utterance
+            or whole.start + whole.length <= mixed.start
+            or whole.start >= mixed.start + mixed.length
+        ):
+            enrollment = whole
+        if (enrollment, speed) not in self._embeddings:
+            speech = _at_speed(read_segment(enrollment), speed)[: _ENROLLMENT_SECONDS * SAMPLE_RATE]
+            self._embeddings[enrollment, speed] = torch.from_numpy(speaker_embedding(speech))
+        return self._embeddings[enrollment, speed]
+
+
+_LEAST_SPEECH = 0.3  # share of a mixture that a talker speaks for, however long the pause
+
+
+def _pause(rng: np.random.Generator, speech: Tensor) -> None:
+    """Silence one talker's speech ``[2, N]`` for a while, or that of both at first, in place."""
+    length = speech.shape[-1]
+    pause = round(rng.uniform(0, 1 - _LEAST_SPEECH) * length)
+    if rng.uniform() < 0.25:
+        speech[:, :pause] = 0
+        return
+    start = int(rng.integers(-pause // 2, length - pause // 2))
+    speech[int(rng.integers(2)), max(start, 0) : start + pause] = 0
+
+
+def _at_speed(samples: Samples, speed: float) -> Samples:
+    return soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE) if speed != 1 else samples
+
+
+_HEADROOM = 0.99
+
+
+def _gain(decibels: Tensor) -> Tensor:
+    gain: Tensor = 10 ** (decibels / 20)
+    return gain
+
+
+def _heard(signals: Tensor, responses: Tensor) -> Tensor:
+    """Signals ``[B, 2, N]`` through responses ``[B, 2, M, K]``: ``[B, 2, M, N]``."""
+    length = signals.shape[-1]
+    # A transform of any other length takes several times as long.
+    size = scipy.fft.next_fast_len(length + responses.shape[-1] - 1, real=True)
+    spectrum = torch.fft.rfft(signals, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
+    heard: Tensor = torch.fft.irfft(spectrum, n=size)[..., :length]
+    return heard
+
+
+def render(batch: Batch) -> Batch:
+    """Mixture and sources of a batch of dynamic mixing, on the device the batch is on; other batches as they are.
+
+    For TSE every mixture comes twice, with either talker as the target: only whom to listen to tells the two apart.
+    """
+    if "speech" not in batch:
+        return batch
+    heard = _heard(batch["speech"], batch["responses"])  # [B, 2, M, N]
+    level = heard.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-8)
+    signs = torch.tensor([1.0, -1.0], device=heard.device)
+    sources = heard / level * _gain(batch["level_difference_db"][:, None] / 2 * signs)[..., None, None]
+    if "ear_difference_db" in batch:
+        sources = sources * _gain(batch["ear_difference_db"][:, None] / 2 * signs)[:, None, :, None]
+    mixture = sources.sum(1)
+    if "noise" in batch:
+        noise = _heard(batch["noise"], batch["noise_responses"]).sum(1)
+        if "ear_difference_db" in batch:
+            noise = noise * _gain(batch["ear_difference_db"][:, None] / 2 * signs)[..., None]
+        ratio = mixture.square().mean((-2, -1)) / noise.square().mean((-2, -1)).clamp_min(1e-16)
+        mixture = mixture + noise * (ratio.sqrt() * _gain(-batch["noise_db"]))[:, None, None]
+    if "level_change_db" in batch:
+        way = torch.linspace(-0.5, 0.5, mixture.shape[-1], device=mixture.device)
+        change = _gain(batch["level_change_db"][:, None] * way)[:, None]
+        mixture, sources = mixture * change, sources * change[:, None]
+    gain = _gain(batch["level_dbfs"]) / mixture.square().mean((-2, -1)).sqrt()
+    peak = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1)))
+    gain = torch.minimum(gain, _HEADROOM / peak)[:, None, None]
+    sources, mixture = (sources * gain[:, None]).float(), (mixture * gain).float()
+    if "speaker_embedding" not in batch:
+        return {"names": batch["names"], "mixture": mixture, "sources": sources}
+    return {
+        "names": [name for name in batch["names"] for _ in range(2)],
+        "mixture": mixture.repeat_interleave(2, 0),
+        "sources": sources.flatten(0, 1)[:, None],
+        "speaker_embedding": batch["speaker_embedding"].flatten(0, 1),
+    }

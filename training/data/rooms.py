@@ -1,0 +1,210 @@
+"""Rooms with a listener and two talkers, drawn at random.
+
+The listener is a head, two microphones a few centimetres apart as laptops and tablets have them, or one microphone,
+whose signal comes twice. Angles are degrees: azimuth counterclockwise from where the head faces (90 is left), elevation
+from the horizontal. Ear 0 is the left one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from knowledge_boosting.common.errors import InputError
+
+_MAX_ORDER = 15  # an order of 15 has 4991 images, and takes about 0.1 s
+_HEAD_HEIGHT = (1.2, 1.8)  # m, ears of a listener who sits or stands
+_HEAD_MARGIN = 0.5  # m to the walls
+_TALKER_MARGIN = 0.3  # m to walls, floor and ceiling
+_TRIES = 10_000
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RoomRanges:
+    """What rooms are drawn from, uniformly between two ends each."""
+
+    side: Range = (3.0, 8.0)  # m, length and width
+    height: Range = (2.4, 3.5)  # m
+    absorption: Range = (0.2, 0.7)  # share of the energy that a surface takes
+    anechoic: float = 0.0  # share of rooms without reflections
+    distance: Range = (0.5, 2.0)  # m from the head's centre to a talker
+    azimuth: Range = (-180.0, 180.0)
+    elevation: Range = (-15.0, 15.0)
+    separation: float = 15.0  # least difference of the talkers' azimuths
+    microphones: float = 0.0  # share of rooms with two microphones and no head
+    mono: float = 0.0  # share of rooms with one microphone
+    unequal: float = 0.0  # share of other rooms in which one ear or microphone is 20 dB less sensitive
+
+    def __post_init__(self) -> None:
+        check_range("--side", self.side, 2, 50)
+        check_range("--height", self.height, 2.2, 20)
+        check_range("--absorption", self.absorption, 0.1, 1)
+        check_range("--distance", self.distance, 0.2, 20)
+        check_range("--azimuth", self.azimuth, -180, 180)
+        check_range("--elevation", self.elevation, -60, 60)
+        if self.azimuth[1] - self.azimuth[0] <= self.separation:
+            raise InputError(f"--separation {self.separation:g}: does not fit into --azimuth; widen that range")
+        if not 0 <= self.microphones + self.mono <= 1:
+            raise InputError("--microphones, --mono: are shares of the rooms, together at most 1")
+        if self.distance[0] > self.side[0] / 2 - _TALKER_MARGIN:
+            raise InputError(
+                f"--distance {self.distance[0]:g} …: too far for a room with --side {self.side[0]:g}; "
+                f"begin at {self.side[0] / 2 - _TALKER_MARGIN:g} m or less, or make rooms larger"
+            )
+
+
+def check_range(flag: str, values: Range, least: float, most: float) -> None:
+    """Whether a flag's two values are a range within bounds.
+
+    Raises:
+        InputError: they are not, which a NaN is not either.
+    """
+    if not least <= values[0] <= values[1] <= most:
+        raise InputError(f"{flag} {values[0]:g} {values[1]:g}: give LOW HIGH, {least:g} <= LOW <= HIGH <= {most:g}")
+
+
+MICROPHONES, MONO = "microphones", "mono"
+_SPACING = (0.03, 0.2)  # m, of two microphones
+_UNEQUAL_DB = 6.0  # most that one of them is more sensitive than the other
+_WEAK_DB = 20.0  # as when one of two microphones is covered
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What hears a room."""
+
+    kind: str  # the name of a head, or MICROPHONES or MONO
+    spacing: float = 0.0  # m, between two microphones
+    difference: float = 0.0  # dB, sensitivity of the left ear or microphone over the right one
+
+
+def _draw_listener(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
+    listener = _draw_kind(rng, ranges, heads)
+    if ranges.unequal and rng.uniform() < ranges.unequal and listener.kind != MONO:
+        return replace(listener, difference=_WEAK_DB * float(rng.choice((-1, 1))))
+    return listener
+
+
+def _draw_kind(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
+    # Where only one head is possible nothing is drawn.
+    if ranges.microphones or ranges.mono:
+        share = rng.uniform()
+        if share < ranges.mono:
+            return Listener(MONO)
+        if share < ranges.mono + ranges.microphones:
+            return Listener(MICROPHONES, rng.uniform(*_SPACING), rng.uniform(-_UNEQUAL_DB, _UNEQUAL_DB))
+    return Listener(heads[int(rng.integers(len(heads)))] if len(heads) > 1 else heads[0])
+
+
+class Place(NamedTuple):
+    """Where a talker is, seen from the head's centre (degrees, m), and in the room."""
+
+    azimuth: float
+    elevation: float
+    distance: float
+    position: tuple[float, float, float]  # m
+
+
+@dataclass(frozen=True)
+class Room:
+    """A shoebox room with its origin in a corner, and who is where in it."""
+
+    size: tuple[float, float, float]  # m
+    absorption: float  # the same for every surface; 1 is an anechoic room
+    head: tuple[float, float, float]  # m, the point between the ears
+    facing: float  # degrees, counterclockwise from the room's x axis
+    talkers: tuple[Place, Place]
+    listener: Listener
+
+    @property
+    def order(self) -> int:
+        """Reflections that are rendered: until the walls have taken 30 dB, 15 at most."""
+        if self.absorption >= 1:
+            return 0
+        return min(_MAX_ORDER, math.ceil(-3 / math.log10(1 - self.absorption)))
+
+    @property
+    def rt60(self) -> float:
+        """Reverberation time in s by Eyring's formula; the rendered one is cut where order and length end."""
+        if self.absorption >= 1:
+            return 0.0
+        length, width, height = self.size
+        surface = 2 * (length * width + length * height + width * height)
+        return 0.161 * length * width * height / (-surface * math.log(1 - self.absorption))
+
+    def record(self) -> dict[str, str | float]:
+        """Every value by name and unit, the columns of ``metadata.csv``."""
+        record: dict[str, str | float] = {
+            "listener": self.listener.kind,
+            "spacing_m": self.listener.spacing,
+            "sensitivity_difference_db": self.listener.difference,
+            **dict(zip(("length_m", "width_m", "height_m"), self.size, strict=True)),
+            "absorption": self.absorption,
+            "rt60_s": self.rt60,
+            "order": self.order,
+            **dict(zip(("head_x_m", "head_y_m", "head_z_m"), self.head, strict=True)),
+            "facing_deg": self.facing,
+        }
+        for number, talker in enumerate(self.talkers):
+            record |= {
+                f"azimuth{number:02d}_deg": talker.azimuth,
+                f"elevation{number:02d}_deg": talker.elevation,
+                f"distance{number:02d}_m": talker.distance,
+            }
+            for axis, value in zip("xyz", talker.position, strict=True):
+                record[f"{axis}{number:02d}_m"] = value
+        return record
+
+
+def draw_room(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Room:
+    """A room, its listener, which may be any of the heads, and two talkers.
+
+    Places outside the room or too close together are drawn again, so that far talkers are rarer in small rooms.
+
+    Raises:
+        InputError: the ranges leave no place for two talkers.
+    """
+    size = (rng.uniform(*ranges.side), rng.uniform(*ranges.side), rng.uniform(*ranges.height))
+    absorption = rng.uniform(*ranges.absorption)
+    if rng.uniform() < ranges.anechoic:
+        absorption = 1.0
+    for _ in range(_TRIES):
+        head = (
+            rng.uniform(_HEAD_MARGIN, size[0] - _HEAD_MARGIN),
+            rng.uniform(_HEAD_MARGIN, size[1] - _HEAD_MARGIN),
+            rng.uniform(*_HEAD_HEIGHT),
+        )
+        facing = rng.uniform(0, 360)
+        talkers = (_draw_place(rng, ranges, head, facing), _draw_place(rng, ranges, head, facing))
+        inside = all(
+            _TALKER_MARGIN <= x <= side - _TALKER_MARGIN
+            for talker in talkers
+            for x, side in zip(talker.position, size, strict=True)
+        )
+        apart = abs((talkers[0].azimuth - talkers[1].azimuth + 180) % 360 - 180)
+        if inside and apart >= ranges.separation:
+            return Room(size, absorption, head, facing, talkers, _draw_listener(rng, ranges, heads))
+    raise InputError(
+        f"--distance, --azimuth, --elevation: no place for two talkers in a room of "
+        f"{size[0]:.1f} x {size[1]:.1f} x {size[2]:.1f} m; widen these ranges or make rooms larger"
+    )
+
+
+def _draw_place(rng: np.random.Generator, ranges: RoomRanges, head: tuple[float, float, float], facing: float) -> Place:
+    azimuth, elevation = rng.uniform(*ranges.azimuth), rng.uniform(*ranges.elevation)
+    distance = rng.uniform(*ranges.distance)
+    turn, rise = math.radians(facing + azimuth), math.radians(elevation)
+    return Place(
+        azimuth,
+        elevation,
+        distance,
+        (
+            head[0] + distance * math.cos(rise) * math.cos(turn),
+            head[1] + distance * math.cos(rise) * math.sin(turn),
+            head[2] + distance * math.sin(rise),
+        ),
+    )

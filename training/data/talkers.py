@@ -1,0 +1,155 @@
+"""Who speaks in mixtures: speakers with enough speech, divided into splits, and what is drawn of what they say."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.speaker_encoder import NoSpeech, speaker_embedding
+from knowledge_boosting.training.data.corpus import (
+    BrokenFile,
+    Corpus,
+    Samples,
+    Segment,
+    Utterance,
+    read_segment,
+    read_speech,
+)
+from knowledge_boosting.training.data.layout import SPLITS
+
+_DRAWS = 20
+
+
+@dataclass(frozen=True)
+class Talker:
+    """A speaker whose utterances are long enough: some to be mixed, some to enroll with."""
+
+    name: str
+    mixable: tuple[Utterance, ...]
+    enrollable: tuple[Utterance, ...]
+
+
+def find_talkers(corpus: Corpus, length: int, enrollment: int) -> dict[str, Talker]:
+    """Speakers with ``length`` samples to mix and, apart from these, ``enrollment`` samples (0: no enrollment).
+
+    Speakers and utterances that are too short for that are left out.
+    """
+    found = {}
+    for name, utterances in corpus.speakers.items():
+        enrollable = tuple(utterance for utterance in utterances if enrollment and utterance.length >= enrollment)
+        mixable = tuple(
+            utterance
+            for utterance in utterances
+            if utterance.length >= length + enrollment
+            or (utterance.length >= length and any(other != utterance for other in enrollable))
+        )
+        if mixable:
+            found[name] = Talker(name, mixable, enrollable)
+    return found
+
+
+def split_talkers(talkers: Mapping[str, Talker], splits: Sequence[str], seed: int) -> dict[str, tuple[Talker, ...]]:
+    """Talkers of every split, none of them in two splits.
+
+    Train gets whoever is left when each other split has a tenth, at least two; without train all get equal shares.
+
+    Raises:
+        ValueError: fewer than two talkers a split.
+    """
+    if len(talkers) < 2 * len(splits):
+        raise ValueError(f"{len(talkers)} speakers for {len(splits)} splits")
+    names = sorted(talkers)
+    order = [names[i] for i in np.random.default_rng([seed, len(SPLITS)]).permutation(len(names))]
+    share = max(2, len(names) // 10) if "train" in splits else len(names) // max(1, len(splits))
+    shares = {}
+    for split in splits[1:]:
+        shares[split], order = order[:share], order[share:]
+    shares.update(dict.fromkeys(splits[:1], order))
+    return {split: tuple(talkers[name] for name in sorted(shares[split])) for split in splits}
+
+
+def draw_segments(rng: np.random.Generator, talker: Talker, length: int, enrollment: int) -> tuple[Segment, Segment]:
+    """A segment of ``length`` samples to mix, and another of ``enrollment`` samples that shares nothing with it.
+
+    The other comes from another utterance if the talker has one that is long enough. Its length is 0 for a task
+    without enrollment.
+    """
+    mixed = talker.mixable[rng.integers(len(talker.mixable))]
+    others = [utterance for utterance in talker.enrollable if utterance != mixed]
+    if others:
+        other = others[rng.integers(len(others))]
+        return (
+            Segment(mixed, int(rng.integers(mixed.length - length + 1)), length),
+            Segment(other, int(rng.integers(other.length - enrollment + 1)), enrollment),
+        )
+    first, second = np.sort(rng.integers(mixed.length - length - enrollment + 1, size=2))
+    if rng.integers(2):
+        return Segment(mixed, int(first), length), Segment(mixed, int(second) + length, enrollment)
+    return Segment(mixed, int(second) + enrollment, length), Segment(mixed, int(first), enrollment)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What one speaker of a mixture says."""
+
+    speaker: str
+    mixed: Segment
+    other: Segment
+    speech: Samples  # [N]
+    embedding: Samples | None  # [1, 256], of the other segment
+
+    def record(self, number: str) -> dict[str, object]:
+        """Where it comes from, the columns of ``metadata.csv`` for the source of that number."""
+        record: dict[str, object] = {
+            f"speaker{number}": self.speaker,
+            f"utterance{number}": self.mixed.utterance.name,
+            f"offset{number}_samples": self.mixed.start,
+        }
+        if self.embedding is not None:
+            record |= {
+                f"enrollment{number}": self.other.utterance.name,
+                f"enrollment_offset{number}_samples": self.other.start,
+            }
+        return record
+
+
+def draw_voices(
+    rng: np.random.Generator, talkers: Sequence[Talker], length: int, enrollment: int, *, skip_broken: bool
+) -> tuple[list[Voice], dict[Path, str]]:
+    """Two different speakers' speech, with embeddings if ``enrollment`` is not 0.
+
+    Silence is drawn again, and broken files are if ``skip_broken``.
+
+    Returns:
+        The two, and what is wrong with the broken files that were drawn.
+
+    Raises:
+        InputError: nothing usable in twenty draws.
+        BrokenFile: a broken file was drawn, and ``skip_broken`` is off.
+    """
+    broken: dict[Path, str] = {}
+    why = ""
+    for _ in range(_DRAWS):
+        chosen = [talkers[i] for i in rng.choice(len(talkers), 2, replace=False)]
+        segments = [draw_segments(rng, talker, length, enrollment) for talker in chosen]
+        try:
+            return [
+                Voice(
+                    talker.name,
+                    mixed,
+                    other,
+                    read_speech(mixed),
+                    speaker_embedding(read_segment(other))[None] if enrollment else None,
+                )
+                for talker, (mixed, other) in zip(chosen, segments, strict=True)
+            ], broken
+        except NoSpeech as error:
+            why = str(error)
+        except BrokenFile as error:
+            if not skip_broken:
+                raise
+            why = str(error)
+            broken[error.path] = error.fault
+    raise InputError(f"no usable speech in {_DRAWS} draws, at last {why}; give other speech")

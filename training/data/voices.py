@@ -1,0 +1,78 @@
+"""More voices than a corpus of speech has, by the WORLD vocoder.
+
+A network that learns few speakers by heart tells no others apart. Every recording is taken apart into pitch, spectral
+envelope and aperiodicity, and put together again with another pitch and with formants elsewhere, which is what tells
+most speakers apart.
+
+Source: Morise, Yokomori and Ozawa, "WORLD: a vocoder-based high-quality speech synthesis system", 2016.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from knowledge_boosting.training.data.corpus import DERIVED, SAMPLE_RATE, Corpus, Samples
+
+_LOWEST_PITCH, _HIGHEST_PITCH = 65.0, 500.0  # Hz, of recorded speech
+_FULL_SCALE = 0.99
+
+
+@dataclass(frozen=True)
+class Change:
+    """What makes a speaker's recordings another voice."""
+
+    voice: str  # its name
+    pitch: float  # factor
+    formants: float  # factor
+
+
+def change_voice(speech: Samples, changes: Sequence[Change]) -> list[Samples]:
+    """Speech ``[N]`` at 16 kHz in other voices, each ``[N]`` and as loud.
+
+    Factors of 1 give what the vocoder makes of the voice itself, which sounds like it but has other samples.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the package about how it finds its version
+        import pyworld
+    samples = speech.astype(np.float64)
+    pitch, times = pyworld.dio(samples, SAMPLE_RATE, f0_floor=_LOWEST_PITCH, f0_ceil=_HIGHEST_PITCH)
+    pitch = pyworld.stonemask(samples, pitch, times, SAMPLE_RATE)
+    envelope = pyworld.cheaptrick(samples, pitch, times, SAMPLE_RATE)
+    aperiodicity = pyworld.d4c(samples, pitch, times, SAMPLE_RATE)
+    level = np.sqrt(np.mean(np.square(samples)))
+    changed = []
+    for change in changes:
+        stretched = _stretched(envelope, change.formants)
+        made = pyworld.synthesize(pitch * change.pitch, stretched, aperiodicity, SAMPLE_RATE)
+        made = np.pad(made, (0, max(0, len(samples) - len(made))))[: len(samples)]
+        made *= level / max(float(np.sqrt(np.mean(np.square(made)))), 1e-9)
+        changed.append((made * min(1.0, _FULL_SCALE / max(float(np.abs(made).max()), 1e-9))).astype(np.float32))
+    return changed
+
+
+def _stretched(envelope: npt.NDArray[np.float64], factor: float) -> npt.NDArray[np.float64]:
+    """An envelope ``[frames, bins]`` whose formants lie at ``factor`` times their frequency."""
+    last = envelope.shape[1] - 1
+    at = np.minimum(np.arange(last + 1) / factor, last)
+    lower = np.minimum(at.astype(int), last - 1)
+    share = at - lower
+    logarithm = np.log(envelope)
+    return np.ascontiguousarray(np.exp((1 - share) * logarithm[:, lower] + share * logarithm[:, lower + 1]))
+
+
+def draw_changes(
+    corpus: Corpus, count: int, pitch: tuple[float, float], formants: tuple[float, float], seed: int
+) -> dict[str, tuple[Change, ...]]:
+    """``count`` voices of every speaker, factors drawn evenly on a logarithmic scale, for each speaker by itself."""
+    drawn = {}
+    for index, speaker in enumerate(corpus.speakers):
+        rng = np.random.default_rng([seed, index])
+        factors = np.exp(rng.uniform(np.log([pitch[0], formants[0]]), np.log([pitch[1], formants[1]]), (count, 2)))
+        drawn[speaker] = tuple(
+            Change(f"{speaker}{DERIVED}{number}", round(float(first), 4), round(float(second), 4))
+            for number, (first, second) in enumerate(factors, 1)
+        )
+    return drawn

@@ -1,0 +1,1 @@
+"""What bundles and runs make of a dataset: metrics, results, table, picture."""

@@ -1,0 +1,210 @@
+"""Measuring: every system of every model on every mixture of a data set, to results."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from knowledge_boosting.common import cli
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.device import pick_device
+from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, find_bundle
+from knowledge_boosting.training.config import FolderData
+from knowledge_boosting.training.data.layout import refuse_shared_speakers
+from knowledge_boosting.training.data.mixture_folder import MixtureFolder
+from knowledge_boosting.training.evaluation.metrics import METRICS, SAMPLE_RATE, MetricName
+from knowledge_boosting.training.evaluation.results import (
+    BootstrapRecord,
+    DataRecord,
+    Figure,
+    ItemFigures,
+    ModelRecord,
+    Results,
+    Row,
+    StreamingRecord,
+    bootstrap,
+    compare,
+)
+from knowledge_boosting.training.evaluation.scores import Scores, quick_figures
+from knowledge_boosting.training.evaluation.systems import MIXTURE, Key, Model, listen, load_models, milliseconds
+
+_SHORTEST = 0.5  # s; in less, STOI and PESQ find no speech
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of ``kb-evaluate``, parsed; its help says what each means."""
+
+    models: list[str]
+    data: Path
+    split: str
+    items: int | None
+    delays: list[int]
+    metrics: list[MetricName]
+    streaming: bool
+    workers: int | None
+    device: str
+    seed: int
+    record: bool
+
+
+def measure(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
+    """The results, the items' names, and every figure of every item.
+
+    Raises:
+        InputError: a model, the data or a flag is at fault; found before anything is measured.
+        Failure: an output is not finite, or a worker died.
+    """
+    device = pick_device(options.device)
+    if options.record:
+        for given in options.models:
+            find_bundle(given)  # runs are refused before anything is measured
+    # With its shorter mantissa a GPU would differ from a CPU by more than streaming differs from whole signals.
+    torch.backends.cudnn.allow_tf32 = False
+    models = load_models(options.models)
+    if options.delays and all(model.large is None for model in models):
+        raise InputError("--delays: is for pairs, and every model given is one network alone; leave it out")
+    data = _open_data(options.data, options.split, options.items, models[0].config)
+    for model in models:
+        refuse_shared_speakers(model.training_speakers, options.data / options.split)
+    samples = _check_items(data, options.metrics)
+    names = [item.name for item in data.items]
+
+    workers, cores = options.workers, os.cpu_count() or 1
+    if not any(METRICS[metric].slow for metric in options.metrics):
+        workers = 0
+    elif workers is None:
+        workers = min(len(names), max(1, cores // 2 if device.type == "cpu" else cores - 1))
+    if workers:
+        # Networks and workers share the cores; threads beyond them make both slower.
+        torch.set_num_threads(max(1, cores - workers))
+    with closing(Scores(options.metrics, names, workers)) as scores:
+        worst = _measure_all(models, data, options.delays, device, scores, streaming=options.streaming)
+
+    by_name: dict[str | None, Model] = {model.record.name: model for model in models}
+    figures = [
+        ItemFigures(
+            _row(key, by_name, {metric: bootstrap(of_items, options.seed) for metric, of_items in values.items()}),
+            values,
+        )
+        for key, values in scores.figures.items()
+    ]
+    records = [model.record for model in models]
+    results = Results(
+        notice=_notice(records),
+        task=models[0].config.task,
+        data=DataRecord(
+            root=str(options.data), split=options.split, items=len(names), seconds=round(samples / SAMPLE_RATE, 3)
+        ),
+        path="streaming" if options.streaming else "offline",
+        streaming=worst,
+        bootstrap=BootstrapRecord(seed=options.seed),
+        metrics=options.metrics,
+        models=records,
+        rows=[row for row, _ in figures],
+        comparisons=compare(figures, options.seed),
+    )
+    return results, names, figures
+
+
+def _open_data(root: Path, split: str, items: int | None, config: ModelConfig) -> MixtureFolder:
+    data = MixtureFolder(
+        FolderData(root=str(root), split=split, items=items), config, seed=0, training=False, skip_broken=False
+    )
+    if items is not None and len(data) < items:
+        cli.warn(f"{root / split}: has {len(data)} items, fewer than --items {items}")
+    return data
+
+
+def _check_items(data: MixtureFolder, metrics: Sequence[MetricName]) -> int:
+    """Read every item once, so that a broken one is found before hours of work; their samples, all together.
+
+    Raises:
+        InputError: an item cannot be used.
+    """
+    total = 0
+    for index, item in enumerate(data.items):
+        sources = data.example((0, index))["sources"]
+        length = sources.shape[-1]
+        if not bool((sources.amax(-1) > sources.amin(-1)).all()):
+            raise InputError(f"{item}: a source is silent at a microphone, nothing can be measured against it")
+        if length < _SHORTEST * SAMPLE_RATE and any(METRICS[metric].slow for metric in metrics):
+            raise InputError(
+                f"{item}: is shorter than {_SHORTEST:g} s, too short for STOI and PESQ; leave them out of --metrics"
+            )
+        total += length
+    return total
+
+
+def _measure_all(
+    models: Sequence[Model],
+    data: MixtureFolder,
+    delays: Sequence[int],
+    device: torch.device,
+    scores: Scores,
+    *,
+    streaming: bool,
+) -> StreamingRecord | None:
+    """Measure every system of every model on every item; with ``streaming``, how far that is from whole signals."""
+    worst: StreamingRecord | None = None
+    with _progress(len(models) * len(data)) as advance:
+        for model in models:
+            own = model.record.delay_frames
+            wanted = [] if own is None else sorted({own, *delays})
+            asked = listen(model, data, wanted, device, streaming=streaming)
+            whole = listen(model, data, wanted, device, streaming=False) if streaming else repeat(None)
+            for index, ((heard, estimates), offline) in enumerate(zip(asked, whole, strict=False)):
+                if model is models[0]:
+                    scores.add(MIXTURE, index, heard.mixture[:, None].expand_as(heard.sources), heard)
+                for key, estimate in estimates.items():
+                    decibels = scores.add(key, index, estimate, heard)
+                    if offline is None:
+                        continue
+                    reference = quick_figures(offline[1][key], heard)
+                    difference = max(abs(decibels[metric] - reference[metric]) for metric in decibels)
+                    if worst is None or difference > worst.largest_difference_db:
+                        worst = StreamingRecord(
+                            largest_difference_db=difference,
+                            item=scores.items[index],
+                            model=model.record.name,
+                            system=key.system,
+                        )
+                advance()
+        scores.finish()
+    return worst
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A function to call once an item and model; a bar appears on a terminal only."""
+    console = cli.console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda: progress.advance(bar)
+
+
+def _row(key: Key, models: Mapping[str | None, Model], figures: dict[MetricName, Figure]) -> Row:
+    model = models.get(key.model)
+    return Row(
+        model=key.model,
+        system=key.system,
+        untrained=model is not None and model.record.untrained,
+        delay_frames=key.delay,
+        delay_ms=milliseconds(model.config, key.delay) if model is not None and key.delay is not None else None,
+        trained_delay=key.delay == model.config.delay if model is not None and key.delay is not None else None,
+        figures=figures,
+    )
+
+
+def _notice(models: Sequence[ModelRecord]) -> str | None:
+    untrained = [model.name for model in models if model.untrained]
+    if len(untrained) in (0, len(models)):
+        return UNTRAINED_NOTICE if untrained else None
+    return f"UNTRAINED: {', '.join(untrained)} (random weights, whose figures say nothing of a trained model)"

@@ -1,0 +1,120 @@
+"""The figures of every system on every item; the slow ones are computed in worker processes."""
+
+import math
+import multiprocessing
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
+from knowledge_boosting.training.evaluation.results import SYSTEMS, Values
+from knowledge_boosting.training.workers import end_with_parent
+
+if TYPE_CHECKING:  # networks that a worker does without
+    from knowledge_boosting.training.evaluation.systems import Heard, Key
+
+_QUEUE = 4  # estimates a worker that may wait
+
+
+_QUICK = [name for name, metric in METRICS.items() if not metric.slow]  # all in dB
+
+
+def quick_figures(estimates: Tensor, heard: "Heard") -> dict[MetricName, float]:
+    """The figures of a system's estimates of an item that take no time, in dB."""
+    return _figures(_QUICK, estimates, heard.sources, heard.mixture)
+
+
+def _figures(
+    metrics: Sequence[MetricName], estimates: Tensor, sources: Tensor, mixture: Tensor
+) -> dict[MetricName, float]:
+    """Figures of estimates and sources ``[1, S, M, N]`` of a mixture ``[1, M, N]``; NaN where there is no speech."""
+    figures: dict[MetricName, float] = {}
+    for metric in metrics:
+        with warnings.catch_warnings():
+            # pystoi warns, and returns a made-up figure, where less than 0.4 s is left without the silence.
+            warnings.simplefilter("error", RuntimeWarning)
+            try:
+                figures[metric] = float(METRICS[metric].measure(estimates, sources, mixture))
+            except RuntimeWarning:
+                figures[metric] = math.nan
+    return figures
+
+
+def _figures_of_arrays(metrics: Sequence[MetricName], *signals: npt.NDArray[np.float32]) -> dict[MetricName, float]:
+    return _figures(metrics, *map(torch.from_numpy, signals))
+
+
+class Scores:
+    """Every figure of every system and item; the slow ones computed in worker processes."""
+
+    def __init__(self, metrics: Sequence[MetricName], items: Sequence[str], workers: int) -> None:
+        self.items = items
+        self.figures: dict[Key, dict[MetricName, Values]] = {}
+        self._metrics = metrics
+        self._slow = [metric for metric in metrics if METRICS[metric].slow]
+        self._most = _QUEUE * workers
+        self._running: dict[Future[dict[MetricName, float]], tuple[Key, int]] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        if workers and self._slow:
+            self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+
+    def add(self, key: "Key", index: int, estimates: Tensor, heard: "Heard") -> dict[MetricName, float]:
+        """Measure a system's estimates of an item; returns the quick figures, in dB.
+
+        Raises:
+            Failure: the estimates are not finite.
+        """
+        if not bool(estimates.isfinite().all()):
+            raise Failure(
+                f"{key.model}: the output of {SYSTEMS[key.system]} for item {self.items[index]} is not finite"
+            )
+        nothing = np.full(len(self.items), np.nan)
+        self.figures.setdefault(key, {metric: nothing.copy() for metric in self._metrics})
+        quick = quick_figures(estimates, heard)
+        self._put(key, index, quick)
+        if self._slow:
+            signals = estimates, heard.sources, heard.mixture
+            if self._pool is None:
+                self._put(key, index, _figures(self._slow, *signals))
+            else:
+                self._collect(self._most - 1)
+                arrays = [signal.numpy() for signal in signals]
+                self._running[self._pool.submit(_figures_of_arrays, self._slow, *arrays)] = key, index
+        return quick
+
+    def finish(self) -> None:
+        """Wait for the workers."""
+        self._collect(0)
+
+    def close(self) -> None:
+        """End the workers, their work done or not."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _put(self, key: "Key", index: int, figures: Mapping[MetricName, float]) -> None:
+        for metric, value in figures.items():
+            if metric in self._metrics:
+                self.figures[key][metric][index] = value
+
+    def _collect(self, most: int) -> None:
+        """Take what workers have done, until at most so many are left to do."""
+        while len(self._running) > most:
+            done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+            for future in done:
+                try:
+                    self._put(*self._running.pop(future), future.result())
+                except BrokenProcessPool:
+                    raise Failure("a worker process died (out of memory?); try fewer --workers") from None
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    end_with_parent()

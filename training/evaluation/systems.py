@@ -1,0 +1,238 @@
+"""What is measured: bundles and runs, and what each of their systems makes of a mixture.
+
+Every model, a bundle or a run's checkpoint, is heard as each of these systems, on the same mixtures:
+
+- ``alone``: a network that was never meant to have hints;
+
+or, if it is a pair,
+
+- ``small_without_hints``: the small network with zeros for every hint, as when all of them are late or lost;
+- ``boosted``: with every hint on time, at the delay the pair was trained for, and at those of ``--delays``;
+- ``boosted_wrong_hints``: with the hints of the next item's mixture. What these gain was not learned from this one;
+- ``large``: the large network's own estimate.
+
+``mixture`` is the mixture itself, from which improvements are counted.
+
+A delay belongs to a pair. Its small network holds every frame's features back for ``delay`` frames until the hint is
+there: one that comes sooner changes nothing, one that comes later is lost. Quality by delay is therefore measured on
+several pairs, each trained for its delay. ``--delays`` asks something else: no weight depends on the delay, so a pair
+can also run with features held back for another time than in training, and it says what that costs.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.bundle import load_large, load_small
+from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
+from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.manifest import MANIFEST_FILE, file_digest, find_bundle, read_manifest
+from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel, delay_hints
+from knowledge_boosting.training.config import read_training_config
+from knowledge_boosting.training.data.mixture_folder import MixtureFolder
+from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE
+from knowledge_boosting.training.evaluation.results import ModelRecord, System
+from knowledge_boosting.training.weights import best_checkpoint
+
+
+class Key(NamedTuple):
+    """A system of a model, at a delay."""
+
+    model: str | None
+    system: System
+    delay: int | None
+
+
+MIXTURE = Key(None, "mixture", None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, loaded."""
+
+    record: ModelRecord
+    small: SmallModel
+    large: LargeModel | None
+    training_speakers: Collection[str]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.small.config
+
+
+def load_models(given: Sequence[str]) -> list[Model]:
+    """The models, with names that differ.
+
+    Raises:
+        InputError: one cannot be used, is given twice, or is made for other signals than the first.
+    """
+    if len({Path(name).resolve() for name in given}) < len(given):
+        raise InputError("a model is given twice; give each once")
+    names = [Path(name).resolve().name for name in given]
+    models = [
+        _load_model(name, short if names.count(short) == 1 else name) for name, short in zip(given, names, strict=True)
+    ]
+    first = models[0]
+    for model in models[1:]:
+        for what in ("task", "microphones"):
+            ours, theirs = getattr(model.config, what), getattr(first.config, what)
+            if ours != theirs:
+                raise InputError(
+                    f"{model.record.given}: {what} is {ours}, of {first.record.given} {theirs}; cannot share a table"
+                )
+    return models
+
+
+def _load_model(given: str, name: str) -> Model:
+    folder = Path(given)
+    is_run = (folder / "config.json").is_file() and not (folder / MANIFEST_FILE).is_file()
+    if folder.is_dir() and not is_run and not (folder / MANIFEST_FILE).is_file():
+        raise InputError(f"{given}: has neither {MANIFEST_FILE} (a bundle) nor config.json (a run)")
+    model = _load_run(folder, given, name) if is_run else _load_bundle(given, name)
+    rate = model.config.framing.sample_rate
+    if rate != SAMPLE_RATE:
+        raise InputError(f"{given}: works at {rate} Hz; datasets have {SAMPLE_RATE} Hz")
+    return model
+
+
+def _load_bundle(given: str, name: str) -> Model:
+    manifest = read_manifest(find_bundle(given))
+    small, _ = load_small(given)
+    large = load_large(given)[0] if manifest.model.large is not None else None
+    record = _record(name, given, "bundle", manifest.id, None, manifest.model, untrained=manifest.untrained)
+    return Model(record, small, large, manifest.provenance.training_speakers)
+
+
+def _load_run(folder: Path, given: str, name: str) -> Model:
+    config = read_training_config(folder / "config.json").model
+    path = best_checkpoint(folder)
+    module = read_checkpoint(path, config).requires_grad_(False)
+    record = _record(name, given, "run", file_digest(path), str(path.relative_to(folder)), config, untrained=False)
+    small = cast(SmallModel, module.get_submodule("small"))
+    large = module.large if isinstance(module, BoostedPair) else None
+    return Model(record, small, large, read_training_speakers(path))
+
+
+def _record(
+    name: str,
+    given: str,
+    kind: Literal["bundle", "run"],
+    identity: str,
+    checkpoint: str | None,
+    config: ModelConfig,
+    *,
+    untrained: bool,
+) -> ModelRecord:
+    boosting = config.boosting
+    return ModelRecord(
+        name=name,
+        given=given,
+        kind=kind,
+        id=identity,
+        checkpoint=checkpoint,
+        untrained=untrained,
+        delay_frames=boosting.delay if boosting else None,
+        delay_ms=milliseconds(config, boosting.delay) if boosting else None,
+        compression=boosting.compression if boosting else None,
+    )
+
+
+def milliseconds(config: ModelConfig, frames: int) -> float:
+    """How long so many frames are."""
+    return round(1000 * frames * config.framing.chunk_seconds, 6)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """An item as the large network, if there is one, has heard it."""
+
+    mixture: Tensor  # [1, M, N]
+    sources: Tensor  # [1, S, M, N]
+    samples: Tensor  # [1, M, chunk T + lookahead], on the device
+    speaker: Tensor | None  # [1, 256], on the device
+    hints: Tensor | None  # [1, T, hint channels, F], on the device
+    large: Tensor | None  # [1, S, M, N]
+
+
+def listen(
+    model: Model, data: MixtureFolder, delays: Sequence[int], device: torch.device, *, streaming: bool
+) -> Iterator[tuple[Heard, dict[Key, Tensor]]]:
+    """Every item in order, with what each system of the model makes of it, ``[1, S, M, N]``.
+
+    Args:
+        delays: frames, of boosted systems; for one network alone, none.
+        streaming: whether the networks run frame by frame, or over all frames at once.
+    """
+    name, config = model.record.name, model.config
+    chunk, lookahead = config.framing.chunk, config.framing.lookahead
+    large = model.large.to(device) if model.large is not None else None
+    small = {config.delay: model.small.to(device)}
+    for delay in delays:
+        if delay not in small:
+            assert config.boosting is not None
+            boosting = config.boosting.model_copy(update={"delay": delay})
+            retimed = SmallModel(config.model_copy(update={"boosting": boosting})).eval().requires_grad_(False)
+            retimed.load_state_dict(model.small.state_dict())
+            small[delay] = retimed.to(device)
+
+    def calls(samples: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The frames of each call, and their samples."""
+        frames = (samples.shape[-1] - lookahead) // chunk
+        step = 1 if streaming else frames
+        for first in range(0, frames, step):
+            yield slice(first, first + step), samples[..., first * chunk : (first + step) * chunk + lookahead]
+
+    @torch.inference_mode()
+    def hear(index: int) -> Heard:
+        example = data.example((0, index))
+        mixture, speaker = example["mixture"][None], example.get("speaker_embedding")
+        samples = pad_to_frames(mixture.to(device), config.framing)
+        speaker = speaker[None].to(device) if speaker is not None else None
+        hints = estimate = None
+        if large is not None:
+            state = large.initial_state(1, speaker)
+            encoded, embeddings = [], []
+            for _, stretch in calls(samples):
+                hint, embedding, state = large(stretch, state)
+                encoded.append(hint)
+                embeddings.append(embedding)
+            hints = torch.cat(encoded, dim=1)
+            estimate = large.estimate(torch.cat(embeddings, dim=1))[..., : mixture.shape[-1]].cpu()
+        return Heard(mixture, example["sources"][None], samples, speaker, hints, estimate)
+
+    def run(network: SmallModel, heard: Heard, late: Tensor | None) -> Tensor:
+        state = network.initial_state(1, heard.speaker)
+        estimates = []
+        for frames, stretch in calls(heard.samples):
+            estimate, state = network(stretch, state, late[:, frames] if late is not None else None)
+            estimates.append(estimate)
+        return torch.cat(estimates, dim=-1)[..., : heard.mixture.shape[-1]].cpu()
+
+    @torch.inference_mode()
+    def estimates(heard: Heard, other: Heard | None) -> dict[Key, Tensor]:
+        """The systems of a model; ``other`` is the item whose hints serve as another mixture's."""
+        own, hints = config.delay, heard.hints
+        if hints is None or heard.large is None:
+            return {Key(name, "alone", None): run(small[own], heard, None)}
+        found = {Key(name, "small_without_hints", None): run(small[own], heard, torch.zeros_like(hints))}
+        for delay in delays:
+            found[Key(name, "boosted", delay)] = run(small[delay], heard, delay_hints(hints, delay))
+        if other is not None and other.hints is not None:
+            strange = torch.zeros_like(hints)
+            shared = min(hints.shape[1], other.hints.shape[1])
+            strange[:, :shared] = other.hints[:, :shared]
+            found[Key(name, "boosted_wrong_hints", own)] = run(small[own], heard, delay_hints(strange, own))
+        found[Key(name, "large", None)] = heard.large
+        return found
+
+    first = current = hear(0)
+    for index in range(len(data)):
+        following = hear(index + 1) if index + 1 < len(data) else first
+        yield current, estimates(current, following if len(data) > 1 else None)
+        current = following

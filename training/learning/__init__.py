@@ -1,0 +1,1 @@
+"""What a step of training computes, and a run of many."""
