@@ -14,7 +14,7 @@ Layouts are chosen so that nothing has to be transposed on the way: spectra and 
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import onnx
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from knowledge_boosting.common.errors import Failure
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
-from knowledge_boosting.models.layers import HintFusion
+from knowledge_boosting.models.layers import HintFusion, SelfAttention
 from knowledge_boosting.models.level import FLOOR, INAUDIBLE, REFERENCE, SILENCE, RunningLevel
 from knowledge_boosting.models.onnx_stream import OnnxStream, load_graph
 from knowledge_boosting.models.pair import SmallModel
@@ -34,6 +34,7 @@ from knowledge_boosting.models.tfgridnet import GridNetBlock
 OPSET = 20
 _IR_VERSION = 10
 Array = NDArray[np.float32]
+Attention: TypeAlias = SelfAttention | HintFusion
 
 
 class _Graph:
@@ -111,12 +112,15 @@ def frame_graph(model: SmallModel) -> bytes:
     ``keys_j``           ``[L, key size, W]``     ``key_j`` of the last W frames, in any order
     ``values_j``         ``[L, W, value size]``   ``value_j`` of the same
     ``mask``             ``[W]``                  minus infinity at the oldest of these frames, else 0
+    ``self_keys_i``      ``[L, key size, W]``     ``self_key_i`` of the last W frames; of networks with self-attention
+    ``self_values_i``    ``[L, W, value size]``   ``self_value_i`` of the same
+    ``self_mask``        ``[W]``                  as ``mask``, and minus infinity at frames before the stream's start
     ===================  =======================  =======================================================
 
     States are zeros at the start of a stream. Outputs: ``frame`` ``[S', n_fft]``, to be overlapped with the tail of the
     frame before and added, already divided by the window sums; ``input_new`` ``[1, 2M, 1, F]``, ``output_new``
-    ``[1, D, 1, F]``, ``new_hidden_i``, ``new_cell_i``, ``features_j`` ``[F, D]``, ``key_j`` ``[L, 1, key size]``,
-    ``value_j`` ``[L, 1, value size]``.
+    ``[1, D, 1, F]``, ``new_hidden_i``, ``new_cell_i``, ``features_j`` ``[F, D]``, ``key_j`` and ``self_key_i``
+    ``[L, 1, key size]``, ``value_j`` and ``self_value_i`` ``[L, 1, value size]``.
     """
     config, network = model.config, model.network
     framing, mics, bins, signals = (
@@ -125,12 +129,7 @@ def frame_graph(model: SmallModel) -> bytes:
         config.framing.bins,
         config.spectrum_channels // 2,
     )
-    channels, hidden, heads, window = (
-        config.small.channels,
-        config.small.hidden,
-        config.small.heads,
-        config.small.window,
-    )
+    channels, hidden, window = config.small.channels, config.small.hidden, config.small.window
     graph = _Graph("small")
 
     # Spectrum: [M, 2F] as [2M, F], whose channels are (real, imaginary) of every microphone.
@@ -147,11 +146,15 @@ def frame_graph(model: SmallModel) -> bytes:
     x = graph.node("Transpose", graph.reshape(x, channels, bins), perm=[1, 0])
     x = graph.layer_norm(x, network.input_norm.weight, network.input_norm.bias)
 
-    hint = mask = ""
+    hint = mask = self_mask = ""
     if len(network.fusion):
         hint, mask = graph.input("hint", config.hint_channels, bins), graph.input("mask", window)
+    if config.small.self_attention:
+        self_mask = graph.input("self_mask", window)
     for index, block in enumerate(cast("Iterable[GridNetBlock]", network.blocks)):
         x = _block(graph, block, x, index, bins, channels, hidden)
+        if block.attention is not None:
+            x = _self_attention(graph, block.attention, x, self_mask, index)
         if index == len(network.blocks) - 1:
             break
         if len(network.speaker):
@@ -159,9 +162,7 @@ def frame_graph(model: SmallModel) -> bytes:
             x = graph.node("Mul", x, weight)
             x = graph.node("Add", x, graph.input(f"speaker_bias_{index}", bins, channels))
         if len(network.fusion):
-            x = _fusion(
-                graph, cast("HintFusion", network.fusion[index]), x, hint, mask, index, bins, channels, heads, window
-            )
+            x = _fusion(graph, cast("HintFusion", network.fusion[index]), x, hint, mask, index)
 
     new = graph.reshape(graph.node("Transpose", x, perm=[1, 0]), 1, channels, 1, bins)
     graph.output(new, "output_new", 1, channels, 1, bins)
@@ -276,61 +277,89 @@ def _lstm_weights(graph: _Graph, lstm: nn.LSTM) -> tuple[str, str, str]:
     )
 
 
-def _fusion(
-    graph: _Graph,
-    fusion: HintFusion,
-    x: str,
-    hint: str,
-    mask: str,
-    index: int,
-    bins: int,
-    channels: int,
-    heads: int,
-    window: int,
-) -> str:
-    key, value = fusion.key, fusion.value
+def _self_attention(graph: _Graph, attention: SelfAttention, x: str, mask: str, index: int) -> str:
+    heads, key, value = attention.heads, attention.key, attention.value
+    projected = graph.linear_transposed(x, attention.project.weight, attention.project.bias)
+    slope = torch.cat([attention.slope_qk.repeat_interleave(key), attention.slope_v.repeat_interleave(value)])
+    # Not PRelu, which branches at every value.
+    steep = graph.node("Mul", projected, graph.weight(slope[:, None]))
+    rest = graph.node("Mul", graph.node("Relu", projected), graph.weight(1 - slope[:, None]))
+    sizes = graph.weight([heads * key, heads * key, heads * value])
+    parts = graph.node("Split", graph.node("Add", steep, rest), sizes, outputs=3, axis=0)
+    scales = (*attention.scale_qk.chunk(2), attention.scale_v)
+    shifts = (*attention.shift_qk.chunk(2), attention.shift_v)
+    query, new_key, new_value = (
+        _normed_heads(graph, *part, attention) for part in zip(parts, scales, shifts, strict=True)
+    )
+    return _attend(graph, attention, x, query, new_key, new_value, mask, "self_", index)
+
+
+def _fusion(graph: _Graph, fusion: HintFusion, x: str, hint: str, mask: str, index: int) -> str:
+    bins, channels = fusion.bins, fusion.merge.in_features
     graph.output(x, f"features_{index}", bins, channels)
     delayed = graph.input(f"delayed_{index}", bins, channels) if fusion.delay else x
     film = graph.node("Gemm", hint, graph.weight(fusion.film.weight.T), graph.weight(fusion.film.bias), transA=1)
     weight, bias = graph.node("Split", film, outputs=2, axis=1, num_outputs=2)
     merged = graph.node("Add", graph.node("Mul", delayed, weight), bias)
 
-    def normed(part: str, slope: Tensor, size: int, norm: nn.LayerNorm) -> str:
-        """``[L * size, F]`` to ``[L, 1, size * F]``; torch flattens with the bins first."""
+    def normed(part: str, slope: Tensor, norm: nn.LayerNorm) -> str:
         part = graph.node("PRelu", part, graph.weight(slope.reshape(1, 1)))
-        scale, shift = (each.detach().view(bins, size).T.flatten() for each in (norm.weight, norm.bias))
-        return graph.layer_norm(graph.reshape(part, heads, 1, size * bins), scale, shift)
+        return _normed_heads(graph, part, norm.weight, norm.bias, fusion)
 
-    scale = (key * bins) ** -0.5
     query = normed(
-        graph.linear_transposed(x, fusion.query.weight, fusion.query.bias), fusion.slope_query, key, fusion.norm_query
+        graph.linear_transposed(x, fusion.query.weight, fusion.query.bias), fusion.slope_query, fusion.norm_query
     )
-    split = heads * key
+    split = fusion.heads * fusion.key
     weights, biases = fusion.key_value.weight, fusion.key_value.bias
     new_key = normed(
-        graph.linear_transposed(merged, weights[:split], biases[:split]), fusion.slope_key, key, fusion.norm_key
+        graph.linear_transposed(merged, weights[:split], biases[:split]), fusion.slope_key, fusion.norm_key
     )
     new_value = normed(
-        graph.linear_transposed(merged, weights[split:], biases[split:]), fusion.slope_value, value, fusion.norm_value
+        graph.linear_transposed(merged, weights[split:], biases[split:]), fusion.slope_value, fusion.norm_value
     )
-    graph.output(new_key, f"key_{index}", heads, 1, key * bins)
-    graph.output(new_value, f"value_{index}", heads, 1, value * bins)
+    return _attend(graph, fusion, x, query, new_key, new_value, mask, "", index)
 
-    query = graph.node("Mul", query, graph.weight(np.array(scale, np.float32)))
-    kept = graph.node("Add", graph.node("MatMul", query, graph.input(f"keys_{index}", heads, key * bins, window)), mask)
+
+def _normed_heads(graph: _Graph, part: str, scale: Tensor, shift: Tensor, attention: Attention) -> str:
+    """``[L * size, F]`` to ``[L, 1, size * F]``; torch flattens with the bins first."""
+    heads, bins = attention.heads, attention.bins
+    scale, shift = (each.unflatten(-1, (bins, -1)).transpose(-2, -1).flatten(-2) for each in (scale, shift))
+    return graph.layer_norm(graph.reshape(part, heads, 1, scale.shape[-1]), scale, shift)
+
+
+def _attend(
+    graph: _Graph,
+    attention: Attention,
+    x: str,
+    query: str,
+    new_key: str,
+    new_value: str,
+    mask: str,
+    prefix: str,
+    index: int,
+) -> str:
+    """Attention to the new frame and those in the rings, merged and added to ``x``."""
+    heads, bins, window = attention.heads, attention.bins, attention.window
+    key, value = attention.key * bins, attention.value * bins
+    graph.output(new_key, f"{prefix}key_{index}", heads, 1, key)
+    graph.output(new_value, f"{prefix}value_{index}", heads, 1, value)
+
+    query = graph.node("Mul", query, graph.weight(np.array(key**-0.5, np.float32)))
+    keys = graph.input(f"{prefix}keys_{index}", heads, key, window)
+    kept = graph.node("Add", graph.node("MatMul", query, keys), mask)
     own = graph.node("ReduceSum", graph.node("Mul", query, new_key), graph.weight([2]), keepdims=1)
-    attention = graph.node("Softmax", graph.node("Concat", kept, own, axis=2), axis=2)
-    kept, own = graph.node("Split", attention, graph.weight([window, 1]), outputs=2, axis=2)
-    attended = graph.node("MatMul", kept, graph.input(f"values_{index}", heads, window, value * bins))
+    weights = graph.node("Softmax", graph.node("Concat", kept, own, axis=2), axis=2)
+    kept, own = graph.node("Split", weights, graph.weight([window, 1]), outputs=2, axis=2)
+    attended = graph.node("MatMul", kept, graph.input(f"{prefix}values_{index}", heads, window, value))
     attended = graph.node("Add", attended, graph.node("Mul", new_value, own))
 
-    merge, norm = fusion.merge, fusion.norm_merge
+    merge, norm = attention.merge, attention.norm_merge
     merged = graph.node(
         "Gemm",
-        graph.reshape(attended, channels, bins),
+        graph.reshape(attended, merge.in_features, bins),
         graph.weight(merge.weight.T),
         graph.weight(merge.bias),
         transA=1,
     )
-    merged = graph.node("PRelu", merged, graph.weight(fusion.slope_merge.reshape(1, 1)))
+    merged = graph.node("PRelu", merged, graph.weight(attention.slope_merge.reshape(1, 1)))
     return cast("str", graph.node("Add", x, graph.layer_norm(merged, norm.weight, norm.bias, axis=0)))

@@ -81,11 +81,27 @@ class OnnxStream:
             (len(self._fusions), self._delay, model.framing.bins, model.small.channels), np.float32
         )
 
+        # Of every attention the rings, [L, key size, W] and [L, W, value size], and the row that a frame adds to each.
+        attentions = [("", index) for index in self._fusions]
+        if model.small.self_attention:
+            attentions += [("self_", index) for index in range(model.small.blocks)]
+        self._rings = [
+            (
+                buffers[f"{of}keys_{index}"],
+                buffers[f"{of}key_{index}"],
+                buffers[f"{of}values_{index}"],
+                buffers[f"{of}value_{index}"],
+            )
+            for of, index in attentions
+        ]
+        self._masks = [buffers[name] for name in ("mask", "self_mask") if name in shapes]
+
         replaced = [name for name in shapes if f"new_{name}" in shapes]
         swapped = {name: buffers[f"new_{name}"] for name in replaced} | {
             f"new_{name}": buffers[name] for name in replaced
         }
         self._bindings = [self._bind(buffers), self._bind(buffers | swapped)]
+        self.reset()
 
     def _bind(self, buffers: Mapping[str, Samples]) -> onnxruntime.IOBinding:
         binding = self._graph.io_binding()
@@ -103,6 +119,8 @@ class OnnxStream:
         for name, buffer in self._buffers.items():
             if not name.startswith("speaker_"):
                 buffer[:] = 0
+        if "self_mask" in self._buffers:
+            self._buffers["self_mask"][:] = -np.inf
         self._overlap[:] = 0
         self._waiting[:] = 0
         self._number = 0
@@ -123,16 +141,18 @@ class OnnxStream:
         buffers["window"][:] = window
         if self._fusions:
             buffers["hint"][:] = 0 if hint is None else hint
-            buffers["mask"][row - 1] = 0
-            buffers["mask"][row] = -np.inf
+        for mask in self._masks:
+            mask[row] = -np.inf
         for index in self._fusions if self._delay else ():
             buffers[f"delayed_{index}"][:] = self._waiting[index, turn]
         self._graph.run_with_iobinding(self._bindings[self._number % 2])
-        for index in self._fusions:
-            buffers[f"keys_{index}"][:, :, row] = buffers[f"key_{index}"][:, 0]
-            buffers[f"values_{index}"][:, row] = buffers[f"value_{index}"][:, 0]
-            if self._delay:
-                self._waiting[index, turn] = buffers[f"features_{index}"]
+        for mask in self._masks:
+            mask[row] = 0
+        for keys, key, values, value in self._rings:
+            keys[:, :, row] = key[:, 0]
+            values[:, row] = value[:, 0]
+        for index in self._fusions if self._delay else ():
+            self._waiting[index, turn] = buffers[f"features_{index}"]
         for part in ("input", "output"):
             past = buffers[f"{part}_past"]
             past[:, :, 0] = past[:, :, 1]
