@@ -134,7 +134,8 @@ class ModelConfig(Strict):
         """About as many values as the weights of a network have, or more, with the state of one stream."""
         bins, channels, hidden = self.framing.bins, size.channels, size.hidden
         lstms = 3 * 4 * hidden * (channels + hidden + 2) + 3 * hidden * channels
-        attention = 4 * channels * (channels + bins) + 2 * bins * channels * size.window
+        keys, values = size.heads * (512 + bins), bins * channels  # of a frame; those of fusion are half as many
+        attention = 4 * channels * (channels + bins) + (4 + size.window) * (keys + values) + 2 * channels * keys // bins
         between = 2 * (SPEAKER_EMBEDDING_SIZE + 1) * bins * channels if self.needs_speaker else 0
         waiting = self.delay * bins * (channels + self.hint_channels)
         framing = 4 * self.framing.n_fft * bins

@@ -56,6 +56,8 @@ def export(
     )
     from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, file_digest
 
+    # One thread: the graph is checked frame by frame, and a frame is too little work to share.
+    torch.set_num_threads(1)
     sizes = read_config(config)
     text, speakers = _read_note(note) if note is not None else "", []
     if checkpoint is None:

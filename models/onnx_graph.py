@@ -1,10 +1,12 @@
-"""The small network as an ONNX graph, one frame a run, for a device without torch.
+"""The device's network as an ONNX graph, one frame a run, for a device without torch.
+
+That network is the small one of a pair, or one network alone, which may be a large one with self-attention.
 
 The graph holds the network alone; what only moves data is left to its caller, :mod:`models.onnx_stream`, who owns every
 buffer:
 
 - Attention caches are rings that the graph reads and never writes. The new frame's key and value come out of the graph,
-  and take part beside the ring, whose oldest row ``mask`` leaves out; the caller writes them into that row afterwards.
+  and take part beside the ring, whose oldest row a mask leaves out; the caller writes them into that row afterwards.
 - States that are replaced whole (LSTMs) go in and come out under two names, for two buffers that take turns.
 - The overlap-add of the frames is the caller's.
 
@@ -23,11 +25,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
 from knowledge_boosting.models.layers import HintFusion, SelfAttention
 from knowledge_boosting.models.level import FLOOR, INAUDIBLE, REFERENCE, SILENCE, RunningLevel
-from knowledge_boosting.models.onnx_stream import OnnxStream, load_graph
+from knowledge_boosting.models.onnx_stream import OnnxStream, check_sizes, load_graph
 from knowledge_boosting.models.pair import SmallModel
 from knowledge_boosting.models.tfgridnet import GridNetBlock
 
@@ -96,7 +98,7 @@ class _Graph:
 
 
 def frame_graph(model: SmallModel) -> bytes:
-    """One frame of the small network, for one stream, as the bytes of an ONNX file.
+    """One frame of the device's network, for one stream, as the bytes of an ONNX file.
 
     Inputs, all float32, for each block ``i`` and each fusion ``j`` (after every block but the last):
 
@@ -114,13 +116,13 @@ def frame_graph(model: SmallModel) -> bytes:
     ``mask``             ``[W]``                  minus infinity at the oldest of these frames, else 0
     ``self_keys_i``      ``[L, key size, W]``     ``self_key_i`` of the last W frames; of networks with self-attention
     ``self_values_i``    ``[L, W, value size]``   ``self_value_i`` of the same
-    ``self_mask``        ``[W]``                  as ``mask``, and minus infinity at frames before the stream's start
+    ``self_mask``        ``[W]``                  as ``mask``; minus infinity, too, where there was no frame yet
     ===================  =======================  =======================================================
 
-    States are zeros at the start of a stream. Outputs: ``frame`` ``[S', n_fft]``, to be overlapped with the tail of the
-    frame before and added, already divided by the window sums; ``input_new`` ``[1, 2M, 1, F]``, ``output_new``
-    ``[1, D, 1, F]``, ``new_hidden_i``, ``new_cell_i``, ``features_j`` ``[F, D]``, ``key_j`` and ``self_key_i``
-    ``[L, 1, key size]``, ``value_j`` and ``self_value_i`` ``[L, 1, value size]``.
+    All but ``self_mask`` are zeros at the start of a stream. Outputs: ``frame`` ``[S', n_fft]``, to be overlapped with
+    the tail of the frame before and added, already divided by the window sums; ``input_new`` ``[1, 2M, 1, F]``,
+    ``output_new`` ``[1, D, 1, F]``, ``new_hidden_i``, ``new_cell_i``, ``features_j`` ``[F, D]``, ``key_j`` and
+    ``self_key_i`` ``[L, 1, key size]``, ``value_j`` and ``self_value_i`` ``[L, 1, value size]``.
     """
     config, network = model.config, model.network
     framing, mics, bins, signals = (
@@ -184,6 +186,7 @@ def check_graph(graph: bytes, model: SmallModel) -> None:
     """Run graph and network side by side over frames of noise, a third of them without hints.
 
     Raises:
+        InputError: the network is too large to run frame by frame.
         Failure: their samples differ by more than 1e-4 of the loudest.
     """
     config, rng = model.config, np.random.default_rng(0)
@@ -191,12 +194,19 @@ def check_graph(graph: bytes, model: SmallModel) -> None:
     if config.task == "tse":
         embedding = torch.from_numpy(rng.normal(0, 1 / 16, (1, SPEAKER_EMBEDDING_SIZE)).astype(np.float32))
     loudest = worst = 0.0
+    session = load_graph(graph)
+    try:
+        check_sizes(session)
+    except ValueError as error:
+        raise InputError(
+            f"too large to run on a device: {error}; give the network fewer heads or a shorter window"
+        ) from None
     with torch.inference_mode():
         state = model.initial_state(1, embedding)
         for index, modulation in enumerate(state.network.speaker):
             speaker[f"speaker_weight_{index}"] = modulation.weight[0, 0].numpy()
             speaker[f"speaker_bias_{index}"] = modulation.bias[0, 0].numpy()
-        stream = OnnxStream(load_graph(graph), config, speaker)
+        stream = OnnxStream(session, config, speaker)
         for frame in range(2 * config.small.window):
             window = rng.normal(0, 0.1, (config.microphones, config.framing.n_fft)).astype(np.float32)
             hint = np.zeros((config.hint_channels, config.framing.bins), np.float32)

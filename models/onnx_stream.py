@@ -1,4 +1,4 @@
-"""A stream through the small network under ONNX Runtime, frame by frame. Needs no torch.
+"""A stream through the device's network under ONNX Runtime, frame by frame. Needs no torch.
 
 Every buffer is made once and bound once. Whole states come in two copies that take turns as input and output; the rings
 of attention are written one row a frame, and stay where they are. What the graph computes: :mod:`models.onnx_graph`.

@@ -247,7 +247,7 @@ def table(report: Report) -> Table:
     names = {
         "mixture": "mixture",
         "alone": "alone",
-        "small_without_hints": "small, no hints",
+        "small_without_hints": "small, no hints" if report.network is not None else "this network",
         "boosted": "boosted",
         "large": "large",
     }

@@ -47,7 +47,11 @@ def refused(call: Callable[[], object]) -> str:
         ({"small": {"channels": 16, "hidden": 16, "window": 10**9}}, "small.window: "),
         ({"framing": {"chunk": 10**9, "lookahead": 10**9}}, "framing.chunk: "),
         ({"microphones": 10**9}, "microphones: "),
-        ({"small": {"channels": 4096, "hidden": 4096, "blocks": 64}}, "small would have some 6e+10 values"),
+        ({"small": {"channels": 4096, "hidden": 4096, "blocks": 64}}, "small would have some 5e+10 values"),
+        (
+            {"small": {"channels": 4, "hidden": 1, "blocks": 8, "self_attention": True, "window": 10_000}},
+            "small would have some 5e+08 values",
+        ),
         ({"small": {"channels": 1024, "hidden": 8}, "framing": {"chunk": 2048, "lookahead": 2048}}, "small would have"),
     ],
 )
