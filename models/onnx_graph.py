@@ -191,7 +191,7 @@ def check_graph(graph: bytes, model: SmallModel) -> None:
     """
     config, rng = model.config, np.random.default_rng(0)
     embedding, speaker = None, {}
-    if config.task == "tse":
+    if config.needs_speaker:
         embedding = torch.from_numpy(rng.normal(0, 1 / 16, (1, SPEAKER_EMBEDDING_SIZE)).astype(np.float32))
     loudest = worst = 0.0
     session = load_graph(graph)

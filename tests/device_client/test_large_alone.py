@@ -11,7 +11,7 @@ import torch
 
 from knowledge_boosting.models.bundle import load_small
 from knowledge_boosting.models.framing import pad_to_frames
-from knowledge_boosting.training.evaluation_plot import Results
+from knowledge_boosting.training.evaluation.results import Results
 from tests.processes import call_here
 
 ROOT = Path(__file__).parents[2]

@@ -48,7 +48,13 @@ def test_it_gives_what_the_published_computation_gives(
         assert worst(alone[..., :length], case.small_output_without_hints[item]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["TSE_joint/B6-TSE", "SS_joint/B6-SS", "SS_joint/B0-SS", "baselines/SM-BS-25"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("TSE_joint/B6-TSE", "SS_joint/B6-SS", "SS_joint/B0-SS", "baselines/SM-BS-25"),
+        *(pytest.param(f"baselines/{name}", marks=pytest.mark.slow) for name in ("BM-BS-500", "BM-TSE-500")),
+    ],
+)
 def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = read_config(CONFIGS / f"{name}.json")

@@ -70,7 +70,7 @@ def test_self_attention_over_more_frames_than_its_window(
     large = TINY if boosting is not None else None
     config = ModelConfig(task=task, small=TINY, large=large, boosting=boosting, running_level=running_level)
     network, mixture = one_network(config), noise(config)
-    speaker = torch.randn(1, 256) / 16 if task == "tse" else None
+    speaker = torch.randn(1, 256) / 16 if config.needs_speaker else None
     hints = np.random.default_rng(1).normal(0, 1, (FRAMES, config.hint_channels, 97)).astype(np.float32)
     given = torch.from_numpy(hints)[None] if boosting is not None else None
     expected = network(torch.from_numpy(mixture)[None], network.initial_state(1, speaker), given)[0][0]
