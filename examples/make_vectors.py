@@ -1,0 +1,47 @@
+"""Test vectors of a bundle, for devices in other languages: ``python examples/make_vectors.py BUNDLE FOLDER``.
+
+They hold 90 frames: noise with pauses, and hints that are sometimes missing. docs/bundle.md says what the files are.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+
+FRAMES = 90
+
+
+def main(bundle: str, folder: Path) -> None:
+    """Write them."""
+    loaded, rng = OnnxModel(bundle), np.random.default_rng(0)
+    model = loaded.manifest.model
+    framing = model.framing
+    sound = rng.normal(0, 0.1, (model.microphones, FRAMES * framing.chunk)).astype(np.float32)
+    sound[:, 3000:4000] = 0
+    speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if model.needs_speaker else None
+    frames = [frame for frame in range(model.delay, FRAMES) if rng.uniform() < 0.8] if model.boosting else []
+    hints = rng.normal(0, 1, (len(frames), model.hint_channels, framing.bins)).astype(np.float32)
+    engine, padded = loaded.session(speaker), np.pad(sound, ((0, 0), (0, framing.lookahead)))
+    given, parts = iter(hints), []
+    for frame in range(FRAMES):
+        window = np.ascontiguousarray(padded[:, frame * framing.chunk :][:, : framing.n_fft])
+        parts.append(engine.step(window, next(given) if frame in frames else None))
+    output = np.concatenate(parts, axis=-1).reshape(model.sources * model.microphones, -1)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"input": sound, "hints": hints, "output": output} | ({} if speaker is None else {"speaker": speaker})
+    for name, value in values.items():
+        value.astype("<f4").tofile(folder / f"{name}.f32")
+    about = {
+        "bundle_name": loaded.manifest.name,
+        "bundle_id": loaded.manifest.id,
+        "frames_with_hints": frames,
+        "shapes": {name: list(value.shape) for name, value in values.items()},
+    }
+    (folder / "vectors.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
