@@ -4,6 +4,7 @@
 standard output that takes no more, included).
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import importlib.util
@@ -37,7 +38,7 @@ _OURS = "knowledge_boosting"
 
 
 class _Terminated(SystemExit):
-    """A signal asked the command to end."""
+    """A signal, Ctrl-C's included, asked the command to end."""
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -129,6 +130,8 @@ def run(app: typer.Typer, name: str, extra: str) -> NoReturn:
     except _Terminated:
         # All is cleaned up. A library that was interrupted in the middle of a call, as gRPC may have been, can wait for
         # its end for ever while the interpreter is taken down.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(1)
     sys.exit(code)
 
@@ -151,12 +154,15 @@ def _run(app: typer.Typer, name: str, extra: str) -> int:
             raise
         return _refuse(name, f"this needs {missing}: pip install 'knowledge-boosting[{extra}]'", 1)
     except (typer.Abort, KeyboardInterrupt):
-        return _refuse(name, "interrupted", 1)
+        code = _INTERRUPTED
     except OSError as error:
         if error.filename is None or error.errno not in _FAULTS_OF_PATHS:
             raise
         return _refuse(name, f"{error.filename}: cannot be used ({reason(error)})", 2)
-    return _refuse(name, "interrupted", 1) if code == _INTERRUPTED else int(code or 0)
+    if code == _INTERRUPTED:
+        _refuse(name, "interrupted", 1)
+        raise _Terminated(1)
+    return int(code or 0)
 
 
 def _refuse(name: str, message: str, code: int) -> int:

@@ -1,11 +1,15 @@
 """What all command lines have in common."""
 
 import re
+import signal
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from tests.processes import COMMANDS, call_here, refusal_here
+from tests.processes import COMMANDS, PATIENCE, call_here, environment, refusal_here
 
 WITH_COMMANDS = {"kb-client": ["replay", "live", "devices", "enroll", "bench"], "kb-server": ["status"]}
 CALLS = [(name, *part) for name in COMMANDS for part in [(), *((command,) for command in WITH_COMMANDS.get(name, ()))]]
@@ -49,3 +53,29 @@ def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setenv("COMP_CWORD", "1")
     assert call_here("kb-client") == 0
     assert capsys.readouterr().out.split() == ["replay"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_waits_for_no_library(number: signal.Signals, tmp_path: Path) -> None:
+    """As for gRPC's threads, which may wait for a call that was interrupted, for ever."""
+    script = (
+        "import os, threading, time\n"
+        "from knowledge_boosting.common import cli\n"
+        "app = cli.Application()\n"
+        "@app.command()\n"
+        "def work() -> None:\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    print('begun')\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        time.sleep(1000)\n"
+        "    finally:\n"
+        f"        open({str(tmp_path / 'cleaned')!r}, 'w').close()\n"
+        "cli.run(app, 'work', 'client')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert (result.returncode, result.stdout) == (1, "begun\n")
+    assert (tmp_path / "cleaned").exists()
+    assert result.stderr == ("work: error: interrupted\n" if number == signal.SIGINT else "")
