@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.training.data.responses import RESPONSE_LENGTH, Renderer, level_gains, read_bank, render
+from knowledge_boosting.training.data.responses import (
+    RESPONSE_LENGTH,
+    Renderer,
+    check_sofa,
+    level_gains,
+    read_bank,
+    render,
+)
 from knowledge_boosting.training.data.rooms import (
     MICROPHONES,
     MONO,
@@ -257,3 +264,21 @@ def test_banks_that_cannot_be_used(tmp_path: Path) -> None:
     save_file(rooms, tmp_path / "listeners.safetensors")
     with pytest.raises(InputError, match="does not tell every room's listener"):
         read_bank(tmp_path / "listeners.safetensors")
+
+
+def test_a_file_that_is_read_for_ever_or_crashes_its_reader_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As HDF5 does with some damaged files: another process looks, with a limit."""
+    readers = {"for ever": "while True: pass", "crash": "import os; os.abort()"}
+    for name, does in readers.items():
+        # In place of netCDF4, as the process that looks finds it.
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "netCDF4.py").write_text(f"def Dataset(path):\n    {does}\n")
+        (folder / "sitecustomize.py").write_text(
+            "import resource\nlimit = resource.setrlimit\nresource.setrlimit = lambda kind, _: limit(kind, (2, 2))\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        with pytest.raises(InputError, match="it is damaged: reading it crashes, or does not end"):
+            check_sofa(SOFA)

@@ -4,7 +4,10 @@ Shoebox rooms by the image-source method, with pyroomacoustics. A head is heard 
 responses (a SOFA file).
 """
 
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.training.data import sofa_check
 from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples
 from knowledge_boosting.training.data.rooms import MICROPHONES, MONO, Room
 
@@ -25,8 +29,6 @@ HEADROOM = 0.99  # of full scale
 # power of two for: half the time of its default of 81, and 57 dB below the response.
 _FRACTIONAL_DELAY = 71
 
-_SOFA_FIELDS = ("Data.IR", "Data.SamplingRate", "Data.Delay", "SourcePosition", "ReceiverPosition")
-
 
 def check_sofa(path: Path) -> None:
     """Whether a file holds head-related responses that pyroomacoustics reads right.
@@ -35,34 +37,14 @@ def check_sofa(path: Path) -> None:
         InputError: no such file, not SOFA, without what is needed, or one of those it reads wrong.
     """
     existing_file(path, "a SOFA file of head-related responses")
-    import netCDF4
-
+    call = [sys.executable, "-m", sofa_check.__name__, str(path)]
+    looked = subprocess.run(call, capture_output=True, text=True, check=False)
     try:
-        with netCDF4.Dataset(path) as file:
-            missing = [name for name in _SOFA_FIELDS if name not in file.variables]
-            if missing:
-                raise InputError(_not_sofa(path, f"lacks {', '.join(missing)}"))
-            responses, delay, position = (file[name][:] for name in ("Data.IR", "Data.Delay", "SourcePosition"))
-            spherical = getattr(file["SourcePosition"], "Type", "") == "spherical"
-    except InputError:
-        raise
-    except Exception as error:  # HDF5's of damaged files are of many kinds
-        raise InputError(_not_sofa(path, reason(error))) from None
-    if responses.ndim != 3 or responses.shape[1] != 2:
-        raise InputError(f"{path}: Data.IR is {list(responses.shape)}; give [directions, 2 ears, samples]")
-    if not np.issubdtype(responses.dtype, np.floating) or position.ndim != 2 or position.shape[1] != 3:
-        raise InputError(_not_sofa(path, "Data.IR or SourcePosition is of another kind or shape"))
-    if not np.isfinite(responses).all() or not responses.any():
-        raise InputError(f"{path}: Data.IR is zero, NaN or infinite; give another file")
-    if delay.any():
-        raise InputError(f"{path}: keeps the delay of the ears in Data.Delay; give a file that has it in Data.IR")
-    # pyroomacoustics takes elevations for colatitudes if none is negative.
-    if not spherical or position[:, 1].min() >= 0:
-        raise InputError(f"{path}: give SourcePosition in spherical coordinates, some of them below the horizon")
-
-
-def _not_sofa(path: Path, why: str) -> str:
-    return f"{path}: not usable as head-related responses ({why}); give a SOFA file (SimpleFreeFieldHRIR)"
+        fault: str = json.loads(looked.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        fault = sofa_check.unusable("it is damaged: reading it crashes, or does not end")
+    if fault:
+        raise InputError(f"{path}: {fault}")
 
 
 class Renderer:
@@ -130,7 +112,7 @@ def _read_ears(sofa: Path) -> list[Any]:
     try:
         responses = MeasuredDirectivityFile(sofa, fs=SAMPLE_RATE)
     except Exception as error:  # whatever python-sofa and pyroomacoustics say of a strange file
-        raise InputError(_not_sofa(sofa, reason(error, sofa))) from None
+        raise InputError(f"{sofa}: {sofa_check.unusable(reason(error, sofa))}") from None
     # Single precision halves the time, and is 139 dB below the response.
     responses.impulse_responses = responses.impulse_responses.astype(np.float32)
     # SOFA leaves it to the file which ear comes first; y points to the listener's left.

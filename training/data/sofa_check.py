@@ -1,0 +1,56 @@
+"""Whether a SOFA file can be used: ``python -m knowledge_boosting.training.data.sofa_check FILE``.
+
+A process of its own looks, because HDF5 can read a damaged file for ever, or crash on it. It prints what is wrong, as a
+JSON string, which is empty for a good file.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from knowledge_boosting.common.errors import reason
+
+_FIELDS = ("Data.IR", "Data.SamplingRate", "Data.Delay", "SourcePosition", "ReceiverPosition")
+_SECONDS = 20  # of a processor; a file of ten thousand directions takes two
+
+
+def fault_of(path: Path) -> str:
+    """Why pyroomacoustics cannot read a file right, and what to do; empty if it can."""
+    import netCDF4
+
+    try:
+        with netCDF4.Dataset(path) as file:
+            missing = [name for name in _FIELDS if name not in file.variables]
+            if missing:
+                return unusable(f"lacks {', '.join(missing)}")
+            responses, delay, position = (file[name][:] for name in ("Data.IR", "Data.Delay", "SourcePosition"))
+            spherical = getattr(file["SourcePosition"], "Type", "") == "spherical"
+    except Exception as error:  # HDF5's of damaged files are of many kinds
+        return unusable(reason(error))
+    if responses.ndim != 3 or responses.shape[1] != 2:
+        return f"Data.IR is {list(responses.shape)}; give [directions, 2 ears, samples]"
+    if not np.issubdtype(responses.dtype, np.floating) or position.ndim != 2 or position.shape[1] != 3:
+        return unusable("Data.IR or SourcePosition is of another kind or shape")
+    if not np.isfinite(responses).all() or not responses.any():
+        return "Data.IR is zero, NaN or infinite; give another file"
+    if delay.any():
+        return "keeps the delay of the ears in Data.Delay; give a file that has it in Data.IR"
+    # pyroomacoustics takes elevations for colatitudes if none is negative.
+    if not spherical or position[:, 1].min() >= 0:
+        return "give SourcePosition in spherical coordinates, some of them below the horizon"
+    return ""
+
+
+def unusable(why: str) -> str:
+    """That a file is no SOFA file, or a damaged one."""
+    return f"not usable as head-related responses ({why}); give a SOFA file (SimpleFreeFieldHRIR)"
+
+
+if __name__ == "__main__":
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    print(json.dumps(fault_of(Path(sys.argv[1]))))
