@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,6 +24,7 @@ from knowledge_boosting.training.data.dynamic_mixing import DynamicMixing, rende
 from knowledge_boosting.training.data.loading import Batch, EpochOrder, Loader
 from knowledge_boosting.training.data.mixture_folder import MixtureFolder
 from knowledge_boosting.training.data.responses import write_bank
+from tests.processes import PATIENCE, environment
 
 SPEECH = Path(__file__).parent / "speech"
 RATE = 16000
@@ -348,6 +351,25 @@ def test_a_broken_item_is_told_alike_wherever_it_is_read(workers: int, root: Pat
         list(loader)
     assert str(caught.value).startswith(str(root / "val" / "01" / "source00.wav"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_process_that_leaves_in_mid_epoch_ends_those_that_read(root: Path) -> None:
+    script = (
+        "from knowledge_boosting.models.config import ModelConfig\n"
+        "from knowledge_boosting.training.config import FolderData\n"
+        "from knowledge_boosting.training.data.loading import EpochOrder, Loader\n"
+        "from knowledge_boosting.training.data.mixture_folder import MixtureFolder\n"
+        f"data = FolderData(root={str(root)!r}, split='val')\n"
+        "model = ModelConfig.model_validate({'task': 'ss', 'small': {'channels': 4, 'hidden': 4}})\n"
+        "folder = MixtureFolder(data, model, seed=0, training=True, skip_broken=False)\n"
+        "batches = iter(Loader(folder, EpochOrder(6, 2, seed=0, shuffle=False), 1))\n"
+        "print(len(next(batches)['names']))\n"
+    )
+    # If it waits for them, it does so for ever.
+    left = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert (left.returncode, left.stdout) == (0, "2\n"), left.stderr
 
 
 def test_items_of_different_lengths_do_not_make_a_batch(root: Path) -> None:

@@ -4,9 +4,13 @@ An example is addressed by (epoch, index), and every random draw follows from se
 interrupted, resumed and spread over any number of workers and devices without a change to what it sees.
 """
 
+import atexit
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -135,10 +139,24 @@ class EpochOrder(Sampler[list[Address]]):
             yield [(self._epoch, int(index)) for index in (own if len(own) else batch[:1])]
 
 
-def _leave_signals(_worker: int) -> None:
-    """Leave SIGTERM, SIGHUP and Ctrl-C to the trainer, though its whole group gets them; it ends its workers."""
-    for number in (signal.SIGINT, *end_signals()):
-        signal.signal(number, signal.SIG_IGN)
+class _Signals:
+    """What a worker does with the signals that its whole group gets: it leaves them to the trainer, which ends it.
+
+    A trainer that leaves while an epoch is under way ends it by SIGTERM, and waits until it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._trainer_leaves = multiprocessing.Event()
+        atexit.register(self._trainer_leaves.set)
+
+    def __call__(self, _worker: int) -> None:
+        for number in (signal.SIGINT, *end_signals()):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._end)
+
+    def _end(self, _number: int, _frame: FrameType | None) -> None:
+        if self._trainer_leaves.is_set():
+            os._exit(0)
 
 
 class Loader(DataLoader[Any]):
@@ -151,7 +169,7 @@ class Loader(DataLoader[Any]):
             sampler=order,
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_Signals() if workers else None,
             persistent_workers=workers > 0,  # which keep the d-vectors they have made
             pin_memory=torch.cuda.is_available(),
         )
