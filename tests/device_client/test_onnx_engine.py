@@ -52,7 +52,7 @@ def test_it_gives_what_the_published_computation_gives(
     "name",
     [
         *("TSE_joint/B6-TSE", "SS_joint/B6-SS", "SS_joint/B0-SS", "baselines/SM-BS-25"),
-        *(pytest.param(f"baselines/{name}", marks=pytest.mark.slow) for name in ("BM-BS-500", "BM-TSE-500")),
+        *(pytest.param(f"baselines/{name}", marks=pytest.mark.long) for name in ("BM-BS-500", "BM-TSE-500")),
     ],
 )
 def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None:
