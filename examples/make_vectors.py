@@ -1,6 +1,6 @@
 """Test vectors of a bundle, for devices in other languages: ``python examples/make_vectors.py BUNDLE FOLDER``.
 
-They hold 90 frames: noise with pauses, and hints that are sometimes missing. docs/bundle.md says what the files are.
+They hold 60 frames: noise with pauses, and hints that are sometimes missing. docs/bundle.md says what the files are.
 """
 
 import json
@@ -11,7 +11,7 @@ import numpy as np
 
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 
-FRAMES = 90
+FRAMES = 60  # more than attention remembers
 
 
 def main(bundle: str, folder: Path) -> None:
@@ -22,7 +22,7 @@ def main(bundle: str, folder: Path) -> None:
     sound = rng.normal(0, 0.1, (model.microphones, FRAMES * framing.chunk)).astype(np.float32)
     sound[:, 3000:4000] = 0
     speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if model.needs_speaker else None
-    frames = [frame for frame in range(model.delay, FRAMES) if rng.uniform() < 0.8] if model.boosting else []
+    frames = [frame for frame in range(model.delay, FRAMES) if rng.uniform() < 0.5] if model.boosting else []
     hints = rng.normal(0, 1, (len(frames), model.hint_channels, framing.bins)).astype(np.float32)
     engine, padded = loaded.session(speaker), np.pad(sound, ((0, 0), (0, framing.lookahead)))
     given, parts = iter(hints), []

@@ -189,7 +189,7 @@ def test_the_client_imports_without_torch_and_without_the_server() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--engine torch", "--with-large --reference samples/source1.wav --reference samples/source2.wav"]
+    "flags", ["", "--engine torch", "--with-large --reference samples/source1.flac --reference samples/source2.flac"]
 )
 def test_the_client_says_what_to_install_when_torch_is_missing(flags: str, tmp_path: Path) -> None:
     script = (
@@ -201,7 +201,7 @@ def test_the_client_says_what_to_install_when_torch_is_missing(flags: str, tmp_p
     )
     call = [
         "replay",
-        "samples/mixture.wav",
+        "samples/mixture.flac",
         "-o",
         str(tmp_path / "o.wav"),
         "--bundle",

@@ -59,7 +59,7 @@ def missing(extra: str | None) -> str:
 
 
 CALLS = {
-    "kb-client replay samples/mixture.wav -o made.wav": "client",
+    "kb-client replay samples/mixture.flac -o made.wav": "client",
     "kb-client bench": "client",
     "kb-server --port 0": "server",
     "kb-server status localhost:1": "server",

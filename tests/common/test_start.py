@@ -33,7 +33,14 @@ def test_ctrl_c_while_modules_are_read_gives_no_traceback(name: str, module: str
     script = f"import sys; from {place} import {function}; sys.argv[0] = {name!r}; sys.exit({function}())"
     arguments = ["--help"]
     if name == "kb-client":
-        arguments = ["replay", str(ROOT / "samples/mixture.wav"), "-o", str(tmp_path / "o.wav"), "--bundle", "ss-alone"]
+        arguments = [
+            "replay",
+            str(ROOT / "samples/mixture.flac"),
+            "-o",
+            str(tmp_path / "o.wav"),
+            "--bundle",
+            "ss-alone",
+        ]
         arguments += ["--plot", str(tmp_path / "p.png")]
     with subprocess.Popen(
         [sys.executable, "-X", "importtime", "-c", script, *arguments],

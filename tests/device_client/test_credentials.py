@@ -16,7 +16,7 @@ from tests.certificates import TOKENS, Certificates, write_private
 from tests.processes import Server, refusal, refusal_here, run
 
 SS = "ss_delay6_compression2"
-ENROLLMENT = Path(__file__).parents[2] / "samples" / "enrollment.wav"
+ENROLLMENT = Path(__file__).parents[2] / "samples" / "enrollment.flac"
 Bundle = Callable[[str], Path]
 
 

@@ -23,7 +23,7 @@ GetBundle = Callable[[str], Path]
 
 
 def speech(seconds: float, rate: int = 16000) -> Samples:
-    samples, _ = soundfile.read(ROOT / "samples" / "mixture.wav", dtype="float32")
+    samples, _ = soundfile.read(ROOT / "samples" / "mixture.flac", dtype="float32")
     return np.ascontiguousarray(samples[: round(seconds * rate)].T)
 
 

@@ -39,7 +39,7 @@ def test_a_voice_is_kept_under_a_name_and_used(
     golden_bundle: Callable[[str], Path], tse_server: Server, tmp_path: Path
 ) -> None:
     pytest.importorskip("resemblyzer", reason="needs the optional package resemblyzer")
-    enrolled = run("kb-client", "enroll", "anna", SAMPLES / "enrollment.wav", "--server", tse_server.address)
+    enrolled = run("kb-client", "enroll", "anna", SAMPLES / "enrollment.flac", "--server", tse_server.address)
     assert enrolled.returncode == 0, enrolled.stderr
     assert "--speaker anna" in enrolled.stdout
     soundfile.write(tmp_path / "in.wav", np.zeros((1600, 2)), 16000)
@@ -57,7 +57,7 @@ def test_a_voice_is_kept_under_a_name_and_used(
 
 def embedding(server: Server) -> list[float]:
     """What the server's encoder makes of the same speech."""
-    speech = soundfile.read(SAMPLES / "enrollment.wav", dtype="float32", always_2d=True)[0].mean(axis=1)
+    speech = soundfile.read(SAMPLES / "enrollment.flac", dtype="float32", always_2d=True)[0].mean(axis=1)
     encoding = PCM_ENCODINGS["f32"]
     request = pb.EnrollRequest(sample_rate=16000, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding))
     with grpc.insecure_channel(server.address) as channel:
@@ -76,7 +76,7 @@ def test_a_server_that_cannot_now_is_no_fault_of_the_call(
     soundfile.write(tmp_path / "in.wav", np.ones((1600, 2)), 16000)
     replay: list[object] = ["replay", tmp_path / "in.wav", "-o", tmp_path / "out.wav", "--bundle", golden_bundle(SS)]
     try:
-        for call in (["enroll", "anna", SAMPLES / "enrollment.wav"], replay):
+        for call in (["enroll", "anna", SAMPLES / "enrollment.flac"], replay):
             line = refusal_here("kb-client", capsys, *call, "--server", address, code=1)
             assert f"({status}: not now)" in line
             assert line.endswith("; try again")
@@ -109,8 +109,8 @@ def test_what_cannot_be_enrolled(configuration: Path, tmp_path: Path, capsys: py
     cases: list[tuple[list[object], str]] = [
         (["anna", tmp_path / "short.wav"], "has 1.0 s; give 5 to 30 s"),
         (["anna", tmp_path / "none.wav"], "no such file"),
-        (["a/b", SAMPLES / "enrollment.wav"], "letters, digits"),
-        (["anna", SAMPLES / "enrollment.wav", "--server", "127.0.0.1:1"], "no answer"),
+        (["a/b", SAMPLES / "enrollment.flac"], "letters, digits"),
+        (["anna", SAMPLES / "enrollment.flac", "--server", "127.0.0.1:1"], "no answer"),
         (["anna", "--seconds", 2], "--seconds"),
     ]
     for flags, expected in cases:

@@ -29,7 +29,7 @@ def write_data(root: Path) -> Path:
             speech, _ = soundfile.read(ROOT / f"samples/source{number + 1}.wav")
             soundfile.write(folder / f"source{number:02d}.wav", speech[stretch], RATE, "FLOAT")
             torch.save(torch.randn(1, 256) / 16, folder / f"spk_id{number:02d}.pt")
-        mixture, _ = soundfile.read(ROOT / "samples/mixture.wav")
+        mixture, _ = soundfile.read(ROOT / "samples/mixture.flac")
         soundfile.write(root / f"mixture{item}.wav", mixture[stretch], RATE, "FLOAT")
     return root / "data"
 

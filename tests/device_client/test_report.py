@@ -64,12 +64,12 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_full_run_says_untrained_wherever_its_output_could_be_taken_for_a_result(
     untrained: Path, tmp_path: Path
 ) -> None:
-    sources = [ROOT / "samples" / f"source{number}.wav" for number in (1, 2)]
+    sources = [ROOT / "samples" / f"source{number}.flac" for number in (1, 2)]
     result = run(
         *(
             "kb-client",
             "replay",
-            ROOT / "samples/mixture.wav",
+            ROOT / "samples/mixture.flac",
             "-o",
             "out.wav",
             "--bundle",
@@ -99,7 +99,7 @@ def test_a_full_run_says_untrained_wherever_its_output_could_be_taken_for_a_resu
     assert sum(report.hints.age_histogram_ms.values()) <= 1000
 
     # SI-SDR of the mixture against each source, by another library.
-    mixture, *references = (soundfile.read(path)[0].T for path in (ROOT / "samples/mixture.wav", *sources))
+    mixture, *references = (soundfile.read(path)[0].T for path in (ROOT / "samples/mixture.flac", *sources))
     expected = scale_invariant_signal_distortion_ratio(
         torch.tensor(np.stack([mixture, mixture])), torch.tensor(np.stack(references)), zero_mean=True
     ).mean()
@@ -123,7 +123,7 @@ def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
     config = tmp_path / "alone.json"
     config.write_text(json.dumps({"task": "ss", "small": document["small"]}))
     assert run("kb-export", "--untrained", "--config", config, "-o", tmp_path / "alone").returncode == 0
-    samples = {name: ROOT / "samples" / f"{name}.wav" for name in ("mixture", "source1", "source2")}
+    samples = {name: ROOT / "samples" / f"{name}.flac" for name in ("mixture", "source1", "source2")}
     call = ["kb-client", "replay", samples["mixture"], "-o", tmp_path / "out.wav", "--bundle", untrained]
     call += ["--alone", tmp_path / "alone", "--compare", tmp_path / "compared"]
     line = refusal(*map(str, call))

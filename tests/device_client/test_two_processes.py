@@ -309,7 +309,7 @@ def test_a_running_level_makes_every_level_sound_the_same(tmp_path: Path) -> Non
     pair = build(config)
     assert isinstance(pair, BoostedPair)
     write_bundle(tmp_path / "level", pair, config, untrained=True, source="", configuration="")
-    speech = soundfile.read(SAMPLES / "mixture.wav", dtype="float32")[0][8000:32000]
+    speech = soundfile.read(SAMPLES / "mixture.flac", dtype="float32")[0][8000:32000]
     speech *= 10 ** (-26 / 20) / np.sqrt(np.mean(speech**2))
     with torch.inference_mode():
         expected = pair(torch.from_numpy(speech.T.copy())[None]).small[0].numpy()

@@ -55,14 +55,14 @@ def test_the_tracked_tree_stays_small() -> None:
 def test_the_demo_improves_the_mixture_without_clipping_or_clicks(task: str, tmp_path: Path) -> None:
     """What ``make demo`` runs; for separation, with every default."""
     samples = ROOT / "samples"
-    flags: list[object] = ["--reference", samples / "source1.wav"]
+    flags: list[object] = ["--reference", samples / "source1.flac"]
     if task == "ss":
-        flags += ["--reference", samples / "source2.wav"]
+        flags += ["--reference", samples / "source2.flac"]
     else:
         flags += ["--bundle", "tse-48ms-compact", "--enrollment", samples / "enrollment.npy"]
     result = run(
         "kb-client",
-        *("replay", samples / "mixture.wav", "-o", tmp_path / "out.wav", "--delay-ms", 48, *flags),
+        *("replay", samples / "mixture.flac", "-o", tmp_path / "out.wav", "--delay-ms", 48, *flags),
         *("--alone", f"{task}-alone", "--with-large"),
         *("--compare", tmp_path / "demo", "--report", tmp_path / "report.json"),
     )

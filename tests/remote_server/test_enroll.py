@@ -1,16 +1,16 @@
 """Enrollment: speech of the wanted person to the embedding that a target speech session starts with."""
 
 import os
-import wave
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+import soundfile
 
 from knowledge_boosting.protos import hints_pb2 as pb
-from knowledge_boosting.protos.codec import ENROLLMENT_RATE, PCM_ENCODINGS, Samples, decode_pcm, encode_pcm
+from knowledge_boosting.protos.codec import ENROLLMENT_RATE, PCM_ENCODINGS, Samples, encode_pcm
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from knowledge_boosting.training.data.corpus import find_speech, read_segment
 from knowledge_boosting.training.data.talkers import draw_voices, find_talkers
@@ -23,11 +23,9 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 
 def read_clip(name: str) -> Samples:
     """The first channel of a sample clip, ``[N]``."""
-    with wave.open(str(SAMPLES / name)) as file:
-        assert (file.getframerate(), file.getsampwidth()) == (ENROLLMENT_RATE, 2)
-        pcm = file.readframes(file.getnframes())
-        samples: Samples = decode_pcm(pcm, pb.PCM_ENCODING_S16LE, file.getnchannels())[0]
-    return samples
+    samples, rate = soundfile.read(SAMPLES / name, dtype="float32", always_2d=True)
+    assert rate == ENROLLMENT_RATE
+    return np.ascontiguousarray(samples[:, 0])
 
 
 def request(speech: Samples, encoding: str = "f32", rate: int = ENROLLMENT_RATE) -> pb.EnrollRequest:
@@ -62,7 +60,7 @@ quiet = pytest.mark.filterwarnings("ignore")
 def test_enrollment_gives_the_embedding_of_the_voice_encoder(tse_server: Server) -> None:
     import resemblyzer
 
-    speech = read_clip("enrollment.wav")
+    speech = read_clip("enrollment.flac")
     embedding = enroll(tse_server, request(speech))
     assert embedding.shape == (256,)
     assert np.isfinite(embedding).all()
@@ -88,7 +86,7 @@ def test_training_and_server_give_the_same_speech_the_same_embedding(tse_server:
 @quiet
 @needs_encoder
 def test_two_stretches_of_one_voice_are_more_alike_than_two_voices(tse_server: Server) -> None:
-    speech, stranger = read_clip("enrollment.wav"), read_clip("source2.wav")
+    speech, stranger = read_clip("enrollment.flac"), read_clip("source2.flac")
     half = len(speech) // 2
     first, second, other = (enroll(tse_server, request(part)) for part in (speech[:half], speech[half:], stranger))
     assert first @ second > max(first @ other, second @ other) + 0.1
@@ -97,7 +95,7 @@ def test_two_stretches_of_one_voice_are_more_alike_than_two_voices(tse_server: S
 @quiet
 @needs_encoder
 def test_an_enrolled_voice_opens_a_session(tse_server: Server, tse: Material) -> None:
-    embedding = enroll(tse_server, request(read_clip("enrollment.wav")))
+    embedding = enroll(tse_server, request(read_clip("enrollment.flac")))
     with Device(tse_server, tse.opening(speaker_embedding=embedding.tolist()), tse.audio(0)) as device:
         device.started()
         assert device.hints(1)[0].frame == 0
@@ -106,7 +104,7 @@ def test_an_enrolled_voice_opens_a_session(tse_server: Server, tse: Material) ->
 @quiet
 @needs_encoder
 def test_hints_go_on_while_a_voice_is_learnt(tse_server: Server, tse: Material) -> None:
-    speech = np.tile(read_clip("enrollment.wav"), 3)
+    speech = np.tile(read_clip("enrollment.flac"), 3)
     frames = 40
     with grpc.insecure_channel(tse_server.address) as channel, Device(tse_server, tse.opening()) as device:
         learning = HintServiceStub(channel).Enroll.future(request(speech), timeout=PATIENCE)
@@ -121,7 +119,7 @@ def test_hints_go_on_while_a_voice_is_learnt(tse_server: Server, tse: Material) 
 @needs_encoder
 @pytest.mark.parametrize("level", [0.0, 1e-30, 1e10], ids=["silence", "next to silence", "noise of clipping"])
 def test_audio_without_a_voice_is_refused(level: float, tse_server: Server) -> None:
-    speech = read_clip("enrollment.wav") * np.float32(level)
+    speech = read_clip("enrollment.flac") * np.float32(level)
     status, why = refusal(tse_server, request(speech))
     assert status == "INVALID_ARGUMENT"
     assert why.startswith("pcm: ")
@@ -130,7 +128,7 @@ def test_audio_without_a_voice_is_refused(level: float, tse_server: Server) -> N
 @quiet
 @needs_encoder
 def test_a_spike_that_overflows_the_encoder_is_refused(tse_server: Server) -> None:
-    speech = read_clip("enrollment.wav")
+    speech = read_clip("enrollment.flac")
     speech[60_000] = 3e38
     status, why = refusal(tse_server, request(speech))
     assert status == "INVALID_ARGUMENT"
@@ -138,7 +136,7 @@ def test_a_spike_that_overflows_the_encoder_is_refused(tse_server: Server) -> No
 
 
 def seconds(count: float) -> Samples:
-    return np.resize(read_clip("enrollment.wav"), round(count * ENROLLMENT_RATE))
+    return np.resize(read_clip("enrollment.flac"), round(count * ENROLLMENT_RATE))
 
 
 REFUSED: dict[str, tuple[str, Callable[[], pb.EnrollRequest]]] = {
@@ -181,7 +179,7 @@ def test_without_the_encoder_the_server_says_how_to_get_it(
     before = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), before] if before else [str(tmp_path)]))
     with running_server(golden_bundle("tse_delay6")) as server:
-        status, why = refusal(server, request(read_clip("enrollment.wav")))
+        status, why = refusal(server, request(read_clip("enrollment.flac")))
         assert status == "UNIMPLEMENTED"
         assert "pip install 'knowledge-boosting[enroll]'" in why
         with grpc.insecure_channel(server.address) as channel:

@@ -94,7 +94,7 @@ def test_the_speaker_encoder_is_there_before_anybody_enrolls(server: Server) -> 
 
 
 def test_it_extracts_a_voice_as_the_readme_says(server: Server, tmp_path: Path) -> None:
-    samples, rate = soundfile.read(SAMPLES / "mixture.wav")
+    samples, rate = soundfile.read(SAMPLES / "mixture.flac")
     soundfile.write(tmp_path / "mixture.wav", samples[: rate // 2], rate)
     result = run(
         *("kb-client", "replay", tmp_path / "mixture.wav", "-o", tmp_path / "out.wav", "--server", server.address),

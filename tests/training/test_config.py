@@ -241,7 +241,7 @@ def voices() -> Tensor:
     clips = []
     for start in (1, 4):
         pair = [
-            soundfile.read(ROOT / f"samples/source{number}.wav", start=16000 * start, frames=8000, dtype="float32")[0].T
+            soundfile.read(ROOT / f"samples/source{number}.flac", 8000, 16000 * start, dtype="float32")[0].T
             for number in (1, 2)
         ]
         clips.append(torch.stack([torch.from_numpy(voice.copy()) for voice in pair]))

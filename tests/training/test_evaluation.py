@@ -49,7 +49,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dataset")
     rng = np.random.default_rng(0)
     for number in (0, 1):
-        speech, _ = soundfile.read(SAMPLES / f"source{number + 1}.wav")
+        speech, _ = soundfile.read(SAMPLES / f"source{number + 1}.flac")
         for item in range(ITEMS):
             folder = root / "test" / str(item)
             folder.mkdir(parents=True, exist_ok=True)

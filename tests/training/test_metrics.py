@@ -96,7 +96,7 @@ def test_one_assignment_holds_for_all_microphones(references: Tensor) -> None:
 def clip() -> Tensor:
     """Three seconds of the two sample talkers, ``[1, 2, 2, N]``."""
     voices = [
-        soundfile.read(SAMPLES / f"source{number}.wav", start=SAMPLE_RATE, frames=3 * SAMPLE_RATE, dtype="float32")[0].T
+        soundfile.read(SAMPLES / f"source{number}.flac", 3 * SAMPLE_RATE, SAMPLE_RATE, dtype="float32")[0].T
         for number in (1, 2)
     ]
     return torch.stack([torch.from_numpy(voice.copy()) for voice in voices])[None]

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from knowledge_boosting.common.errors import InputError
@@ -173,13 +174,11 @@ def test_damaged_files_are_one_line(folder: Path, stored: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_commands_run_and_resume(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(
-        SPEECH.parents[2] / "samples", tmp_path / "samples", ignore=shutil.ignore_patterns("hrtf", "speech")
-    )
     item = tmp_path / "val" / "000000"
     item.mkdir(parents=True)
     for number in (1, 2):
-        shutil.copy(tmp_path / "samples" / f"source{number}.wav", item / f"source0{number - 1}.wav")
+        source = soundfile.read(SPEECH.parents[2] / "samples" / f"source{number}.flac")
+        soundfile.write(item / f"source0{number - 1}.wav", *source)
     config = tmp_path / "config.json"
     validation = {"kind": "folder", "root": str(tmp_path), "split": "val"}
     config.write_text(settings(folder, "ss", validation=validation).model_dump_json())

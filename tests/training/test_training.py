@@ -42,7 +42,7 @@ PAIR: dict[str, Any] = {
 
 def write_dataset(root: Path, items: int, seconds: float, splits: tuple[str, ...] = ("train", "val")) -> Path:
     """The sample voices cut into items in the published layout."""
-    sources = [soundfile.read(SAMPLES / f"source{number}.wav")[0] for number in (1, 2)]
+    sources = [soundfile.read(SAMPLES / f"source{number}.flac")[0] for number in (1, 2)]
     length = round(16000 * seconds)
     for split in splits:
         for item in range(items):
