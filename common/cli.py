@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 _FAULTS_OF_PATHS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 _OURS = "knowledge_boosting"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Terminated(SystemExit):
@@ -57,7 +56,7 @@ def _version(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """A command that has the option of every command."""
+    """Has the option of every command; typer makes options of a function's parameters only."""
 
 
 def _parameters(given: list[Any], context: Any) -> list[Any]:
@@ -97,7 +96,7 @@ class Application(typer.Typer):
             cls=_Group, pretty_exceptions_enable=False, no_args_is_help=no_args_is_help, context_settings=_CONTEXT
         )
 
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[Function], Function]:
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[_Function], _Function]:
         """As typer's."""
         return super().command(name, cls=_Command, context_settings=_CONTEXT, **settings)
 

@@ -8,7 +8,7 @@ _LONGEST = 1000  # characters of a message: what it quotes may be of any length
 
 
 class Error(Exception):
-    """What all errors of this package are: their text is one line that a terminal can hold, whatever it quotes."""
+    """The base class of this package's errors. The text is one line of limited length, whatever it quotes."""
 
     def __init__(self, message: str) -> None:
         line = " ".join(message.splitlines())

@@ -81,7 +81,7 @@ class BoostedStream:
         framing = model.framing
         self.engine, self.hints = engine, hints
         self.hints_on = True  # whether hints are fused; they are taken anyway
-        self.frames = 0
+        self.frames = self.hints_due = self.hints_used = 0  # hints are due only where they are on
         self._delay, self._lookahead, self._chunk = model.delay, framing.lookahead, framing.chunk
         self._ramp = HintRamp() if ramp else None
         # Two take turns, so that a frame can be looked at while the next one is filled.
@@ -97,11 +97,13 @@ class BoostedStream:
         if hints is not None:
             hints.send(number, fresh, now)
         if hints is not None and due:
-            hint = hints.take(number - self._delay, now)
-            if not self.hints_on:
+            hint, on = hints.take(number - self._delay, now), self.hints_on
+            if not on:
                 hint = None
             if self._ramp is not None:
                 hint = self._ramp.scale(hint)
+            self.hints_due += on
+            self.hints_used += hint is not None
         began = time.perf_counter_ns()
         estimate = self.engine.step(window, hint)
         took = time.perf_counter_ns() - began

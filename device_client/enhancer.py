@@ -53,8 +53,6 @@ class Enhancer:
 
     _stream: BoostedStream
     _begun: bool  # whether the first chunk is there
-    _due: int
-    _used: int
     _late: int  # of sessions with servers that were left
 
     def __init__(
@@ -127,8 +125,8 @@ class Enhancer:
             hints, late = self._hints, self._late
         return Statistics(
             self._stream.frames,
-            self._due,
-            self._used,
+            self._stream.hints_due,
+            self._stream.hints_used,
             late + (hints.late if hints is not None else 0),
             self._stream.engine.overflows,
             hints.server if hints is not None else None,
@@ -210,7 +208,7 @@ class Enhancer:
         self._hints = self._connect(self._servers, 0)
         self._stream = BoostedStream(self._model.session(self._speaker), self._config, self._hints, ramp=True)
         self._begun = False
-        self._due = self._used = self._late = 0
+        self._late = 0
 
     def _connect(self, servers: Sequence[str], first_frame: int) -> LiveHints | None:
         if not servers:
@@ -237,10 +235,7 @@ class Enhancer:
             hints.close()
 
     def _step(self) -> Samples:
-        frame = self._stream.step(time.perf_counter_ns())
-        self._due += frame.hint_due
-        self._used += frame.hint is not None
-        return frame.estimate
+        return self._stream.step(time.perf_counter_ns()).estimate
 
 
 def enhance(

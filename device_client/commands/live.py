@@ -211,7 +211,7 @@ def _show_view(session: _Session) -> None:
             if pressed == "q":
                 audio.stop()
             elif pressed == "h":
-                loop.hints_on = not loop.hints_on
+                loop.stream.hints_on = not loop.stream.hints_on
             elif pressed == " ":
                 loop.play = voice if loop.play == "bypass" else "bypass"
             elif (chosen := _VOICE_KEYS.get(pressed)) in loop.choices and chosen is not None:

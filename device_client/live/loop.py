@@ -46,37 +46,20 @@ class LiveLoop:
         recorder: FrameRecorder | None = None,
     ) -> None:
         self._model, self._audio, self._hints, self._recorder = model, audio, hints, recorder
-        self._stream = BoostedStream(engine, model, hints, ramp=True)
+        self.stream = BoostedStream(engine, model, hints, ramp=True)
         self._mixer = Mixer(model.sources, model.microphones, play)
         self.choices = self._mixer.choices
         self.play = play
         # Figures. A frame's record is complete before it is counted.
         self.recent = np.zeros(RECENT, FRAME)
         self.frames = 0
-        self.hints_due = 0
-        self.hints_used = 0
         self.compute_ms = 0.0  # sum over all frames
         self.slowest_ms = 0.0
 
-    @property
-    def hints_on(self) -> bool:
-        """Whether hints are fused; may be set."""
-        return self._stream.hints_on
-
-    @hints_on.setter
-    def hints_on(self, on: bool) -> None:
-        self._stream.hints_on = on
-
-    @property
-    def overflows(self) -> int:
-        """Frames at which the network gave no numbers, and the input was played."""
-        return self._stream.engine.overflows
-
     def run(self) -> None:
         """Run until the audio ends."""
-        stream, delay, chunk, hints = self._stream, self._model.delay, self._model.framing.chunk, self._hints
+        stream, delay, chunk, hints = self.stream, self._model.delay, self._model.framing.chunk, self._hints
         while self._audio.read(stream.fresh):
-            hints_on = self.hints_on
             frame = stream.step(time.perf_counter_ns())
             play, compute_ms = self.play, frame.compute_ns / 1e6
             played = self._mixer.mix(play, frame.window[:, :chunk], frame.estimate)
@@ -85,8 +68,6 @@ class LiveLoop:
             used, age = frame.hint is not None, np.nan
             if used and hints is not None:
                 age = hints.age_ms(frame.number - delay)
-            self.hints_due += frame.hint_due and hints_on
-            self.hints_used += used
             self.compute_ms += compute_ms
             self.slowest_ms = max(self.slowest_ms, compute_ms)
             record = (used, age, compute_ms, np.abs(frame.fresh).max(), np.abs(played).max())

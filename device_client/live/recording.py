@@ -185,6 +185,8 @@ class FrameLog:
             )
         self.used = np.array([bool(hint) for hint, _ in rows])
         model = manifest.model
+        if self.used[: model.delay].any() or (self.used.any() and not model.hint_channels):
+            raise InputError(f"{path}: names hints at frames that have none; it was changed, copy it again")
         size = 4 * model.hint_channels * model.framing.bins
         hints = existing_file(path.parent / "hints.f32", "the hints of a frame log")
         if hints.stat().st_size != size * int(self.used.sum()):

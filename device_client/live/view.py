@@ -54,15 +54,15 @@ def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_sec
     recent = loop.recent[:frames] if frames < RECENT else np.roll(loop.recent, -frames % RECENT)
     ages = recent["age_ms"][~np.isnan(recent["age_ms"])]
     compute_ms = float(recent["compute_ms"].mean()) if frames else 0.0
-    late = min(hints.late, loop.hints_due - loop.hints_used) if hints is not None else 0
+    late = min(hints.late, loop.stream.hints_due - loop.stream.hints_used) if hints is not None else 0
     return Figures(
         seconds=round(frames * chunk_seconds, 3),
         frames=frames,
         input_db=_decibels(recent["input_peak"]),
         output_db=_decibels(recent["output_peak"]),
-        hints_on_time=loop.hints_used,
+        hints_on_time=loop.stream.hints_used,
         hints_late=late,
-        hints_missing=loop.hints_due - loop.hints_used - late,
+        hints_missing=loop.stream.hints_due - loop.stream.hints_used - late,
         hint_age_ms=round(float(np.median(ages)), 2) if ages.size else None,
         compute_ms=round(compute_ms, 3),
         slowest_ms=round(loop.slowest_ms, 3),
@@ -70,9 +70,9 @@ def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_sec
         underruns=audio.underruns,
         overruns=audio.overruns,
         server=hints.server if hints is not None else None,
-        hints=loop.hints_on,
+        hints=loop.stream.hints_on,
         play=loop.play,
-        overflows=loop.overflows,
+        overflows=loop.stream.engine.overflows,
     )
 
 

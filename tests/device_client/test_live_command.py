@@ -103,8 +103,16 @@ def test_recordings_that_cannot_be_run_again(
     (short / "hints.f32").write_bytes((recording / "hints.f32").read_bytes()[:-4])
     (tmp_path / "text.csv").write_text("frame,hint\n0,yes\n")
     shutil.copy(recording / "session.json", tmp_path)
+    # As many hints as before, the first of them before there can be any.
+    early = tmp_path / "early"
+    shutil.copytree(recording, early)
+    lines = log.read_text().splitlines()
+    last = max(number for number, line in enumerate(lines) if line.split(",")[1] == "1")
+    lines[1], lines[last] = lines[1].replace("0,0,", "0,1,", 1), lines[last].replace(",1,", ",0,", 1)
+    (early / "frames.csv").write_text("\n".join(lines) + "\n")
     cases: list[tuple[list[object], str]] = [
         ([source, "--bundle", bundle, "--frame-log", short / "frames.csv"], "does not hold"),
+        ([source, "--bundle", bundle, "--frame-log", early / "frames.csv"], "at frames that have none"),
         ([source, "--bundle", bundle, "--frame-log", tmp_path / "text.csv"], "is no frame log"),
         ([source, "--bundle", bundle, "--frame-log", tmp_path / "none.csv"], "no such file"),
         ([source, "--bundle", golden_bundle("ss_delay0"), "--frame-log", log], "give --bundle it"),

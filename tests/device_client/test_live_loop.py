@@ -121,9 +121,9 @@ def test_it_fuses_the_hints_of_the_published_computation(
     loop.run()
     hints.close()
     used = [frame for frame, hint in enumerate(frames.hints) if hint is not None]
-    assert len(used) == loop.hints_used > 10
+    assert len(used) == loop.stream.hints_used > 10
     assert min(used) >= config.delay
-    assert loop.hints_due == loop.frames - config.delay
+    assert loop.stream.hints_due == loop.frames - config.delay
     for frame in used:
         hint = frames.hints[frame]
         assert hint is not None
