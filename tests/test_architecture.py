@@ -107,6 +107,16 @@ def test_no_module_imports_itself_through_others(room: str) -> None:
             del left[name]
 
 
+def test_nothing_is_compared_with_the_name_of_a_task() -> None:
+    """What a task is stands in a table; its name is written where one is chosen, and nowhere asked for."""
+    for room in ROOMS:
+        for path in modules(room).values():
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Compare):
+                    texts = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                    assert not texts & {"tse", "ss"}, f"{path}:{node.lineno}"
+
+
 def test_there_is_one_frame_loop() -> None:
     """What runs a network on a window and a hint is called by the loop alone, and by a bundle's check of its graph."""
     elsewhere = [*ROOT.glob("benchmarks/*.py"), *modules("device_client").values()]

@@ -158,7 +158,7 @@ class TrainingConfig(Strict):
             raise ValueError("large_checkpoint and freeze_large are for a pair, not for one network alone")
         if self.model.large is None and (self.hint_dropout or self.ideal_hints):
             raise ValueError("hint_dropout and ideal_hints are for a pair, not for one network alone")
-        if self.model.task != "tse" and self.speaker_components:
+        if not self.model.needs_speaker and self.speaker_components:
             raise ValueError("speaker_components are for target speech extraction")
         if self.speaker_noise and not self.speaker_components:
             raise ValueError("speaker_noise: set speaker_components too, it is noise of theirs")
@@ -244,7 +244,7 @@ def _from_published(document: Mapping[str, Any], source: str) -> TrainingConfig:
     model = config_from_published(document, source)
     left = {"grad_clip": 0, **dict(_leaves(document))}
     loss = f"{_ARGUMENTS}.loss_params.name"
-    for key, allowed in {**_FIXED, loss: ("sisdr" if model.task == "tse" else "pit_sisdr",)}.items():
+    for key, allowed in {**_FIXED, loss: ("sisdr" if model.sources == 1 else "pit_sisdr",)}.items():
         if left.pop(key, allowed[0]) not in allowed:
             raise InputError(f'{source}: "{key}" must be {allowed[0]!r}')
     values: dict[str, Any] = {"model": model}

@@ -15,6 +15,7 @@ from knowledge_boosting.device_client.replay.loop import Run
 from knowledge_boosting.device_client.replay.tally import Tally
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest
+from knowledge_boosting.models.tasks import TaskName
 
 FrameRange = tuple[int, int]
 
@@ -47,7 +48,7 @@ class BundleReport(Record):
 
     name: str
     id: str
-    task: Literal["tse", "ss"]
+    task: TaskName
     untrained: bool
     notice: str | None = Field(description="what must be known before any figure here is used")
     delay_frames: int

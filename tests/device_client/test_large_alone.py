@@ -26,7 +26,7 @@ def write_data(root: Path) -> Path:
         folder.mkdir(parents=True)
         stretch = slice(16000 + 32000 * item, 16000 + 32000 * item + RATE * SECONDS)
         for number in (0, 1):
-            speech, _ = soundfile.read(ROOT / f"samples/source{number + 1}.wav")
+            speech, _ = soundfile.read(ROOT / f"samples/source{number + 1}.flac")
             soundfile.write(folder / f"source{number:02d}.wav", speech[stretch], RATE, "FLOAT")
             torch.save(torch.randn(1, 256) / 16, folder / f"spk_id{number:02d}.pt")
         mixture, _ = soundfile.read(ROOT / "samples/mixture.flac")

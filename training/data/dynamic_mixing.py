@@ -51,7 +51,7 @@ class DynamicMixing:
         # The fastest playback needs the most speech.
         self._segment = round(self._length * (1 + data.speed)) + 1
         enrollment = round(_ENROLLMENT_SECONDS * SAMPLE_RATE * (1 + data.speed))
-        self._enrollment = enrollment if model.task == "tse" else 0
+        self._enrollment = enrollment if model.needs_speaker else 0
         self._skip_broken = skip_broken
         corpus = find_speech(Path(data.speech), skip_broken=skip_broken)
         for line in corpus.broken:
@@ -70,7 +70,7 @@ class DynamicMixing:
         self._noise = find_clips(Path(data.noise)) if data.noise is not None else ()
         self._embeddings: dict[tuple[Segment, float], torch.Tensor] = {}
         if data.candidates > 1:
-            if model.task != "tse" or data.candidates >= len(self._talkers):
+            if not model.needs_speaker or data.candidates >= len(self._talkers):
                 raise InputError(f"train.candidates: must be 1 for separation, and less than {len(self._talkers)}")
             self._voices = self.speaker_embeddings()
 
@@ -122,7 +122,7 @@ class DynamicMixing:
         example |= self._draw_conditions(rng, int(self._bank.listeners[room]))
         if rng.uniform() < self._data.pauses:
             _pause(rng, example["speech"])
-        if self._model.task == "tse":
+        if self._model.needs_speaker:
             example["speaker_embedding"] = torch.stack(
                 [self._embedding(*pair, speed) for pair, speed in zip(segments, speeds, strict=True)]
             )

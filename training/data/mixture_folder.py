@@ -81,7 +81,7 @@ class MixtureFolder:
                 raise InputError(f"{item / NOISE_FILE}: must be as long as source00.wav")
             mixture = mixture + noise
         example = {"names": str(item), "mixture": mixture, "sources": sources}
-        if self._model.task == "tse":
+        if self._model.needs_speaker:
             target = index % 2
             if self._training:
                 target = int(np.random.default_rng([self._seed, epoch, index]).integers(2))

@@ -80,7 +80,7 @@ class StoredHints:
             raise InputError(f"{path}: no such file; the same kb-store-hints command makes what is missing")
         self.speakers = frozenset(record.speakers)
         self._examples = min(record.examples, data.items or record.examples)
-        self._task = model.task
+        self._needs_speaker = model.needs_speaker
 
     def __len__(self) -> int:
         return self._examples
@@ -93,7 +93,7 @@ class StoredHints:
         """
         shard, number = divmod(address[1], SHARD)
         path = shard_path(self._root, shard)
-        names = ["mixture", "sources", "embedding", "scale", *(["speaker_embedding"] if self._task == "tse" else [])]
+        names = ["mixture", "sources", "embedding", "scale", *(["speaker_embedding"] if self._needs_speaker else [])]
         try:
             with safe_open(path, "pt") as file:
                 found = {name: file.get_slice(name)[number].float() for name in names}

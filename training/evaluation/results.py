@@ -9,6 +9,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from knowledge_boosting.models.config import Strict
+from knowledge_boosting.models.tasks import TASKS, TaskName
 from knowledge_boosting.training.evaluation.metrics import MetricName
 
 SCHEMA_VERSION: Final = 1
@@ -116,7 +117,7 @@ class Results(Strict):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     notice: str | None = Field(description="what must be known before any figure here is used")
-    task: Literal["tse", "ss"]
+    task: TaskName
     data: DataRecord
     path: Literal["offline", "streaming"] = Field(description="offline: whole signals; streaming: one frame a call")
     streaming: StreamingRecord | None
@@ -129,8 +130,7 @@ class Results(Strict):
     @property
     def title(self) -> str:
         """What was measured on what; untrained weights are called so on a second line."""
-        task = {"ss": "Separation", "tse": "Target speech extraction"}[self.task]
-        data = self.data
+        task, data = TASKS[self.task].label.capitalize(), self.data
         length = f"{data.seconds / 60:.1f} min" if data.seconds >= 100 else f"{data.seconds:g} s"
         mixtures = "1 mixture" if data.items == 1 else f"{data.items} mixtures"
         title = f"{task}: {mixtures} ({length}) of {Path(data.root).name}/{data.split}, {self.path}"
