@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from knowledge_boosting.common.call_credentials import Credentials
-from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.device_client import speakers
 from knowledge_boosting.device_client.audio.files import resample
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
@@ -142,12 +142,9 @@ class Enhancer:
             ``[S, M, chunk]`` samples of the speakers, :attr:`latency` samples behind; the first chunk is zeros.
 
         Raises:
-            InputError: the chunk is of another shape.
+            InputError: the chunk is of another shape, or of integers.
         """
-        samples = np.asarray(chunk, np.float32)
-        size = self._config.framing.chunk
-        if samples.ndim == 1:
-            samples = samples[None]
+        samples, size = _floats("process", chunk), self._config.framing.chunk
         if samples.shape not in ((self.channels, size), (1, size)):
             raise InputError(
                 f"process: got samples of shape {list(np.shape(chunk))}; give [{self.channels}, {size}] or [{size}]"
@@ -265,9 +262,7 @@ def enhance(
     model = load_model(find_bundle(str(bundle)), engine)
     config = model.manifest.model
     embedding = _embedding(speaker, config)
-    heard, microphones = np.asarray(samples, np.float32), config.microphones
-    if heard.ndim == 1:
-        heard = heard[None]
+    heard, microphones = _floats("enhance", samples), config.microphones
     if heard.ndim != 2 or heard.shape[0] not in (1, microphones) or not heard.shape[1]:
         raise InputError(
             f"enhance: got samples of shape {list(np.shape(samples))}; give [{microphones}, N] or [N], N at least 1"
@@ -287,6 +282,21 @@ def enhance(
     return np.pad(back, ((0, 0), (0, 0), (0, length - back.shape[-1])))
 
 
+def _floats(where: str, values: ArrayLike) -> Samples:
+    """Samples as float32, with an axis of channels."""
+    array = _array(where, values)
+    if array.dtype.kind != "f":
+        raise InputError(f"{where}: the samples are of {array.dtype}; give floating-point numbers, full scale 1")
+    return np.atleast_2d(array.astype(np.float32))
+
+
+def _array(where: str, values: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise InputError(f"{where}: got no array ({reason(error)})") from None
+
+
 def _servers(server: str | Sequence[str] | None) -> tuple[str, ...]:
     if server is None:
         return ()
@@ -304,7 +314,8 @@ def _embedding(speaker: Speaker | None, config: ModelConfig) -> Samples | None:
         return speakers.read_embedding(Path(speaker))
     if isinstance(speaker, str):
         return speakers.load(speaker)
-    embedding = np.asarray(speaker, np.float32)
+    given = _array("speaker", speaker)
+    embedding = given.astype(np.float32) if given.dtype.kind in "fiu" else np.zeros(0, np.float32)
     if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all() or not embedding.any():
         raise InputError(f"speaker: an embedding has {SPEAKER_EMBEDDING_SIZE} finite numbers, not all of them zero")
     return embedding

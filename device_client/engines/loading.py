@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.device_client.engines.engine import Model
 
 EngineName = Literal["onnx", "torch"]
@@ -15,9 +15,11 @@ def load_model(directory: Path, engine: EngineName) -> Model:
     """A bundle's small network under an engine.
 
     Raises:
-        InputError: the bundle cannot be used.
+        InputError: the bundle cannot be used, or there is no such engine.
         Failure: the engine is not installed.
     """
+    if engine not in get_args(EngineName):
+        raise InputError(f"engine {engine!r}: must be {' or '.join(get_args(EngineName))}")
     if engine == "onnx":
         from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 

@@ -124,6 +124,11 @@ def test_what_cannot_be_used_is_told(golden_bundle: GetBundle) -> None:
         (lambda: kb.Enhancer(golden_bundle(TSE), speaker="nobody-at-all"), "not enrolled"),
         (lambda: kb.Enhancer(ALONE).process(chunk[:, :100]), r"got samples of shape \[2, 100\]"),
         (lambda: kb.Enhancer(ALONE).process(chunk[None]), r"got samples of shape \[1, 2, 128\]"),
+        (lambda: kb.Enhancer(ALONE).process(np.zeros((2, 128), np.int16)), "the samples are of int16"),
+        (lambda: kb.enhance(["a", "b"], 16000, ALONE), "the samples are of <U1"),  # type: ignore[arg-type,unused-ignore]
+        (lambda: kb.enhance([[0.0, 1.0], [0.0]], 16000, ALONE), "got no array"),
+        (lambda: kb.Enhancer(golden_bundle(TSE), speaker=["a"] * 256), "256 finite numbers"),
+        (lambda: kb.Enhancer(ALONE, engine="other"), "must be onnx or torch"),  # type: ignore[arg-type]
         (lambda: kb.enhance(np.zeros((3, 1000)), 16000, ALONE), r"got samples of shape \[3, 1000\]"),
         (lambda: kb.enhance(np.zeros((2, 0)), 16000, ALONE), "N at least 1"),
         (lambda: kb.enhance(np.zeros(1000), 0, ALONE), "the rate is 0 Hz"),
