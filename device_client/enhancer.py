@@ -133,7 +133,7 @@ class Enhancer:
         )
 
     def process(self, chunk: ArrayLike) -> Samples:
-        """The next chunk. Waits for nobody.
+        """The next chunk. This never waits for a server.
 
         Args:
             chunk: ``[M, chunk]`` samples, full scale 1; ``[chunk]`` or ``[1, chunk]`` is used for all microphones.

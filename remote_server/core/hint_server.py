@@ -45,8 +45,8 @@ class HintServer:
         status = why.status.name
         self._metrics.refused.labels(status).inc()
         source = caller.name or host_of(peer)
-        token = {"token": why.token} if isinstance(why, Denied) else {}
-        self._refusals.add(source, "call_refused", peer=peer, method=method[:100], status=status, why=str(why), **token)
+        fields = {"status": status, "why": str(why), **_of_token(why)}
+        self._refusals.add(source, "call_refused", peer=peer, method=method[:100], **fields)
 
     async def watch(self) -> None:
         """End sessions whose time is up, as long as the server runs.
@@ -122,12 +122,12 @@ class HintServer:
                     self._metrics.sessions.labels(bundle_name).dec()
             record.end("OK", "the device ended it")
         except Refused as error:
-            record.end(error.status.name, str(error))
+            record.end(error.status.name, str(error), **_of_token(error))
             raise
         except (asyncio.CancelledError, GeneratorExit):
             why = record.session.ended if record.session is not None else None
             if why is not None:
-                record.end(why.status.name, str(why))
+                record.end(why.status.name, str(why), **_of_token(why))
             else:
                 record.end("CANCELLED", "the device went away")
             raise
@@ -242,6 +242,11 @@ def _taken_away(session: Session, caller: Caller) -> Refused | None:
     return None
 
 
+def _of_token(why: Refused) -> dict[str, str]:
+    """What the log tells of a token that does not allow a call."""
+    return {"token": why.token} if isinstance(why, Denied) else {}
+
+
 class _Record:
     """What the log tells of a call."""
 
@@ -255,9 +260,9 @@ class _Record:
         assert self.session is not None
         log_event("session_opened", session=self.session.id, peer=self._peer, caller=self._caller.name, bundle=bundle)
 
-    def end(self, status: str, why: str) -> None:
+    def end(self, status: str, why: str, **more: str) -> None:
         self.status = status
-        fields = {"peer": self._peer, "status": status, "why": why}
+        fields = {"peer": self._peer, "status": status, "why": why, **more}
         seconds = round(time.monotonic() - self._opened, 3)
         if self.session is None:
             source = self._caller.name or host_of(self._peer)

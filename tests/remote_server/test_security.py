@@ -195,6 +195,8 @@ def test_sessions_of_a_token_that_was_taken_away_end(
             next(gone)
         assert gone.code() is grpc.StatusCode.UNAUTHENTICATED
         assert "does not know the token any more" in gone.details()
+        ended = json.loads(guarded_server.wait_for_log("does not know the token any more"))
+        assert (ended["event"], ended["token"]) == ("session_closed", "revoked")
         assert stays.is_active()
         stays.cancel()
 
