@@ -23,9 +23,10 @@ from knowledge_boosting.device_client.boosted_stream import BoostedStream
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.device_client.engines.torch_engine import TorchModel
 from knowledge_boosting.device_client.hints.buffer import HintBuffer
-from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Boosting, NetworkSize, Pair
+from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import LargeModel
 from knowledge_boosting.models.slots import StateSlots
 from knowledge_boosting.protos import hints_pb2 as pb
@@ -66,15 +67,15 @@ class PromptHints:
         return self._buffer.take(frame, now)
 
 
-def small_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float]]:
+def small_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
     """The small network with fusion under both engines, and the device's loop around the faster one."""
     torch.manual_seed(0)
-    pair = build(config.model_copy(update={"large": config.small}))  # whose large network does not run here
+    pair_config = config.model_copy(update={"large": config.small})  # whose large network does not run here
+    pair = build(pair_config)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "random"
-        pair_config = config.model_copy(update={"large": config.small})
         write_bundle(bundle, pair, pair_config, untrained=True, source="random", configuration="none")
-        onnx, in_torch = OnnxModel(str(bundle)), TorchModel(str(bundle))
+        onnx, in_torch = OnnxModel(Bundle(bundle)), TorchModel(Bundle(bundle))
     speaker = np.random.default_rng(0).normal(0, 1 / 16, 256).astype(np.float32) if config.needs_speaker else None
     framing = config.framing
     window = np.random.default_rng(1).normal(0, 0.1, (config.microphones, framing.n_fft)).astype(np.float32)
@@ -94,7 +95,7 @@ def small_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float
 
 
 @torch.inference_mode()
-def large_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float]]:
+def large_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
     """The large network with its hint encoder as the server runs it, states in slots; the time for each session."""
     torch.manual_seed(0)
     large = LargeModel(config).eval()
@@ -116,7 +117,7 @@ def large_network(config: ModelConfig, frames: int) -> dict[str, dict[str, float
 
 def benchmark(task: Literal["tse", "ss"], frames: int) -> dict[str, dict[str, float]]:
     """Both networks of a task, each frame by frame."""
-    config = ModelConfig(task=task, small=SMALL, large=LARGE, boosting=Boosting(delay=6))
+    config = Pair(task=task, small=SMALL, large=LARGE, boosting=Boosting(delay=6))
     figures = small_network(config, frames) | large_network(config, frames)
     budget = 1e3 * config.framing.chunk_seconds
     return {

@@ -17,7 +17,7 @@ from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.hints.stream import Encodings
 from knowledge_boosting.device_client.live.loop import LiveLoop
-from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle
+from knowledge_boosting.models.bundle import DEFAULT_BUNDLE, Bundle
 from knowledge_boosting.protos.codec import Samples
 
 MINUTE = 7500  # frames
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10 * MINUTE)
     parser.add_argument("--json", type=Path, default=Path("out/live_loop.json"))
     options = parser.parse_args()
-    model = OnnxModel(str(find_bundle(options.bundle)))
+    model = OnnxModel(Bundle(options.bundle))
     hints = LiveHints([options.server], model.manifest, encodings=Encodings()) if options.server else None
     if hints is not None:
         hints.start()

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle, read_manifest
+from knowledge_boosting.models.bundle import DEFAULT_BUNDLE, Bundle
 
 NETWORKS: dict[str, list[str]] = {
     "on time": [],
@@ -43,7 +43,7 @@ def replay(folder: Path, server: str, bundle: str, item: Path, index: int, flags
     call = [sys.executable, "-m", "knowledge_boosting.device_client.main", "replay", str(folder / "mixture.wav")]
     call += ["-o", str(folder / "out.wav"), "--bundle", bundle, "--server", server, "--seed", str(index)]
     targets = [0, 1]
-    if read_manifest(find_bundle(bundle)).model.needs_speaker:
+    if Bundle(bundle).model.needs_speaker:
         targets = [index % 2]
         embedding = torch.load(item / f"spk_id{targets[0]:02d}.pt", weights_only=True)
         np.save(folder / "embedding.npy", embedding.numpy().flatten())

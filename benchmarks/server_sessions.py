@@ -22,7 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from knowledge_boosting.models.manifest import find_bundle, read_manifest
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.manifest import read_manifest
 from tests.load import SIZES, DeviceAudio, open_load, write_random_bundle
 from tests.processes import Server, cpu_seconds, memory_mib, running_server
 
@@ -165,7 +166,7 @@ def plot(steps: list[Step], limits: list[float], title: str, path: Path) -> None
 def chosen_bundle(options: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         size = next((name for name in SIZES if getattr(options, name.replace("-", "_"))), None)
-        yield write_random_bundle(Path(folder), size) if size else find_bundle(options.bundle)
+        yield write_random_bundle(Path(folder), size) if size else Bundle(options.bundle).directory
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from knowledge_boosting.models.manifest import find_bundle, read_manifest
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.manifest import read_manifest
 from tests.load import Arrivals, DeviceAudio, Load, open_load, write_random_bundle
 from tests.processes import Server, descriptors, memory_mib, running_server, threads
 
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("out/soak.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bundle = find_bundle(options.bundle) if options.bundle else write_random_bundle(Path(folder), "tiny")
+        bundle = Bundle(options.bundle).directory if options.bundle else write_random_bundle(Path(folder), "tiny")
         with running_server(bundle, "--max-sessions", options.sessions, *options.server_option) as server:
             audio = DeviceAudio(read_manifest(bundle))
             report = asyncio.run(soak(server, audio, options.sessions, 60 * options.minutes))

@@ -29,7 +29,7 @@ from torch import nn
 from knowledge_boosting.models import cpu_attention, cpu_lstm
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.compiled import required_library
-from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Alone, NetworkSize
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import SmallModel
 from knowledge_boosting.models.tfgridnet import torch_residual_lstm
@@ -53,7 +53,7 @@ BATCH, COMMAND_BATCH, SECONDS = 2, 4, 1
 
 def step_of(size: NetworkSize, batch: int) -> Callable[[], None]:
     """One optimiser step of one network on a batch of noise."""
-    config = ModelConfig(task="ss", small=size)
+    config = Alone(task="ss", network=size)
     model = build(config).get_submodule("small")
     assert isinstance(model, SmallModel)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -20,8 +20,8 @@ from knowledge_boosting.device_client.boosted_stream import BoostedStream, frame
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.hints.stream import Encodings
-from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
-from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle
+from knowledge_boosting.models.bundle import DEFAULT_BUNDLE, Bundle
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig, Pair
 
 Samples = NDArray[np.float32]
 Speaker = ArrayLike | str | PathLike[str]
@@ -57,7 +57,7 @@ class Enhancer:
 
     def __init__(
         self,
-        bundle: str | PathLike[str] = DEFAULT_BUNDLE,
+        bundle: str | PathLike[str] | Bundle = DEFAULT_BUNDLE,
         *,
         server: str | Sequence[str] | None = None,
         speaker: Speaker | None = None,
@@ -67,7 +67,7 @@ class Enhancer:
         """Load a bundle, and look for its server if one is given: for 3 s at most, then in the background.
 
         Args:
-            bundle: name of a shipped bundle, or the path of one.
+            bundle: one that was opened, the name of a shipped one, or the path of one.
             server: ``HOST:PORT``; of several, the next one is taken when one is lost. None: the small network alone.
             speaker: for target speech extraction, whom to extract: an embedding ``[256]``, the path of an ``.npy`` file
                 with one, or the name of somebody who was enrolled.
@@ -79,7 +79,7 @@ class Enhancer:
                 other.
             Failure: the engine is not installed.
         """
-        self._model = load_model(find_bundle(str(bundle)), engine)
+        self._model = load_model(_opened(bundle), engine)
         self._config, self._manifest = self._model.manifest.model, self._model.manifest
         self._speaker = _embedding(speaker, self._config)
         self._credentials, self._servers = credentials, _servers(server)
@@ -210,7 +210,7 @@ class Enhancer:
     def _connect(self, servers: Sequence[str], first_frame: int) -> LiveHints | None:
         if not servers:
             return None
-        if self._config.boosting is None:
+        if not isinstance(self._config, Pair):
             raise InputError(f"{self._manifest.name}: is one network alone; leave out the server")
         hints = LiveHints(
             servers,
@@ -238,7 +238,7 @@ class Enhancer:
 def enhance(
     samples: ArrayLike,
     rate: int,
-    bundle: str | PathLike[str] = DEFAULT_BUNDLE,
+    bundle: str | PathLike[str] | Bundle = DEFAULT_BUNDLE,
     *,
     speaker: Speaker | None = None,
     engine: EngineName = "onnx",
@@ -248,7 +248,7 @@ def enhance(
     Args:
         samples: ``[M, N]``, full scale 1; ``[N]`` or ``[1, N]`` is used for all microphones.
         rate: their rate, Hz. The output has it too, and holds what is below half of the bundle's rate.
-        bundle: name of a shipped bundle, or the path of one.
+        bundle: one that was opened, the name of a shipped one, or the path of one.
         speaker: for target speech extraction, whom to extract; see :class:`Enhancer`.
         engine: what computes the small network.
 
@@ -259,7 +259,7 @@ def enhance(
         InputError: samples, rate, bundle or speaker cannot be used.
         Failure: the engine is not installed.
     """
-    model = load_model(find_bundle(str(bundle)), engine)
+    model = load_model(_opened(bundle), engine)
     config = model.manifest.model
     embedding = _embedding(speaker, config)
     heard, microphones = _floats("enhance", samples), config.microphones
@@ -280,6 +280,10 @@ def enhance(
     estimate = np.concatenate(parts, axis=-1) if parts else np.zeros((config.sources, microphones, 0), np.float32)
     back = resample(estimate, framing.sample_rate, rate)[..., :length]
     return np.pad(back, ((0, 0), (0, 0), (0, length - back.shape[-1])))
+
+
+def _opened(bundle: str | PathLike[str] | Bundle) -> Bundle:
+    return bundle if isinstance(bundle, Bundle) else Bundle(Path(bundle))
 
 
 def _floats(where: str, values: ArrayLike) -> Samples:

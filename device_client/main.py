@@ -8,7 +8,7 @@ import typer
 
 from knowledge_boosting.common import cli
 from knowledge_boosting.common.call_options import Tls, TlsCa, TlsCert, TlsKey, TokenFile
-from knowledge_boosting.models.manifest import DEFAULT_BUNDLE
+from knowledge_boosting.models.bundle import DEFAULT_BUNDLE
 
 app = cli.Application(no_args_is_help=True)
 

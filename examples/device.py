@@ -35,7 +35,7 @@ def read_safetensors(path):
 def open_bundle(folder):
     """The manifest and the graph of a bundle, whose digest has been compared."""
     manifest = json.loads((folder / "bundle.json").read_text())
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     graph = (folder / "small.onnx").read_bytes()
     assert manifest["graph_digest"] == f"sha256:{hashlib.sha256(graph).hexdigest()}"
     options = onnxruntime.SessionOptions()
@@ -43,15 +43,20 @@ def open_bundle(folder):
     return manifest, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
+def device_network(model):
+    """The sizes of the device's network: the small one of a pair, or the one alone."""
+    return model["small"] if "small" in model else model["network"]
+
+
 def speaker_inputs(folder, model, embedding):
     """What a speaker's embedding multiplies and adds between the blocks, the same for a whole session."""
     weights = read_safetensors(folder / "small.safetensors")
     bins = (model["framing"]["chunk"] + model["framing"]["lookahead"]) // 2 + 1
     inputs = {}
-    for index in range(model["small"]["blocks"] - 1):
+    for index in range(device_network(model)["blocks"] - 1):
         weight = weights[f"network.speaker.{index}.weight"].astype(np.float32)
         bias = weights[f"network.speaker.{index}.bias"].astype(np.float32)
-        parts = (weight @ embedding + bias).reshape(2, bins, model["small"]["channels"])
+        parts = (weight @ embedding + bias).reshape(2, bins, device_network(model)["channels"])
         inputs[f"speaker_weight_{index}"], inputs[f"speaker_bias_{index}"] = parts
     return inputs
 
@@ -61,8 +66,8 @@ class Stream:
 
     def __init__(self, graph, model, speaker):
         self.graph, self.chunk = graph, model["framing"]["chunk"]
-        self.lookahead, self.window = model["framing"]["lookahead"], model["small"]["window"]
-        self.delay = model["boosting"]["delay"] if model["boosting"] else 0
+        self.lookahead, self.window = model["framing"]["lookahead"], device_network(model)["window"]
+        self.delay = model["boosting"]["delay"] if "boosting" in model else 0
         self.outputs = [value.name for value in graph.get_outputs()]
         self.inputs = {value.name: np.zeros(value.shape, np.float32) for value in graph.get_inputs()}
         self.inputs.update(speaker)

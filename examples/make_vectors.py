@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+from knowledge_boosting.models.bundle import Bundle
 
 FRAMES = 60  # more than attention remembers
 
 
 def main(bundle: str, folder: Path) -> None:
     """Write them."""
-    loaded, rng = OnnxModel(bundle), np.random.default_rng(0)
+    loaded, rng = OnnxModel(Bundle(bundle)), np.random.default_rng(0)
     model = loaded.manifest.model
     framing = model.framing
     sound = rng.normal(0, 0.1, (model.microphones, FRAMES * framing.chunk)).astype(np.float32)
     sound[:, 3000:4000] = 0
     speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if model.needs_speaker else None
-    frames = [frame for frame in range(model.delay, FRAMES) if rng.uniform() < 0.5] if model.boosting else []
+    frames = [frame for frame in range(model.delay, FRAMES) if rng.uniform() < 0.5] if model.hint_channels else []
     hints = rng.normal(0, 1, (len(frames), model.hint_channels, framing.bins)).astype(np.float32)
     engine, padded = loaded.session(speaker), np.pad(sound, ((0, 0), (0, framing.lookahead)))
     given, parts = iter(hints), []

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from knowledge_boosting.common.call_credentials import Credentials, read_credentials
     from knowledge_boosting.common.errors import Error, Failure, InputError
     from knowledge_boosting.device_client.enhancer import Enhancer, Statistics, enhance
+    from knowledge_boosting.models.bundle import Bundle
 
 __all__ = [
+    "Bundle",
     "Credentials",
     "Enhancer",
     "Error",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Bundle": "models.bundle",
     "Credentials": "common.call_credentials",
     "Enhancer": "device_client.enhancer",
     "Error": "common.errors",

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from knowledge_boosting.common.errors import InputError, existing_file, reason
-from knowledge_boosting.models.config import ModelConfig
-from knowledge_boosting.models.manifest import first_fault, read_json, validate
+from knowledge_boosting.models.config import ModelConfig, Pair
+from knowledge_boosting.models.manifest import first_fault, read_json, validate_model
 from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
 from knowledge_boosting.models.published import config_from_published, convert, is_published, is_published_config
 
@@ -37,7 +37,7 @@ def read_config(path: Path) -> ModelConfig:
             raise InputError(f"{path}: {first_fault(error)}") from None
     # A training configuration has the model's as a part.
     model = document.get("model")
-    return validate(ModelConfig, model if isinstance(model, dict) else document, path)
+    return validate_model(model if isinstance(model, dict) else document, path)
 
 
 def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
@@ -175,7 +175,7 @@ def _take_whitening_in(model: dict[str, Tensor], matrix: Tensor, mean: Tensor, p
 
 def build(config: ModelConfig) -> nn.Module:
     """The networks of a configuration, randomly initialised: ``small`` and, for a pair, ``large``."""
-    if config.large is not None:
+    if isinstance(config, Pair):
         return BoostedPair(config)
     alone = nn.Module()
     alone.small = SmallModel(config)

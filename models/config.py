@@ -1,13 +1,18 @@
 """What a model is, in numbers: task, framing, network sizes, boosting. Needs no torch."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
+    TypeAdapter,
     model_serializer,
     model_validator,
 )
@@ -89,15 +94,12 @@ class Boosting(Strict):
     compression: Literal[1, 2, 4] = 1
 
 
-class ModelConfig(Strict):
-    """One network alone (``small``), or a pair in which ``large`` sends hints to ``small``."""
+class _Model(Strict):
+    """What :class:`Alone` and :class:`Pair` have in common."""
 
     task: TaskName
     microphones: Annotated[int, Field(ge=1, le=64)] = 2
     framing: Framing = Framing()
-    small: NetworkSize
-    large: NetworkSize | None = None
-    boosting: Boosting | None = None
     running_level: Annotated[
         bool,
         Field(description="networks that hear every signal at one level, without offset; published ones do not"),
@@ -111,35 +113,15 @@ class ModelConfig(Strict):
             del document["running_level"]
         return document
 
-    @model_validator(mode="after")
-    def _large_and_boosting_come_together(self) -> Self:
-        if (self.large is None) != (self.boosting is None):
-            raise ValueError("large and boosting must be given both (a pair) or neither (one network alone)")
-        if self.boosting is not None and self.small.channels % self.small.heads:
-            raise ValueError(
-                f"small.channels ({self.small.channels}) must be a multiple of small.heads ({self.small.heads})"
-            )
-        if self.boosting is not None and self.spectrum_channels % self.boosting.compression:
-            raise ValueError(f"compression must divide the {self.spectrum_channels} channels of the large embedding")
-        return self
+    @property
+    def networks(self) -> Mapping[str, NetworkSize]:
+        """The sizes of the networks, by the name of each."""
+        raise NotImplementedError
 
-    @model_validator(mode="after")
-    def _fits_a_machine(self) -> Self:
-        for name, size in (("small", self.small), ("large", self.large)):
-            if size is not None and (values := self._most_values(size)) > _MOST_VALUES:
-                raise ValueError(f"{name} would have some {values:.0e} values, more than {_MOST_VALUES:.0e}")
-        return self
-
-    def _most_values(self, size: NetworkSize) -> int:
-        """About as many values as the weights of a network have, or more, with the state of one stream."""
-        bins, channels, hidden = self.framing.bins, size.channels, size.hidden
-        lstms = 3 * 4 * hidden * (channels + hidden + 2) + 3 * hidden * channels
-        keys, values = size.heads * (512 + bins), bins * channels  # of a frame; those of fusion are half as many
-        attention = 4 * channels * (channels + bins) + (4 + size.window) * (keys + values) + 2 * channels * keys // bins
-        between = 2 * (SPEAKER_EMBEDDING_SIZE + 1) * bins * channels if self.needs_speaker else 0
-        waiting = self.delay * bins * (channels + self.hint_channels)
-        framing = 4 * self.framing.n_fft * bins
-        return size.blocks * (lstms + 2 * attention + between + waiting) + framing
+    @property
+    def on_device(self) -> NetworkSize:
+        """The size of the network that the device runs."""
+        raise NotImplementedError
 
     @property
     def sources(self) -> int:
@@ -159,9 +141,119 @@ class ModelConfig(Strict):
     @property
     def hint_channels(self) -> int:
         """Channels of a hint; 0 for one network alone."""
-        return self.spectrum_channels // self.boosting.compression if self.boosting else 0
+        return 0
 
     @property
     def delay(self) -> int:
         """Frames that a hint may be late; 0 for one network alone."""
-        return self.boosting.delay if self.boosting else 0
+        return 0
+
+    @model_validator(mode="after")
+    def _fits_a_machine(self) -> Self:
+        for name, size in self.networks.items():
+            if (values := self._most_values(size)) > _MOST_VALUES:
+                raise ValueError(f"{name} would have some {values:.0e} values, more than {_MOST_VALUES:.0e}")
+        return self
+
+    def _most_values(self, size: NetworkSize) -> int:
+        """About as many values as the weights of a network have, or more, with the state of one stream."""
+        bins, channels, hidden = self.framing.bins, size.channels, size.hidden
+        lstms = 3 * 4 * hidden * (channels + hidden + 2) + 3 * hidden * channels
+        keys, values = size.heads * (512 + bins), bins * channels  # of a frame; those of fusion are half as many
+        attention = 4 * channels * (channels + bins) + (4 + size.window) * (keys + values) + 2 * channels * keys // bins
+        between = 2 * (SPEAKER_EMBEDDING_SIZE + 1) * bins * channels if self.needs_speaker else 0
+        waiting = self.delay * bins * (channels + self.hint_channels)
+        framing = 4 * self.framing.n_fft * bins
+        return size.blocks * (lstms + 2 * attention + between + waiting) + framing
+
+
+class Alone(_Model):
+    """One network, which runs on the device without hints."""
+
+    network: NetworkSize
+
+    @property
+    def networks(self) -> Mapping[str, NetworkSize]:
+        """Its one network."""
+        return {"network": self.network}
+
+    @property
+    def on_device(self) -> NetworkSize:
+        """Its one network."""
+        return self.network
+
+
+class Pair(_Model):
+    """A small network on the device, and a large one on the server that sends it hints."""
+
+    small: NetworkSize
+    large: NetworkSize
+    boosting: Boosting
+
+    @model_validator(mode="after")
+    def _hints_fit(self) -> Self:
+        if self.small.channels % self.small.heads:
+            raise ValueError(
+                f"small.channels ({self.small.channels}) must be a multiple of small.heads ({self.small.heads})"
+            )
+        if self.spectrum_channels % self.boosting.compression:
+            raise ValueError(f"compression must divide the {self.spectrum_channels} channels of the large embedding")
+        return self
+
+    @property
+    def networks(self) -> Mapping[str, NetworkSize]:
+        """The small network and the large one."""
+        return {"small": self.small, "large": self.large}
+
+    @property
+    def on_device(self) -> NetworkSize:
+        """The small network."""
+        return self.small
+
+    @property
+    def hint_channels(self) -> int:
+        """Channels of a hint."""
+        return self.spectrum_channels // self.boosting.compression
+
+    @property
+    def delay(self) -> int:
+        """Frames that a hint may be late."""
+        return self.boosting.delay
+
+    def large_alone(self) -> Alone:
+        """The large network by itself."""
+        return Alone(
+            task=self.task,
+            microphones=self.microphones,
+            framing=self.framing,
+            running_level=self.running_level,
+            network=self.large,
+        )
+
+
+def _as_written_now(document: object) -> object:
+    """A model of schema version 1, which called the one network ``small``, in today's words."""
+    if not isinstance(document, dict) or "small" not in document or "network" in document:
+        return document
+    rest = {key: value for key, value in document.items() if key not in ("small", "large", "boosting")}
+    parts = [document.get("large"), document.get("boosting")]
+    if parts == [None, None]:
+        return {**rest, "network": document["small"]}
+    if None in parts:
+        raise ValueError("large and boosting must be given both (a pair) or neither (one network alone)")
+    return document
+
+
+def _kind(model: object) -> str:
+    pair = isinstance(model, Pair) or (isinstance(model, dict) and not _PAIR.isdisjoint(model))
+    return "pair" if pair else "alone"
+
+
+_PAIR = frozenset({"small", "large", "boosting"})
+# A model is one or the other; its keys tell which.
+ModelConfig = Annotated[
+    Annotated[Alone, Tag("alone")] | Annotated[Pair, Tag("pair")],
+    Discriminator(_kind),
+    BeforeValidator(_as_written_now),
+]
+MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)  # reads and checks one

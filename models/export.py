@@ -46,7 +46,6 @@ def export(
     check_new_folder(output)
     import torch
 
-    from knowledge_boosting.models.bundle import write_bundle
     from knowledge_boosting.models.checkpoint import (
         build,
         level_output,
@@ -55,6 +54,7 @@ def export(
         read_training_speakers,
     )
     from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, file_digest
+    from knowledge_boosting.models.networks import write_bundle
 
     # One thread: the graph is checked frame by frame, and a frame is too little work to share.
     torch.set_num_threads(1)
@@ -96,14 +96,16 @@ def _check(bundle: str) -> None:
     Raises:
         InputError: the bundle is not what its manifest says, or lacks a part.
     """
-    from knowledge_boosting.models.bundle import load_large, load_small
-    from knowledge_boosting.models.manifest import find_bundle
+    from knowledge_boosting.models.bundle import Bundle
+    from knowledge_boosting.models.networks import load_large, load_small
 
-    _, manifest = load_small(bundle)
-    if manifest.model.large is not None:
-        load_large(bundle)
+    opened = Bundle(bundle)
+    manifest = opened.manifest
+    load_small(opened)
+    if "large" in manifest.digests:
+        load_large(opened)
     for part, digest in manifest.digests.items():
-        print(f"{find_bundle(bundle) / part}.safetensors: {digest}")
+        print(f"{opened.directory / part}.safetensors: {digest}")
     print(f"{bundle}: bundle {manifest.label}, id {manifest.id}, as its manifest says")
 
 

@@ -1,9 +1,4 @@
-"""What a bundle says of itself: ``bundle.json``. Needs no torch.
-
-A bundle is a directory: ``bundle.json``; ``small.safetensors``, the device's network, and ``small.onnx``, one frame of
-it as a graph; ``large.safetensors``, the server's network and hint encoder; ``README.md``, the model card. A device
-needs the small part, a server the large.
-"""
+"""What a bundle says of itself: ``bundle.json``. Needs no torch."""
 
 import hashlib
 import json
@@ -14,18 +9,18 @@ from typing import Any, Final, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from knowledge_boosting.common.errors import InputError, existing_file, reason
-from knowledge_boosting.models.config import ModelConfig, Strict
+from knowledge_boosting.models.config import MODEL, Alone, ModelConfig, Pair, Strict
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+_OLD_VERSIONS = (1,)  # that are read as well: one network alone was called "small", as the device's of a pair
 _LARGEST_JSON = 4 * 2**20  # bytes; a list of ten thousand training speakers takes a fifth of a MiB
 MANIFEST_FILE = "bundle.json"
 GRAPH_FILE = "small.onnx"
-PRETRAINED = Path(__file__).parent / "pretrained"
-DEFAULT_BUNDLE = "ss-48ms-compact"
 UNTRAINED_NOTICE = "UNTRAINED: random weights, nothing here says how a trained model sounds"
 
 Part = Literal["small", "large"]
 Record = TypeVar("Record", bound=Strict)
+Kind = TypeVar("Kind")
 
 
 class Provenance(Strict):
@@ -44,7 +39,7 @@ class Provenance(Strict):
 class Manifest(Strict):
     """The content of ``bundle.json``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     id: str = Field(description="digest over configuration and weights: equal ids, equal hints")
     untrained: bool
@@ -58,9 +53,8 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _id_matches(self) -> Self:
-        parts = {"small"} if self.model.large is None else {"small", "large"}
-        if set(self.digests) != parts:
-            raise ValueError(f"digests must name exactly {sorted(parts)}")
+        if set(self.digests) != set(parts_of(self.model)):
+            raise ValueError(f"digests must name exactly {sorted(parts_of(self.model))}")
         if self.id != bundle_id(self.model, self.digests):
             raise ValueError("id does not match configuration and digests")
         return self
@@ -71,9 +65,18 @@ class Manifest(Strict):
         return f"{self.name} (UNTRAINED)" if self.untrained else self.name
 
 
+def parts_of(model: ModelConfig) -> tuple[Part, ...]:
+    """The parts that a bundle of this model has."""
+    return ("small", "large") if isinstance(model, Pair) else ("small",)
+
+
 def bundle_id(model: ModelConfig, digests: dict[Part, str]) -> str:
     """The digest that tells whether two bundles compute the same hints, 16 hexadecimal digits."""
-    content = {"model": model.model_dump(mode="json"), "digests": digests}
+    described = model.model_dump(mode="json")
+    if isinstance(model, Alone):
+        # As in schema version 1: the id of a bundle does not change when it is written in another version.
+        described |= {"small": described.pop("network"), "large": None, "boosting": None}
+    content = {"model": described, "digests": digests}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -81,31 +84,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, as ``sha256:<hex>``."""
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def find_bundle(name_or_path: str) -> Path:
-    """The directory of a bundle, given as a path or as the name of a shipped one.
-
-    Raises:
-        InputError: there is no such bundle; the message names those there are.
-    """
-    for candidate in (Path(name_or_path), PRETRAINED / name_or_path):
-        if (candidate / MANIFEST_FILE).is_file():
-            return candidate
-    if Path(name_or_path).is_dir():
-        raise InputError(f"{name_or_path}: has no {MANIFEST_FILE}; make a bundle with kb-export")
-    shipped = [path.parent.name for path in _shipped()]
-    there_are = f"shipped ones: {', '.join(shipped)}" if shipped else "none is shipped yet, make one with kb-export"
-    raise InputError(f"{name_or_path}: no bundle of that name or path ({there_are})")
-
-
-def shipped_bundles() -> list[Manifest]:
-    """The manifests of all bundles that come with the software, by name."""
-    return [read_manifest(path.parent) for path in _shipped()]
-
-
-def _shipped() -> list[Path]:
-    return sorted(PRETRAINED.glob(f"*/{MANIFEST_FILE}"))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -117,47 +95,11 @@ def read_manifest(directory: Path) -> Manifest:
     path = existing_file(directory / MANIFEST_FILE, "a bundle's manifest")
     document = read_json(path)
     version = document.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise InputError(f"{path}: schema_version is {version!r}, this program reads {SCHEMA_VERSION}; export it again")
-    return validate(Manifest, document, path)
-
-
-def verify_part(directory: Path, manifest: Manifest, part: Part) -> Path:
-    """The path of one part's weights, whose digest has been compared with the manifest.
-
-    Raises:
-        InputError: this copy of the bundle lacks the part, or the file was changed.
-    """
-    if part not in manifest.digests:
-        raise InputError(f"{directory}: is one network alone and has no {part} part; choose a bundle of a pair")
-    path = directory / f"{part}.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; this copy of the bundle lacks its {part} part")
-    try:
-        digest = file_digest(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
-    if digest != manifest.digests[part]:
-        raise InputError(f"{path}: digest differs from {MANIFEST_FILE}; the file was changed or cut, copy it again")
-    return path
-
-
-def verify_graph(directory: Path, manifest: Manifest) -> Path:
-    """The path of the device's graph, whose digest has been compared with the manifest.
-
-    Raises:
-        InputError: this copy of the bundle lacks the graph, or the file was changed.
-    """
-    path = directory / GRAPH_FILE
-    if manifest.graph_digest is None or not path.is_file():
-        raise InputError(f"{path}: no such file; export the bundle again with kb-export, or use --engine torch")
-    try:
-        digest = file_digest(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
-    if digest != manifest.graph_digest:
-        raise InputError(f"{path}: digest differs from {MANIFEST_FILE}; the file was changed or cut, copy it again")
-    return path
+    if version not in (*_OLD_VERSIONS, SCHEMA_VERSION) or isinstance(version, bool):
+        raise InputError(
+            f"{path}: schema_version is {version!r}, this program reads up to {SCHEMA_VERSION}; export it again"
+        )
+    return validate(Manifest, {**document, "schema_version": SCHEMA_VERSION}, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,8 +129,21 @@ def validate(kind: type[Record], document: dict[str, Any], source: Path) -> Reco
     Raises:
         InputError: a key is unknown, missing, or has a wrong or impossible value; it is named.
     """
+    return _validate(kind.model_validate_json, document, source)
+
+
+def validate_model(document: dict[str, Any], source: Path) -> ModelConfig:
+    """The document as the model that it describes.
+
+    Raises:
+        InputError: as :func:`validate`.
+    """
+    return _validate(MODEL.validate_json, document, source)
+
+
+def _validate(read: Callable[[str], Kind], document: dict[str, Any], source: Path) -> Kind:
     try:
-        return kind.model_validate_json(json.dumps(document))
+        return read(json.dumps(document))
     except ValidationError as error:
         raise InputError(f"{source}: {first_fault(error)}") from None
     except RecursionError:
@@ -198,6 +153,6 @@ def validate(kind: type[Record], document: dict[str, Any], source: Path) -> Reco
 def first_fault(error: ValidationError, rename: Callable[[str], str] = str) -> str:
     """The first thing that validation found, with its key, which ``rename`` gives the name that the user wrote."""
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
+    key = ".".join(str(part) for part in fault["loc"] if part not in ("alone", "pair"))  # kinds of a model, no keys
     message = fault["msg"].removeprefix("Value error, ")  # pydantic's, before a validator's own words
     return f"{rename(key)}: {message}" if key else message

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from knowledge_boosting.common.errors import Failure, InputError
-from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, Pair
 from knowledge_boosting.models.layers import HintFusion, SelfAttention
 from knowledge_boosting.models.level import FLOOR, INAUDIBLE, REFERENCE, SILENCE, RunningLevel
 from knowledge_boosting.models.onnx_stream import OnnxStream, check_sizes, load_graph
@@ -131,7 +131,7 @@ def frame_graph(model: SmallModel) -> bytes:
         config.framing.bins,
         config.spectrum_channels // 2,
     )
-    channels, hidden, window = config.small.channels, config.small.hidden, config.small.window
+    channels, hidden, window = config.on_device.channels, config.on_device.hidden, config.on_device.window
     graph = _Graph("small")
 
     # Spectrum: [M, 2F] as [2M, F], whose channels are (real, imaginary) of every microphone.
@@ -151,7 +151,7 @@ def frame_graph(model: SmallModel) -> bytes:
     hint = mask = self_mask = ""
     if len(network.fusion):
         hint, mask = graph.input("hint", config.hint_channels, bins), graph.input("mask", window)
-    if config.small.self_attention:
+    if config.on_device.self_attention:
         self_mask = graph.input("self_mask", window)
     for index, block in enumerate(cast("Iterable[GridNetBlock]", network.blocks)):
         x = _block(graph, block, x, index, bins, channels, hidden)
@@ -207,12 +207,12 @@ def check_graph(graph: bytes, model: SmallModel) -> None:
             speaker[f"speaker_weight_{index}"] = modulation.weight[0, 0].numpy()
             speaker[f"speaker_bias_{index}"] = modulation.bias[0, 0].numpy()
         stream = OnnxStream(session, config, speaker)
-        for frame in range(2 * config.small.window):
+        for frame in range(2 * config.on_device.window):
             window = rng.normal(0, 0.1, (config.microphones, config.framing.n_fft)).astype(np.float32)
             hint = np.zeros((config.hint_channels, config.framing.bins), np.float32)
             if frame % 3:
                 hint = rng.normal(0, 1, hint.shape).astype(np.float32)
-            hints = torch.from_numpy(hint)[None, None] if config.boosting else None
+            hints = torch.from_numpy(hint)[None, None] if isinstance(config, Pair) else None
             expected, state = model(torch.from_numpy(window)[None], state, hints)
             worst = max(worst, float(np.abs(stream.step(window, hint) - expected[0].numpy()).max()))
             loudest = max(loudest, float(expected.abs().max()))

@@ -66,7 +66,7 @@ class OnnxStream:
         self._graph = graph
         self._chunk, self._lookahead = model.framing.chunk, model.framing.lookahead
         self._signals = model.sources, model.microphones
-        self._delay, self._window = model.delay, model.small.window
+        self._delay, self._window = model.delay, model.on_device.window
         self._number = 0
 
         shapes = {value.name: tuple(value.shape) for value in (*graph.get_inputs(), *graph.get_outputs())}
@@ -75,16 +75,16 @@ class OnnxStream:
             buffers[name][:] = value
         self._buffers = buffers
         self._overlap = np.zeros((shapes["frame"][0], self._lookahead), np.float32)
-        self._fusions = [index for index in range(model.small.blocks - 1) if f"keys_{index}" in shapes]
+        self._fusions = [index for index in range(model.on_device.blocks - 1) if f"keys_{index}" in shapes]
         # Features of the frames that wait for their hints.
         self._waiting = np.zeros(
-            (len(self._fusions), self._delay, model.framing.bins, model.small.channels), np.float32
+            (len(self._fusions), self._delay, model.framing.bins, model.on_device.channels), np.float32
         )
 
         # Of every attention the rings, [L, key size, W] and [L, W, value size], and the row that a frame adds to each.
         attentions = [("", index) for index in self._fusions]
-        if model.small.self_attention:
-            attentions += [("self_", index) for index in range(model.small.blocks)]
+        if model.on_device.self_attention:
+            attentions += [("self_", index) for index in range(model.on_device.blocks)]
         self._rings = [
             (
                 buffers[f"{of}keys_{index}"],

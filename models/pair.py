@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.config import ModelConfig, NetworkSize, Pair
 from knowledge_boosting.models.framing import Stft, pad_to_frames
 from knowledge_boosting.models.layers import CausalConv2d
 from knowledge_boosting.models.level import RunningLevel
@@ -58,14 +58,14 @@ def _at_one_level(
 
 
 class SmallModel(nn.Module):
-    """The device's network: samples and hints to samples. Without boosting in its configuration, one network alone."""
+    """The device's network: samples and hints to samples. One network alone takes no hints."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.stft = Stft(config.framing, remove_offset=config.running_level)
         self.level = RunningLevel(config.framing, config.microphones) if config.running_level else None
-        self.network = _network(config, config.small, hints=True)
+        self.network = _network(config, config.on_device, hints=True)
 
     def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> SmallState:
         """The state at the start of ``batch`` streams; ``speaker_embedding`` ``[B, 256]`` for TSE."""
@@ -96,9 +96,7 @@ class SmallModel(nn.Module):
 class LargeModel(nn.Module):
     """The server's network and hint encoder: samples to hints."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        if config.large is None:
-            raise ValueError("this configuration has one network alone, and no large one")
+    def __init__(self, config: Pair) -> None:
         super().__init__()
         self.config = config
         self.stft = Stft(config.framing, remove_offset=config.running_level)
@@ -166,7 +164,7 @@ class PairOutput:
 class BoostedPair(nn.Module):
     """Both networks in one process, on whole signals; every hint comes ``delay`` frames late and never later."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Pair) -> None:
         super().__init__()
         self.config = config
         self.small = SmallModel(config)

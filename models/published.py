@@ -13,7 +13,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, Boosting, Framing, ModelConfig, NetworkSize
+from knowledge_boosting.models.config import (
+    SPEAKER_EMBEDDING_SIZE,
+    Alone,
+    Boosting,
+    Framing,
+    ModelConfig,
+    NetworkSize,
+    Pair,
+)
 from knowledge_boosting.models.manifest import first_fault
 from knowledge_boosting.models.tasks import TASKS, TaskName
 
@@ -72,22 +80,22 @@ def config_from_published(document: Mapping[str, Any], source: str) -> ModelConf
     if len(set(shapes.values())) > 1:
         raise InputError(f"{source}: both networks must have the same stft_chunk_size, stft_pad_size and num_ch")
     chunk, lookahead, microphones = shapes["small"]
-    boosting = None
+    framing = Framing(chunk=chunk, lookahead=lookahead)
     if "large" in sizes:
         joint = _section(document, "joint_model_params", source)
         delay = _value(joint, "delay", f"{source}: joint_model_params", int)
         if document["small_model_params"].get("delay", delay) != delay:
             raise InputError(f"{source}: small_model_params.delay and joint_model_params.delay must be equal")
         compression: Literal[1, 2, 4] = joint.get("compression", 1)
-        boosting = Boosting(delay=delay, compression=compression)
-    return ModelConfig(
-        task=task,
-        microphones=microphones,
-        framing=Framing(chunk=chunk, lookahead=lookahead),
-        small=sizes["small"],
-        large=sizes.get("large"),
-        boosting=boosting,
-    )
+        return Pair(
+            task=task,
+            microphones=microphones,
+            framing=framing,
+            small=sizes["small"],
+            large=sizes["large"],
+            boosting=Boosting(delay=delay, compression=compression),
+        )
+    return Alone(task=task, microphones=microphones, framing=framing, network=sizes["small"])
 
 
 def _section(document: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
@@ -150,13 +158,13 @@ def convert(published: Mapping[str, Tensor], config: ModelConfig, source: str) -
     """
     tensors = _Tensors(published, source)
     ours: dict[str, Tensor] = {}
-    if config.large is None:
-        prefix = "model." if any(key.startswith("model.") for key in published) else ""
-        _convert_network(tensors.under(prefix), config, config.small, ours, "small.network.")
-    else:
+    if isinstance(config, Pair):
         _convert_network(tensors.under("joint_model.small."), config, config.small, ours, "small.network.")
         _convert_network(tensors.under("joint_model.big."), config, config.large, ours, "large.network.")
         _convert_encoder(tensors.under("joint_model.gen_embedding."), config, ours)
+    else:
+        prefix = "model." if any(key.startswith("model.") for key in published) else ""
+        _convert_network(tensors.under(prefix), config, config.on_device, ours, "small.network.")
     tensors.finish()
     return ours
 
@@ -233,7 +241,7 @@ def _convert_network(
                 biases.append(speaker.take(f"{half}.bias", channels * bins).view(channels, bins).T.flatten())
             ours[f"{prefix}speaker.{index}.weight"] = torch.cat(weights)
             ours[f"{prefix}speaker.{index}.bias"] = torch.cat(biases)
-        if prefix == "small.network." and config.boosting is not None:
+        if prefix == "small.network." and isinstance(config, Pair):
             film = net.under(f"film_blocks.{index}.")
             cross = net.under(f"cross_attention_blocks.{index}.")
             _convert_fusion(film, cross, config, bins, ours, f"{prefix}fusion.{index}.")
@@ -275,7 +283,7 @@ def _convert_self_attention(
 
 
 def _convert_fusion(
-    film: _Tensors, cross: _Tensors, config: ModelConfig, bins: int, ours: dict[str, Tensor], target: str
+    film: _Tensors, cross: _Tensors, config: Pair, bins: int, ours: dict[str, Tensor], target: str
 ) -> None:
     channels, heads = config.small.channels, config.small.heads
     key, value = -(-256 // bins), channels // heads
@@ -305,7 +313,7 @@ def _convert_fusion(
     ours[f"{target}norm_merge.bias"] = merge.take("3.norm.bias", bins * channels).view(bins, channels)
 
 
-def _convert_encoder(encoder: _Tensors, config: ModelConfig, ours: dict[str, Tensor]) -> None:
+def _convert_encoder(encoder: _Tensors, config: Pair, ours: dict[str, Tensor]) -> None:
     channels = config.spectrum_channels
     # Theirs is (frequency, time), ours (time, frequency).
     weight = encoder.take("conv1d.weight", config.hint_channels, channels, 3, 3)

@@ -16,8 +16,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.grpc_util import RayServegRPCContext
 
 from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.models.bundle import DEFAULT_BUNDLE, Bundle
 from knowledge_boosting.models.device import pick_device
-from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, find_bundle, read_manifest
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.remote_server.core.access import ANYBODY
 from knowledge_boosting.remote_server.core.bundles import Bundles
@@ -61,7 +61,7 @@ def build(options: Options) -> serve.Application:
     Raises:
         InputError: there is no such bundle.
     """
-    read_manifest(find_bundle(options.bundle))
+    Bundle(options.bundle)
     deployment = serve.deployment(
         HintReplica,
         autoscaling_config=AutoscalingConfig(

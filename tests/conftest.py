@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.networks import write_bundle
 from tests.certificates import TOKENS_FILE, Certificates, make_certificates, write_private
 from tests.golden_cases import Golden, load
 from tests.processes import Server, running_server

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.models.bundle import Bundle as Opened
 
 ROOT = Path(__file__).parent.parent
 MEMORY = 2 * 2**30  # bytes
@@ -109,17 +110,17 @@ class Bundle:
         self._file, self._reader = file, reader
 
     def prepare(self, folder: Path) -> None:
-        from knowledge_boosting.models.bundle import write_bundle
         from knowledge_boosting.models.checkpoint import build
-        from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
+        from knowledge_boosting.models.config import Boosting, NetworkSize, Pair
+        from knowledge_boosting.models.networks import write_bundle
 
         large = NetworkSize(channels=4, hidden=4, blocks=2, heads=2, self_attention=True)
         small = NetworkSize(channels=4, hidden=4, blocks=2, heads=2)
-        config = ModelConfig(task="tse", small=small, large=large, boosting=Boosting(delay=2))
+        config = Pair(task="tse", small=small, large=large, boosting=Boosting(delay=2))
         write_bundle(folder / "good", build(config), config, untrained=True, source="random", configuration="none")
 
     def mutate(self, folder: Path, mutant: Path, rng: random.Random) -> None:
-        from knowledge_boosting.models.config import ModelConfig
+        from knowledge_boosting.models.config import MODEL
         from knowledge_boosting.models.manifest import bundle_id, file_digest
 
         shutil.copytree(folder / "good", mutant)
@@ -130,7 +131,7 @@ class Bundle:
             parts = [part for part in document["digests"] if (mutant / f"{part}.safetensors").is_file()]
             document["digests"] |= {part: file_digest(mutant / f"{part}.safetensors") for part in parts}
             document["graph_digest"] = file_digest(mutant / "small.onnx")
-            document["id"] = bundle_id(ModelConfig.model_validate(document["model"]), document["digests"])
+            document["id"] = bundle_id(MODEL.validate_python(document["model"]), document["digests"])
             manifest.write_text(json.dumps(document))
 
     def read(self, mutant: Path) -> object:
@@ -164,19 +165,19 @@ class File:
 
 
 def _read_bundle(mutant: Path) -> object:
-    from knowledge_boosting.models.bundle import load_pair
+    from knowledge_boosting.models.networks import load_pair
 
-    load_pair(str(mutant))
+    load_pair(Opened(mutant))
     return _read_graph(mutant)
 
 
 def _read_graph(mutant: Path) -> object:
     from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 
-    model = OnnxModel(str(mutant))
+    model = OnnxModel(Opened(mutant))
     config = model.manifest.model
     speaker = np.full(256, 1 / 16, np.float32) if config.task == "tse" else None
-    hint = np.zeros((config.hint_channels, config.framing.bins), np.float32) if config.boosting else None
+    hint = np.zeros((config.hint_channels, config.framing.bins), np.float32) if config.hint_channels else None
     engine = model.session(speaker)
     for _ in range(3):
         engine.step(np.zeros((config.microphones, config.framing.n_fft), np.float32), hint)
@@ -184,9 +185,9 @@ def _read_graph(mutant: Path) -> object:
 
 
 def _model_config() -> Any:
-    from knowledge_boosting.models.config import ModelConfig, NetworkSize
+    from knowledge_boosting.models.config import Alone, NetworkSize
 
-    return ModelConfig(task="tse", small=NetworkSize(channels=4, hidden=4, blocks=2))
+    return Alone(task="tse", network=NetworkSize(channels=4, hidden=4, blocks=2))
 
 
 def _make_checkpoint(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from knowledge_boosting.common.errors import InputError, existing_file
-from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig, Strict
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, Alone, ModelConfig, Strict
 from knowledge_boosting.models.manifest import first_fault, read_json, validate
 from knowledge_boosting.models.published import config_from_published, is_published_config
 
@@ -154,9 +154,9 @@ class TrainingConfig(Strict):
 
     @model_validator(mode="after")
     def _only_pairs_have_a_large_network(self) -> Self:
-        if self.model.large is None and (self.large_checkpoint is not None or self.freeze_large):
+        if isinstance(self.model, Alone) and (self.large_checkpoint is not None or self.freeze_large):
             raise ValueError("large_checkpoint and freeze_large are for a pair, not for one network alone")
-        if self.model.large is None and (self.hint_dropout or self.ideal_hints):
+        if isinstance(self.model, Alone) and (self.hint_dropout or self.ideal_hints):
             raise ValueError("hint_dropout and ideal_hints are for a pair, not for one network alone")
         if not self.model.needs_speaker and self.speaker_components:
             raise ValueError("speaker_components are for target speech extraction")

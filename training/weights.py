@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.bundle import load_large, read_bundle
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import (
     build,
     load_exactly,
@@ -16,7 +16,7 @@ from knowledge_boosting.models.checkpoint import (
     read_weights,
 )
 from knowledge_boosting.models.config import ModelConfig
-from knowledge_boosting.models.manifest import find_bundle, read_manifest
+from knowledge_boosting.models.networks import initial_weights, load_large
 from knowledge_boosting.models.pair import BoostedPair
 from knowledge_boosting.models.published import convert, is_published
 from knowledge_boosting.training.config import TrainingConfig
@@ -57,13 +57,13 @@ def initial_speakers(config: TrainingConfig) -> set[str]:
 def _speakers(source: str) -> list[str]:
     if Path(source).is_file():
         return read_training_speakers(Path(source))
-    return read_manifest(find_bundle(source)).provenance.training_speakers
+    return Bundle(source).manifest.provenance.training_speakers
 
 
 def _read(source: str, config: ModelConfig) -> nn.Module:
     """A model with the weights of a checkpoint file, or of a bundle by name or path."""
     path = Path(source)
-    return read_checkpoint(path, config) if path.is_file() or path.suffix else read_bundle(source, config)
+    return read_checkpoint(path, config) if path.is_file() or path.suffix else initial_weights(Bundle(source), config)
 
 
 def _start_large(pair: BoostedPair, source: str) -> None:
@@ -72,8 +72,8 @@ def _start_large(pair: BoostedPair, source: str) -> None:
     if path.is_file():
         _load_large_network(pair, path)
         return
-    large, _ = load_large(source)
-    load_exactly(pair.large.network, large.network.state_dict(), find_bundle(source))
+    bundle = Bundle(source)
+    load_exactly(pair.large.network, load_large(bundle).network.state_dict(), bundle.directory)
 
 
 def _load_large_network(model: BoostedPair, path: Path) -> None:
@@ -82,16 +82,12 @@ def _load_large_network(model: BoostedPair, path: Path) -> None:
     Raises:
         InputError: the file is no checkpoint, or of a network of another size; a tensor is named.
     """
-    state, config = read_weights(path), model.config
-    assert config.large is not None
+    state = read_weights(path)
     if is_published(state):
         prefix = "joint_model.big."
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        alone = ModelConfig(
-            task=config.task, microphones=config.microphones, framing=config.framing, small=config.large
-        )
-        state = convert(state, alone, str(path))
+        state = convert(state, model.config.large_alone(), str(path))
     part = "large" if any(key.startswith("large.") for key in state) else "small"
     prefix = f"{part}.network."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -15,8 +15,8 @@ from knowledge_boosting.common.files import atomic_file, check_files, is_standar
 from knowledge_boosting.device_client.boosted_stream import BoostedStream
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model
-from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
-from knowledge_boosting.models.manifest import find_bundle, shipped_bundles
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, Pair
 from knowledge_boosting.protos.codec import Samples
 
 if sys.platform != "win32":
@@ -38,13 +38,13 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
     Raises:
         InputError: a bundle cannot be used, or there is none.
     """
-    names = list(bundles) or [manifest.name for manifest in shipped_bundles()]
+    names = list(bundles) or [bundle.name for bundle in Bundle.shipped()]
     if not names:
         raise InputError("no bundle is installed; give --bundle a path, or make one with kb-export")
-    folders = {name: find_bundle(name) for name in names}
+    opened = {name: Bundle(name) for name in names}
     if output is not None:
-        check_files([file for folder in folders.values() for file in folder.iterdir()], [output])
-    models = {name: load_model(folder, engine) for name, folder in folders.items()}
+        check_files([file for bundle in opened.values() for file in bundle.directory.iterdir()], [output])
+    models = {name: load_model(bundle, engine) for name, bundle in opened.items()}
     title = f"Time per frame in ms, {frames} frames, {engine} engine"
     table = Table("bundle", *(f"p{percentile}" for percentile in _PERCENTILES), "real-time factor", title=title)
     figures, verdicts = {}, []
@@ -77,7 +77,7 @@ def _times_ms(model: Model, frames: int) -> np.ndarray[tuple[int], np.dtype[np.f
     speaker = rng.normal(0, 1 / 16, SPEAKER_EMBEDDING_SIZE).astype(np.float32) if config.needs_speaker else None
     noise = rng.normal(0, 0.1, (config.microphones, config.framing.n_fft)).astype(np.float32)
     hints = None
-    if config.boosting is not None:
+    if isinstance(config, Pair):
         hints = _OneHint(rng.normal(0, 1, (config.hint_channels, config.framing.bins)).astype(np.float32))
     stream = BoostedStream(model.session(speaker), config, hints)
     times = np.zeros(frames)

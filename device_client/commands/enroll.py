@@ -12,7 +12,7 @@ from knowledge_boosting.device_client.audio import devices
 from knowledge_boosting.device_client.audio.files import read_speech
 from knowledge_boosting.device_client.hints.local_server import local_server
 from knowledge_boosting.device_client.hints.stream import enroll
-from knowledge_boosting.models.manifest import find_bundle
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.protos.codec import ENROLLMENT_SECONDS
 
 SHORTEST = 5.0  # seconds; less tells too little of a voice
@@ -42,7 +42,7 @@ def enroll_speaker(
         Failure: the server does not start.
     """
     speakers.check_name(name, speech_file)
-    directory = find_bundle(bundle)
+    opened = Bundle(bundle)
     if speech_file is not None:
         speech = read_speech(speech_file, SHORTEST)
     else:
@@ -51,5 +51,5 @@ def enroll_speaker(
         if not np.any(speech):
             raise InputError("the microphone gave only silence; is it muted?")
     with ExitStack() as stack:
-        embedding = enroll(server or stack.enter_context(local_server(directory)), speech, credentials)
+        embedding = enroll(server or stack.enter_context(local_server(opened.directory)), speech, credentials)
     print(f"{name}: kept in {speakers.save(name, embedding)}; use it with kb-client live --speaker {name}")

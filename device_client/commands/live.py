@@ -30,7 +30,9 @@ from knowledge_boosting.device_client.hints.stream import Encodings
 from knowledge_boosting.device_client.live import view
 from knowledge_boosting.device_client.live.loop import LiveLoop
 from knowledge_boosting.device_client.live.recording import FILES, Recorder, check_folder
-from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest, find_bundle, read_manifest
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.config import Pair
+from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest
 from knowledge_boosting.protos.codec import Samples
 
 # A thread that waits for the interpreter gets it after so long; the default of 5 ms is most of a frame.
@@ -71,10 +73,10 @@ def live(options: LiveOptions) -> None:
         InputError: a flag, a device or a file is at fault. Nothing has been started.
         Failure: the audio device went away, or a recording could not be kept up.
     """
-    directory = find_bundle(options.bundle)
-    manifest = read_manifest(directory)
+    bundle = Bundle(options.bundle)
+    manifest = bundle.manifest
     speaker = _speaker_embedding(options, manifest)
-    _check_call(options, directory, manifest)
+    _check_call(options, bundle)
     hints = None
     if options.servers:
         hints = LiveHints(
@@ -84,7 +86,7 @@ def live(options: LiveOptions) -> None:
             credentials=options.credentials,
             speaker_embedding=speaker,
         )
-    model = load_model(directory, options.engine)
+    model = load_model(bundle, options.engine)
     recorder = None
     with ExitStack() as stack:
         if hints is not None:
@@ -98,7 +100,7 @@ def live(options: LiveOptions) -> None:
         loop = LiveLoop(model.session(speaker), manifest.model, sound, hints, options.play, recorder)
         if manifest.untrained:
             warn(UNTRAINED_NOTICE)
-        if manifest.model.boosting is not None and hints is None:
+        if isinstance(manifest.model, Pair) and hints is None:
             warn("no --server was given: the small network works alone")
         for number in (signal.SIGINT, *end_signals()):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: sound.stop()))
@@ -221,10 +223,10 @@ def _show_view(session: _Session) -> None:
             screen.update(view.view(session.figures(), frame, last_event), refresh=True)
 
 
-def _check_call(options: LiveOptions, bundle: Path, manifest: Manifest) -> None:
+def _check_call(options: LiveOptions, bundle: Bundle) -> None:
     """Whether the flags fit each other and the bundle."""
-    model, name = manifest.model, options.bundle
-    if options.servers and model.boosting is None:
+    model, name = bundle.model, options.bundle
+    if options.servers and not isinstance(model, Pair):
         raise InputError(f"{name}: is one network alone; leave out --server")
     choices = Mixer(model.sources, model.microphones, "bypass").choices
     if options.play not in choices:
@@ -246,7 +248,8 @@ def _check_call(options: LiveOptions, bundle: Path, manifest: Manifest) -> None:
         reads, writes = [*reads, Path(options.source)], [Path(options.target)]
     if options.speaker is not None and options.speaker.endswith(".npy"):
         reads.append(Path(options.speaker))
-    check_files([*reads, *bundle.iterdir()], writes, {options.record: FILES} if options.record is not None else {})
+    reads += bundle.directory.iterdir()
+    check_files(reads, writes, {options.record: FILES} if options.record is not None else {})
 
 
 def _is_file(name: str | None) -> bool:

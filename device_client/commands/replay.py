@@ -39,8 +39,9 @@ from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.device_client.replay.loop import Hints, RealHints, Run, VirtualHints, run_frames
 from knowledge_boosting.device_client.replay.quality import Measured, match_sources, qualities
 from knowledge_boosting.device_client.speakers import read_embedding
-from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
-from knowledge_boosting.models.manifest import Manifest, find_bundle, read_manifest
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig, Pair
+from knowledge_boosting.models.manifest import Manifest
 from knowledge_boosting.protos.codec import Samples
 
 if TYPE_CHECKING:
@@ -55,13 +56,12 @@ def replay_file(options: ReplayOptions) -> None:
         Failure: the server does not start, or was lost and is required.
     """
     began = time.perf_counter()
-    directory = find_bundle(options.bundle)
+    bundle = Bundle(options.bundle)
     if options.frame_log is not None:
         check_frame_log_call(options)
-        replay_recording(options.frame_log, options.input_file, options.output, load_model(directory, options.engine))
+        replay_recording(options.frame_log, options.input_file, options.output, load_model(bundle, options.engine))
         return
-    manifest = read_manifest(directory)
-    config = manifest.model
+    manifest, config = bundle.manifest, bundle.model
     check_call(options, manifest)
     conditions = conditions_of(
         options.network,
@@ -71,18 +71,18 @@ def replay_file(options: ReplayOptions) -> None:
         bandwidth_mbit=options.bandwidth_mbit,
     )
     trace = read_trace(options.trace) if options.trace is not None else None
-    outputs = output_paths(options, directory, config)
+    outputs = output_paths(options, bundle.directory, config)
     with ExitStack() as stack:
         source = stack.enter_context(open_audio(options.input_file))
         if (warning := check_channels(source, config.microphones)) is not None:
             warn(warning)
         measured = _read_measured(options, source, config) if options.references else None
         enrollment = _read_enrollment(options.enrollment) if options.enrollment is not None else None
-        model = load_model(directory, options.engine)
+        model = load_model(bundle, options.engine)
         baseline = _load_baseline(options.alone, options.engine, config) if options.alone is not None else None
         server = None
-        if config.boosting is not None:
-            server = options.server or stack.enter_context(local_server(directory))
+        if isinstance(config, Pair):
+            server = options.server or stack.enter_context(local_server(bundle.directory))
         embedding = _speaker_embedding(enrollment, server, options.credentials)
 
         run = _new_run(source, config)
@@ -134,7 +134,7 @@ def replay_file(options: ReplayOptions) -> None:
                 keep = kept.setdefault(name, []).append
                 _run_frames(label, other, source, embedding, None, _new_run(source, config), keep)
             if options.with_large:
-                kept["large"] = _large_estimate(options.bundle, source, config, embedding)
+                kept["large"] = _large_estimate(bundle, source, config, embedding)
         estimates = {name: np.concatenate(parts, axis=-1) for name, parts in kept.items()}
         kept.clear()
         if pictures:
@@ -196,15 +196,16 @@ def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model
     Raises:
         InputError: it is no network alone, or made for other signals.
     """
-    other = read_manifest(find_bundle(bundle)).model
-    if other.boosting is not None:
+    opened = Bundle(bundle)
+    other = opened.model
+    if isinstance(other, Pair):
         raise InputError(f"{bundle}: is a pair; give --alone the bundle of one network alone")
     if (other.task, other.microphones, other.framing) != (model.task, model.microphones, model.framing):
         raise InputError(f"{bundle}: is not of the task, microphones and framing of --bundle; give --alone one that is")
-    return load_model(find_bundle(bundle), engine)
+    return load_model(opened, engine)
 
 
-def _large_estimate(bundle: str, source: AudioFile, config: ModelConfig, embedding: Samples | None) -> list[Samples]:
+def _large_estimate(bundle: Bundle, source: AudioFile, config: ModelConfig, embedding: Samples | None) -> list[Samples]:
     with needs_torch("--with-large"):
         from knowledge_boosting.device_client.engines.torch_engine import large_estimate
     rate = config.framing.sample_rate
@@ -384,4 +385,4 @@ def _plot(path: Path, input_file: Path, manifest: Manifest, pictures: "list[Spec
     notice = " - UNTRAINED, random weights" if manifest.untrained else ""
     title = f"{printable(input_file.name)}, bundle {manifest.name}{notice}"
     budget_ms = 1000 * manifest.model.delay * manifest.model.framing.chunk_seconds
-    plot_replay(path, title, shown, run.log if manifest.model.boosting else None, run.ended_at, budget_ms)
+    plot_replay(path, title, shown, run.log if isinstance(manifest.model, Pair) else None, run.ended_at, budget_ms)

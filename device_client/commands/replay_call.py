@@ -9,7 +9,7 @@ from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.files import check_files, is_stream
 from knowledge_boosting.device_client.audio.files import SampleFormat, check_output
 from knowledge_boosting.device_client.engines.loading import EngineName
-from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.config import ModelConfig, Pair
 from knowledge_boosting.models.manifest import Manifest
 
 
@@ -60,7 +60,7 @@ def check_call(options: ReplayOptions, manifest: Manifest) -> None:
             raise InputError(f"{flag}: measures; give --reference to measure against")
     given = (options.network, options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit)
     simulated = options.trace is not None or any(value is not None for value in given)
-    if manifest.model.boosting is None and (
+    if not isinstance(manifest.model, Pair) and (
         options.server is not None or options.with_large or options.real_clock or simulated
     ):
         raise InputError(

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, get_args
 
 from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.device_client.engines.engine import Model
+from knowledge_boosting.models.bundle import Bundle
 
 EngineName = Literal["onnx", "torch"]
 
 
-def load_model(directory: Path, engine: EngineName) -> Model:
+def load_model(bundle: Bundle, engine: EngineName) -> Model:
     """A bundle's small network under an engine.
 
     Raises:
@@ -23,10 +23,10 @@ def load_model(directory: Path, engine: EngineName) -> Model:
     if engine == "onnx":
         from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 
-        return OnnxModel(str(directory))
+        return OnnxModel(bundle)
     with needs_torch("--engine torch"):
         from knowledge_boosting.device_client.engines.torch_engine import TorchModel
-    return TorchModel(str(directory))
+    return TorchModel(bundle)
 
 
 @contextmanager

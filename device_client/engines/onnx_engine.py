@@ -5,8 +5,9 @@ from safetensors.numpy import load_file
 
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.device_client.engines.engine import CheckedEngine, Engine
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
-from knowledge_boosting.models.manifest import GRAPH_FILE, find_bundle, read_manifest, verify_graph, verify_part
+from knowledge_boosting.models.manifest import GRAPH_FILE
 from knowledge_boosting.models.onnx_stream import OnnxStream, check_sizes, load_graph
 from knowledge_boosting.protos.codec import Samples
 
@@ -14,23 +15,22 @@ from knowledge_boosting.protos.codec import Samples
 class OnnxModel:
     """A bundle's small network, from which sessions are made."""
 
-    def __init__(self, bundle: str) -> None:
-        """Load a bundle.
+    def __init__(self, bundle: Bundle) -> None:
+        """Load a bundle's graph.
 
         Raises:
             InputError: the bundle cannot be used, or has no graph.
         """
-        directory = find_bundle(bundle)
-        self.manifest = read_manifest(directory)
-        self._graph = load_graph(verify_graph(directory, self.manifest))
+        self.manifest = bundle.manifest
+        self._graph = load_graph(bundle.graph())
         self._speaker_layers: list[tuple[Samples, Samples]] = []
         if self.manifest.model.needs_speaker:
-            path = verify_part(directory, self.manifest, "small")
+            path = bundle.weights("small")
             try:
                 weights = load_file(path)
                 self._speaker_layers = [
                     (weights[f"network.speaker.{index}.weight"], weights[f"network.speaker.{index}.bias"])
-                    for index in range(self.manifest.model.small.blocks - 1)
+                    for index in range(self.manifest.model.on_device.blocks - 1)
                 ]
             except Exception as error:  # safetensors has errors of its own
                 raise InputError(f"{path}: not the weights of this network ({reason(error)})") from None
@@ -45,7 +45,7 @@ class OnnxModel:
             if estimate.shape != (model.sources, model.microphones, model.framing.chunk):
                 raise ValueError(f"it gives {list(estimate.shape)}")
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            path = directory / GRAPH_FILE
+            path = bundle.directory / GRAPH_FILE
             text = f"{path}: not the graph of this bundle's network ({reason(error)[:200]}); export the bundle again"
             raise InputError(text) from None
 
@@ -57,6 +57,6 @@ class OnnxModel:
                 raise ValueError("target speech extraction needs a speaker embedding")
             # What a speaker layer multiplies and adds is the same for a whole session, and so no part of the graph.
             modulation = weight.astype(np.float32) @ speaker_embedding + bias.astype(np.float32)
-            parts = modulation.reshape(2, model.framing.bins, model.small.channels)
+            parts = modulation.reshape(2, model.framing.bins, model.on_device.channels)
             speaker[f"speaker_weight_{index}"], speaker[f"speaker_bias_{index}"] = parts
         return CheckedEngine(OnnxStream(self._graph, model, speaker))

@@ -3,8 +3,9 @@
 import torch
 
 from knowledge_boosting.device_client.engines.engine import CheckedEngine, Engine
-from knowledge_boosting.models.bundle import load_large, load_small
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.networks import load_large, load_small
 from knowledge_boosting.models.pair import SmallModel
 from knowledge_boosting.protos.codec import Samples
 
@@ -12,15 +13,15 @@ from knowledge_boosting.protos.codec import Samples
 class TorchModel:
     """A bundle's small network, from which sessions are made."""
 
-    def __init__(self, bundle: str) -> None:
-        """Load a bundle.
+    def __init__(self, bundle: Bundle) -> None:
+        """Load a bundle's network.
 
         Raises:
             InputError: the bundle cannot be used.
         """
         # One thread: a frame is too little work to share.
         torch.set_num_threads(1)
-        self._model, self.manifest = load_small(bundle)
+        self._model, self.manifest = load_small(bundle), bundle.manifest
 
     def session(self, speaker_embedding: Samples | None) -> Engine:
         """A session from its start; ``speaker_embedding`` is ``[256]`` for TSE."""
@@ -34,7 +35,7 @@ class _TorchEngine:
         self._speaker = _batch(speaker_embedding) if speaker_embedding is not None else None
         self._state = model.initial_state(1, self._speaker)
         config = model.config
-        self._no_hint = torch.zeros(1, 1, config.hint_channels, config.framing.bins) if config.boosting else None
+        self._no_hint = torch.zeros(1, 1, config.hint_channels, config.framing.bins) if config.hint_channels else None
 
     @torch.inference_mode()
     def step(self, window: Samples, hint: Samples | None) -> Samples:
@@ -53,14 +54,14 @@ def _batch(values: Samples) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def large_estimate(bundle: str, mixture: Samples, speaker_embedding: Samples | None) -> Samples:
+def large_estimate(bundle: Bundle, mixture: Samples, speaker_embedding: Samples | None) -> Samples:
     """What a bundle's large network alone makes of a whole mixture ``[M, N]``: ``[S, M, N]``.
 
     Raises:
         InputError: the bundle has no large part here.
     """
-    large, manifest = load_large(bundle)
-    samples = pad_to_frames(_batch(mixture), manifest.model.framing)
+    large = load_large(bundle)
+    samples = pad_to_frames(_batch(mixture), bundle.model.framing)
     state = large.initial_state(1, _batch(speaker_embedding) if speaker_embedding is not None else None)
     _, embedding, _ = large(samples, state)
     estimate: Samples = large.estimate(embedding)[0, ..., : mixture.shape[-1]].numpy()

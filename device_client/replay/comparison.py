@@ -14,7 +14,8 @@ from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.common.pictures import any_words
 from knowledge_boosting.device_client.audio.files import write_audio
 from knowledge_boosting.device_client.replay.plot import Spectrogram, draw_spectrogram
-from knowledge_boosting.models.manifest import shipped_bundles
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.config import Pair
 from knowledge_boosting.protos.codec import Samples
 
 matplotlib.use("Agg")
@@ -113,14 +114,14 @@ def _levels(samples: Samples, rate: int) -> tuple[NDArray[np.float32], tuple[flo
 def _quality_by_delay(task: str) -> dict[str, list[tuple[float, float]]]:
     """What is recorded in the shipped bundles: by system, (delay in ms, SI-SDRi in dB)."""
     curve: dict[str, list[tuple[float, float]]] = {}
-    for manifest in shipped_bundles():
-        model = manifest.model
-        if model.task != task or (model.boosting is not None and model.boosting.compression != 1):
+    for bundle in Bundle.shipped():
+        model, quality = bundle.model, bundle.manifest.quality
+        if model.task != task or (isinstance(model, Pair) and model.boosting.compression != 1):
             continue
         delay = 1000 * model.delay * model.framing.chunk_seconds
         for system in ("alone", "boosted", "large"):
-            if f"{system}_si_sdri" in manifest.quality:
-                curve.setdefault(system, []).append((delay, manifest.quality[f"{system}_si_sdri"]))
+            if f"{system}_si_sdri" in quality:
+                curve.setdefault(system, []).append((delay, quality[f"{system}_si_sdri"]))
     return {system: sorted(points) for system, points in curve.items()} if "boosted" in curve else {}
 
 

@@ -10,15 +10,10 @@ from pathlib import Path
 import torch
 
 from knowledge_boosting.common.errors import Failure, InputError
-from knowledge_boosting.models.bundle import load_large
-from knowledge_boosting.models.manifest import (
-    DEFAULT_BUNDLE,
-    MANIFEST_FILE,
-    PRETRAINED,
-    Manifest,
-    find_bundle,
-    read_manifest,
-)
+from knowledge_boosting.models.bundle import DEFAULT_BUNDLE, PRETRAINED, Bundle
+from knowledge_boosting.models.config import Pair
+from knowledge_boosting.models.manifest import MANIFEST_FILE, Manifest
+from knowledge_boosting.models.networks import load_large
 from knowledge_boosting.remote_server.core.capacity import measure_capacity
 from knowledge_boosting.remote_server.core.engine import HintEngine
 from knowledge_boosting.remote_server.core.metrics import Metrics
@@ -145,7 +140,7 @@ class Bundles:
         found: dict[str, ServedBundle] = {}
         try:
             for path in self._paths():
-                manifest = read_manifest(path)
+                manifest = Bundle(path).manifest
                 if manifest.id not in found:
                     bundle = self._served.get(manifest.id) or ServedBundle(manifest, path, self._max_sessions or 0)
                     if bundle.loaded is None and not (self._on_demand and found):
@@ -197,12 +192,13 @@ class Bundles:
             folder = Path(name)
             inside = [] if (folder / MANIFEST_FILE).exists() else sorted(folder.glob(f"*/{MANIFEST_FILE}"))
             # In a folder there may be networks alone beside the pairs.
-            pairs = [path.parent for path in inside if read_manifest(path.parent).model.large is not None]
-            paths |= dict.fromkeys(path.resolve() for path in pairs or [find_bundle(name)])
+            pairs = [path.parent for path in inside if isinstance(Bundle(path.parent).model, Pair)]
+            paths |= dict.fromkeys(path.resolve() for path in pairs or [Bundle(name).directory])
         return list(paths)
 
     def _load(self, bundle: ServedBundle) -> None:
-        model, manifest = load_large(str(bundle.path))
+        opened = Bundle(bundle.path)
+        model, manifest = load_large(opened), opened.manifest
         if manifest.id != bundle.manifest.id:
             raise InputError(f"{bundle.path}: holds another bundle than at the start; send SIGHUP, or start again")
         try:

@@ -176,8 +176,8 @@ def test_a_bundle_that_was_changed(
         manifest.write_text("{")
         expected = "not readable as JSON"
     elif part == "schema":
-        manifest.write_text(json.dumps({**document, "schema_version": 2}))
-        expected = "schema_version is 2"
+        manifest.write_text(json.dumps({**document, "schema_version": 3}))
+        expected = "schema_version is 3"
     else:
         document["model"]["boosting"]["delay"] = 5
         manifest.write_text(json.dumps(document))

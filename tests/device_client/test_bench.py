@@ -9,7 +9,7 @@ import pytest
 
 from knowledge_boosting.device_client.commands.bench import bench as run_bench
 from knowledge_boosting.device_client.engines.engine import CheckedEngine
-from knowledge_boosting.models.manifest import shipped_bundles
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.protos.codec import Samples
 from tests.processes import command
 
@@ -19,7 +19,7 @@ def test_every_installed_bundle_is_measured(tmp_path: Path) -> None:
     call = command("kb-client", "bench", "--frames", 100, "--json", report)
     result = subprocess.run(call, capture_output=True, text=True, check=True)
     figures = json.loads(report.read_text())
-    assert set(figures["bundles"]) == {manifest.name for manifest in shipped_bundles()}
+    assert set(figures["bundles"]) == {bundle.name for bundle in Bundle.shipped()}
     for name, row in figures["bundles"].items():
         assert name in result.stdout
         assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] <= row["p99.9_ms"]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
-from knowledge_boosting.models.config import Boosting, Framing, ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Boosting, Framing, NetworkSize, Pair
 from knowledge_boosting.protos.codec import Samples
 
 SMALL = NetworkSize(channels=4, hidden=4, blocks=2)
-PAIR = ModelConfig(task="ss", small=SMALL, large=SMALL, boosting=Boosting(delay=3))
+PAIR = Pair(task="ss", small=SMALL, large=SMALL, boosting=Boosting(delay=3))
 
 
 class Network:

@@ -72,9 +72,9 @@ def test_chunks_give_what_a_whole_signal_gives() -> None:
 def test_with_hints_it_gives_what_replay_gives_with_all_hints_on_time(
     golden_bundle: GetBundle, ss_server: Server, tmp_path: Path
 ) -> None:
-    bundle, samples = golden_bundle(SS), speech(1.5)
+    bundle, samples = golden_bundle(SS), speech(0.6)
     expected = replayed(samples, tmp_path, "--bundle", bundle, "--server", ss_server.address)
-    for pause in (0.008, 0.03, 0.1):  # slower until every hint is on time
+    for pause in (0.008, 0.03, 0.1, 0.3, 0.3, 0.3, 0.3, 0.3):  # slower until every hint is on time
         with kb.Enhancer(bundle, server=ss_server.address) as enhancer:
             output = streamed(enhancer, samples, pause)
             statistics = enhancer.statistics

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.signal import correlate
 
-from knowledge_boosting.models.bundle import write_bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Framing, ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Alone, Framing, NetworkSize
+from knowledge_boosting.models.networks import write_bundle
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import run
 
-ALONE = ModelConfig(task="tse", framing=Framing(), small=NetworkSize(channels=8, hidden=8, blocks=2))
+ALONE = Alone(task="tse", framing=Framing(), network=NetworkSize(channels=8, hidden=8, blocks=2))
 
 
 @pytest.fixture(scope="module")

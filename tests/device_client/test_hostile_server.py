@@ -17,6 +17,7 @@ from knowledge_boosting.device_client.engines.loading import load_model
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.hints.stream import Encodings, HintStream
 from knowledge_boosting.device_client.live.loop import LiveLoop
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.manifest import Manifest, read_manifest
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import Samples
@@ -157,7 +158,7 @@ def test_a_server_whose_hints_are_never_in_time_is_left_for_the_next(
 
         audio = MemoryAudio(noise(4000), pace)
         hints.start()
-        LiveLoop(load_model(bundle, "onnx").session(None), manifest.model, audio, hints, "1").run()
+        LiveLoop(load_model(Bundle(bundle), "onnx").session(None), manifest.model, audio, hints, "1").run()
         hints.close()
     texts = [event.text for event in hints.events]
     assert any(f"lost {address} (no hint came in time for 1 s)" in text for text in texts), texts
@@ -188,7 +189,7 @@ def test_hints_after_a_move_are_announced_where_one_address_stands_for_many_serv
 
         audio = MemoryAudio(noise(4000), pace)
         hints.start()
-        LiveLoop(load_model(bundle, "onnx").session(None), manifest.model, audio, hints, "1").run()
+        LiveLoop(load_model(Bundle(bundle), "onnx").session(None), manifest.model, audio, hints, "1").run()
         source = hints.server
         hints.close()
     assert [event.text for event in hints.events] == [
@@ -237,7 +238,7 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
         audio = MemoryAudio(noise(4000), pace)
         hints.start()
         began = time.monotonic()
-        LiveLoop(load_model(bundle, "onnx").session(None), manifest.model, audio, hints, "1").run()
+        LiveLoop(load_model(Bundle(bundle), "onnx").session(None), manifest.model, audio, hints, "1").run()
         hints.close()
         stopping[0].join(PATIENCE)
     after = used[used.index(True) + 50 :]
@@ -282,7 +283,7 @@ def test_what_is_no_number_is_not_played_and_what_is_played_makes_no_click() -> 
 @pytest.mark.parametrize("name", ["onnx", "torch"])
 def test_a_network_that_overflows_begins_again(name: Any, golden_bundle: Callable[[str], Path]) -> None:
     """Its estimates afterwards are those of one that has heard nothing before."""
-    model = load_model(golden_bundle(SS), name)
+    model = load_model(Bundle(golden_bundle(SS)), name)
     engine, sound = model.session(None), noise(80)
     windows = [np.ascontiguousarray(sound[:, 128 * frame : 128 * frame + 192]) for frame in range(79)]
     loud = np.full((2, 192), 3e38, np.float32)

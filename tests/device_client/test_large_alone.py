@@ -9,8 +9,9 @@ import pytest
 import soundfile
 import torch
 
-from knowledge_boosting.models.bundle import load_small
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.networks import load_small
 from knowledge_boosting.training.evaluation.results import Results
 from tests.processes import call_here
 
@@ -64,8 +65,9 @@ def test_it_is_exported_replayed_and_evaluated(
     shown = capsys.readouterr().out
     assert "this network" in shown
     assert "small" not in shown
-    network, manifest = load_small(str(bundle))
-    assert manifest.model.small.self_attention
+    opened = Bundle(bundle)
+    network, manifest = load_small(opened), opened.manifest
+    assert manifest.model.on_device.self_attention
     samples, _ = soundfile.read(tmp_path / "mixture0.wav", dtype="float32")
     padded = pad_to_frames(torch.from_numpy(samples.T)[None], manifest.model.framing)
     speaker = torch.from_numpy(np.load(embedding)).view(1, 256) if task == "tse" else None

@@ -19,6 +19,7 @@ from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.hints.stream import Encodings
 from knowledge_boosting.device_client.live.loop import LiveLoop
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.manifest import read_manifest
 from knowledge_boosting.protos.codec import Samples
 from tests.golden_cases import TOLERANCE, Golden, worst
@@ -90,7 +91,7 @@ def noise(frames: int) -> Samples:
 
 @pytest.mark.parametrize("play", ["1", "2"])
 def test_alone_it_plays_the_published_output(play: Play, golden: GetGolden, golden_bundle: GetBundle) -> None:
-    case, model = golden(SS), OnnxModel(str(golden_bundle(SS)))
+    case, model = golden(SS), OnnxModel(Bundle(golden_bundle(SS)))
     mixture, config = case.mixture[0].numpy(), model.manifest.model
     frames = config.framing.frames(mixture.shape[1])
     padded = np.pad(mixture, ((0, 0), (0, 128 * frames + 64 - mixture.shape[1])))
@@ -106,7 +107,7 @@ def test_it_fuses_the_hints_of_the_published_computation(
     golden: GetGolden, golden_bundle: GetBundle, ss_server: Server
 ) -> None:
     case, bundle = golden(SS), golden_bundle(SS)
-    model, manifest = OnnxModel(str(bundle)), read_manifest(bundle)
+    model, manifest = OnnxModel(Bundle(bundle)), read_manifest(bundle)
     mixture, config = case.mixture[0].numpy(), manifest.model
     hints = LiveHints([ss_server.address], manifest, encodings=Encodings())
     hints.start()
@@ -134,7 +135,7 @@ def test_it_fuses_the_hints_of_the_published_computation(
 
 def test_another_server_takes_over_with_a_warm_network(golden: GetGolden, golden_bundle: GetBundle) -> None:
     bundle = golden_bundle(SS)
-    manifest, model = read_manifest(bundle), OnnxModel(str(bundle))
+    manifest, model = read_manifest(bundle), OnnxModel(Bundle(bundle))
     with running_server(bundle) as first, running_server(bundle) as second:
         hints = LiveHints([first.address, second.address], manifest, encodings=Encodings())
         hints.start()
@@ -208,7 +209,7 @@ def test_audio_that_does_not_get_through_is_dropped(
     rate: int, why: str, golden_bundle: GetBundle, ss_server: Server
 ) -> None:
     """A quarter of what the audio needs, and a connection into which everything vanishes."""
-    manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(str(golden_bundle(SS)))
+    manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(Bundle(golden_bundle(SS)))
     uplink = SlowUplink(ss_server.address, rate)
     hints = LiveHints([uplink.address], manifest, encodings=Encodings())
     hints.start()
@@ -246,7 +247,7 @@ def test_missing_hints_are_zeros_and_after_a_while_they_come_back_slowly() -> No
 
 
 def test_a_sample_that_is_no_number_does_not_stay(golden_bundle: GetBundle) -> None:
-    model, samples = OnnxModel(str(golden_bundle(SS))), noise(80)
+    model, samples = OnnxModel(Bundle(golden_bundle(SS))), noise(80)
     samples[1, 2000] = np.nan
     audio = MemoryAudio(samples)
     LiveLoop(model.session(None), model.manifest.model, audio, None, "both").run()
@@ -276,7 +277,7 @@ def test_a_change_of_what_is_played_makes_no_click() -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_ten_minutes_take_no_memory(golden_bundle: GetBundle) -> None:
     """With a server that is looked for all the time and never there."""
-    manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(str(golden_bundle(SS)))
+    manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(Bundle(golden_bundle(SS)))
     sound, memory = noise(100), []
 
     class Endless(MemoryAudio):

@@ -14,13 +14,13 @@ from knowledge_boosting.device_client.audio.files import OutputStream, open_audi
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
 from knowledge_boosting.device_client.replay.plot import Spectrogram
 from knowledge_boosting.device_client.replay.tally import Tally
-from knowledge_boosting.models.bundle import write_bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Framing, ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Alone, Framing, NetworkSize
+from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.protos.codec import Samples
 from tests.processes import command, environment
 
-TINY = ModelConfig(task="ss", framing=Framing(), small=NetworkSize(channels=4, hidden=4, blocks=1))
+TINY = Alone(task="ss", framing=Framing(), network=NetworkSize(channels=4, hidden=4, blocks=1))
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.device_client.engines.engine import Engine
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
-from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build, read_config
-from knowledge_boosting.models.config import Framing
+from knowledge_boosting.models.config import Alone, Framing, Pair
 from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import SmallModel
 from tests.golden_cases import NAMES, TOLERANCE, Golden, worst
 
@@ -34,7 +35,7 @@ def run(engine: Engine, mixture: Samples, hints: list[Samples | None], framing: 
 def test_it_gives_what_the_published_computation_gives(
     name: str, golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
 ) -> None:
-    case, model = golden(name), OnnxModel(str(golden_bundle(name)))
+    case, model = golden(name), OnnxModel(Bundle(golden_bundle(name)))
     framing = case.pair.config.framing
     mixture = pad_to_frames(case.mixture, framing).numpy()
     delay, length = case.pair.config.delay, case.mixture.shape[-1]
@@ -59,13 +60,13 @@ def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None
     torch.manual_seed(0)
     config = read_config(CONFIGS / f"{name}.json")
     # The large network is not what runs here; a tiny one is written faster.
-    if config.large is not None:
+    if isinstance(config, Pair):
         config = config.model_copy(update={"large": config.small})
     network = build(config).eval().requires_grad_(False)
     for weight in network.parameters():
         weight.add_(0.05 * torch.randn_like(weight))  # affine parts and slopes that begin all alike
     write_bundle(tmp_path / "b", network, config, untrained=True, source="random", configuration=name)
-    small, model = network.get_submodule("small"), OnnxModel(str(tmp_path / "b"))
+    small, model = network.get_submodule("small"), OnnxModel(Bundle(tmp_path / "b"))
     assert isinstance(small, SmallModel)
 
     rng = np.random.default_rng(0)
@@ -73,7 +74,7 @@ def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None
     mixture = rng.normal(0, 0.1, (2, 128 * frames + 64)).astype(np.float32)
     speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if config.task == "tse" else None
     given = np.zeros((frames, config.hint_channels, 97), np.float32)
-    states = [1.0] if config.boosting is None else [1.0, 0.0, 0.5]
+    states = [1.0] if isinstance(config, Alone) else [1.0, 0.0, 0.5]
     for share in states:
         there = rng.random(frames) < share
         given[:] = rng.normal(0, 1, given.shape) * there[:, None, None]
@@ -81,7 +82,7 @@ def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None
         output = run(model.session(speaker), mixture, received, config.framing)
         with torch.inference_mode():
             state = small.initial_state(1, torch.from_numpy(speaker)[None] if speaker is not None else None)
-            hints = torch.from_numpy(given)[None] if config.boosting is not None else None
+            hints = torch.from_numpy(given)[None] if isinstance(config, Pair) else None
             expected = small(torch.from_numpy(mixture)[None], state, hints)[0][0]
         assert worst(output, expected) < TOLERANCE * max(1.0, float(expected.abs().max()))
 
@@ -89,7 +90,7 @@ def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None
 def test_sessions_of_one_model_do_not_touch_each_other(
     golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
 ) -> None:
-    model = OnnxModel(str(golden_bundle("ss_delay1_compression4")))
+    model = OnnxModel(Bundle(golden_bundle("ss_delay1_compression4")))
     framing = model.manifest.model.framing
     chunk, n_fft = framing.chunk, framing.n_fft
     mixture = pad_to_frames(golden("ss_delay1_compression4").mixture, framing).numpy()[0]
@@ -102,7 +103,7 @@ def test_sessions_of_one_model_do_not_touch_each_other(
 
 
 def test_what_a_step_gave_is_the_caller_s(golden_bundle: Callable[[str], Path]) -> None:
-    model = OnnxModel(str(golden_bundle("ss_delay1_compression4")))
+    model = OnnxModel(Bundle(golden_bundle("ss_delay1_compression4")))
     session = model.session(None)
     window = np.ones((2, model.manifest.model.framing.n_fft), np.float32)
     first = session.step(window, None)
@@ -124,13 +125,13 @@ def test_a_changed_graph_is_refused(copied: Path) -> None:
     graph = copied / "small.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match=r"small\.onnx: digest differs"):
-        OnnxModel(str(copied))
+        OnnxModel(Bundle(copied))
 
 
 def test_a_bundle_without_a_graph_says_how_to_get_one(copied: Path) -> None:
     (copied / "small.onnx").unlink()
     with pytest.raises(InputError, match="kb-export"):
-        OnnxModel(str(copied))
+        OnnxModel(Bundle(copied))
 
 
 def test_a_bundle_from_before_there_were_graphs_says_how_to_get_one(copied: Path) -> None:
@@ -138,4 +139,4 @@ def test_a_bundle_from_before_there_were_graphs_says_how_to_get_one(copied: Path
     del manifest["graph_digest"]
     (copied / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="kb-export"):
-        OnnxModel(str(copied))
+        OnnxModel(Bundle(copied))

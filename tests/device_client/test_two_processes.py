@@ -18,9 +18,9 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from knowledge_boosting.models.bundle import write_bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Boosting, NetworkSize, Pair
+from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import BoostedPair, PairOutput
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import PATIENCE, Server, command, free_port, run, running_server
@@ -304,7 +304,7 @@ def test_its_own_server_ends_with_it(
 def test_a_running_level_makes_every_level_sound_the_same(tmp_path: Path) -> None:
     """From -60 dBFS to -6, with an offset, and silence: one output at the level of the input, hints included."""
     size = NetworkSize(channels=8, hidden=8, blocks=2, heads=2)
-    config = ModelConfig(task="ss", small=size, large=size, boosting=Boosting(delay=6), running_level=True)
+    config = Pair(task="ss", small=size, large=size, boosting=Boosting(delay=6), running_level=True)
     torch.manual_seed(0)
     pair = build(config)
     assert isinstance(pair, BoostedPair)

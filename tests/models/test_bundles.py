@@ -13,9 +13,11 @@ import safetensors.torch
 import torch
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.bundle import load_large, load_pair, load_small, record_quality
-from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.checkpoint import read_config
+from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.models.manifest import bundle_id, read_manifest
+from knowledge_boosting.models.networks import load_large, load_pair, load_small, record_quality
 from tests.golden_cases import FOLDER, TOLERANCE, Golden, worst
 from tests.processes import refusal, run
 
@@ -34,7 +36,8 @@ def test_a_published_checkpoint_becomes_a_bundle_that_computes_the_same(
     )
     assert result.returncode == 0, result.stderr
     assert not result.stderr
-    pair, manifest = load_pair(str(bundle))
+    opened = Bundle(bundle)
+    pair, manifest = load_pair(opened), opened.manifest
     case = golden(CASE)
     with torch.inference_mode():
         output = pair(case.mixture, case.speaker_embedding)
@@ -73,10 +76,11 @@ def test_each_side_needs_only_its_own_part(golden_bundle: Callable[[str], Path],
         copy.mkdir()
         for name in ("bundle.json", f"{part}.safetensors"):
             (copy / name).write_bytes((whole / name).read_bytes())
-        _, manifest = load(str(copy))
-        assert manifest.id == read_manifest(whole).id
+        bundle = Bundle(copy)
+        load(bundle)
+        assert bundle.manifest.id == read_manifest(whole).id
         with pytest.raises(InputError, match="this copy of the bundle lacks its"):
-            other(str(copy))
+            other(bundle)
 
 
 @pytest.mark.parametrize("change", ["a bit", "other weights", "other size in the manifest"])
@@ -96,7 +100,7 @@ def test_changed_bundles_do_not_load(change: str, golden_bundle: Callable[[str],
         document["model"]["large"]["hidden"] += 1
         manifest.write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"large\.safetensors: digest differs|bundle\.json: .*id does not match"):
-        load_large(str(tmp_path))
+        load_large(Bundle(tmp_path))
 
 
 def test_a_training_configuration_and_a_note_make_a_bundle_and_its_card(tmp_path: Path) -> None:
@@ -109,7 +113,7 @@ def test_a_training_configuration_and_a_note_make_a_bundle_and_its_card(tmp_path
     )
     assert result.returncode == 0, result.stderr
     assert "## Data\n\nRead English." in (tmp_path / "whole" / "README.md").read_text()
-    assert read_manifest(tmp_path / "whole").model == ModelConfig.model_validate(config["model"])
+    assert read_manifest(tmp_path / "whole").model == MODEL.validate_python(config["model"])
 
     # Speaker layers, most of it, take half the space; everything else stays as it was.
     result = run(
@@ -119,7 +123,7 @@ def test_a_training_configuration_and_a_note_make_a_bundle_and_its_card(tmp_path
     assert result.returncode == 0, result.stderr
     size = {name: (tmp_path / name / "small.safetensors").stat().st_size for name in ("whole", "half")}
     assert size["half"] < 0.55 * size["whole"]
-    (whole, _), (half, _) = load_small(str(tmp_path / "whole")), load_small(str(tmp_path / "half"))
+    whole, half = load_small(Bundle(tmp_path / "whole")), load_small(Bundle(tmp_path / "half"))
     for (name, one), other in zip(whole.state_dict().items(), half.state_dict().values(), strict=True):
         assert other.dtype == torch.float32
         torch.testing.assert_close(other, one, rtol=5e-4 if ".speaker." in name else 0, atol=1e-7)
@@ -147,7 +151,7 @@ def test_recorded_figures_stand_in_manifest_and_card_once(golden_bundle: Callabl
     shutil.copytree(golden_bundle(CASE), copy)
     before = read_manifest(copy)
     for figure in (1.0, 2.5):
-        record_quality(copy, {"boosted_si_sdri": figure}, f"| boosted | {figure} |")
+        record_quality(Bundle(copy), {"boosted_si_sdri": figure}, f"| boosted | {figure} |")
     manifest = read_manifest(copy)
     assert manifest.quality == {"boosted_si_sdri": 2.5}
     assert (manifest.id, manifest.digests, manifest.provenance) == (before.id, before.digests, before.provenance)
@@ -156,7 +160,29 @@ def test_recorded_figures_stand_in_manifest_and_card_once(golden_bundle: Callabl
     assert card.count("## Measured") == 1
     assert "| boosted | 2.5 |" in card
     assert "1.0" not in card.partition("## Measured")[2]
-    load_pair(str(copy))
+    load_pair(Bundle(copy))
+
+
+def test_bundles_and_configurations_of_schema_version_1_are_read(tmp_path: Path) -> None:
+    """As ``ss-alone`` and ``ss-48ms-compact`` were written before there was a version 2."""
+    size = {"channels": 16, "hidden": 16, "blocks": 3, "heads": 4, "self_attention": False, "window": 50}
+    framing = {"sample_rate": 16000, "chunk": 128, "lookahead": 64}
+    alone = {"task": "ss", "microphones": 2, "framing": framing, "small": size, "large": None, "boosting": None}
+    for name, identity in (("ss-alone", "3ab03f86c8f88c43"), ("ss-48ms-compact", None)):
+        now, folder = Bundle(name), tmp_path / name
+        shutil.copytree(now.directory, folder)
+        document = json.loads((folder / "bundle.json").read_text()) | {"schema_version": 1}
+        if identity is not None:
+            document |= {"model": alone, "id": identity}
+        (folder / "bundle.json").write_text(json.dumps(document))
+        before = Bundle(folder)
+        assert (before.id, before.model) == (now.id, now.model)
+        (load_small if identity is not None else load_pair)(before)
+    (tmp_path / "model.json").write_text(json.dumps(alone))
+    assert read_config(tmp_path / "model.json") == Bundle("ss-alone").model
+    (tmp_path / "model.json").write_text(json.dumps({**alone, "large": size}))
+    with pytest.raises(InputError, match="large and boosting must be given both"):
+        read_config(tmp_path / "model.json")
 
 
 def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:
@@ -190,13 +216,14 @@ def test_sizes_that_only_the_manifest_has_cost_no_memory(golden_bundle: Callable
     shutil.copytree(golden_bundle("ss_delay6_compression2"), bundle)
     document = json.loads((bundle / "bundle.json").read_text())
     document["model"]["large"] |= {"channels": 1024, "hidden": 1024, "heads": 1, "window": 2, "blocks": 2}
-    document["id"] = bundle_id(ModelConfig.model_validate_json(json.dumps(document["model"])), document["digests"])
+    document["id"] = bundle_id(MODEL.validate_python(document["model"]), document["digests"])
     (bundle / "bundle.json").write_text(json.dumps(document))
     script = (
         "import resource, sys\n"
-        "from knowledge_boosting.models.bundle import load_large\n"
+        "from knowledge_boosting.models.bundle import Bundle\n"
+        "from knowledge_boosting.models.networks import load_large\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: load_large(sys.argv[1])\n"
+        "try: load_large(Bundle(sys.argv[1]))\n"
         "except Exception as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )

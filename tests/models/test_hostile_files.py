@@ -18,17 +18,18 @@ from torch import nn
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.device_client.speakers import read_embedding
-from knowledge_boosting.models.bundle import load_large
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build, read_checkpoint, read_config
-from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.config import MODEL, Alone, NetworkSize
 from knowledge_boosting.models.manifest import bundle_id, file_digest, read_manifest
+from knowledge_boosting.models.networks import load_large
 from knowledge_boosting.remote_server.core.access import Access
 from knowledge_boosting.training.data.responses import check_sofa
 
 SS = "ss_delay6_compression2"
-CONFIG = ModelConfig(task="ss", small=NetworkSize(channels=4, hidden=4))
+CONFIG = Alone(task="ss", network=NetworkSize(channels=4, hidden=4))
 SOFA = next((Path(__file__).parents[2] / "samples" / "hrtf").glob("*.sofa"))
-DOCUMENT: dict[str, Any] = {"task": "tse", "small": {"channels": 16, "hidden": 16}}
+DOCUMENT: dict[str, Any] = {"task": "tse", "network": {"channels": 16, "hidden": 16}}
 
 
 def refused(call: Callable[[], object]) -> str:
@@ -41,18 +42,24 @@ def refused(call: Callable[[], object]) -> str:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"small": {"channels": 10**9, "hidden": 16}}, "small.channels: Input should be less than or equal to 4096"),
-        ({"small": {"channels": 16, "hidden": 10**9}}, "small.hidden: "),
-        ({"small": {"channels": 16, "hidden": 16, "blocks": 10**9}}, "small.blocks: "),
-        ({"small": {"channels": 16, "hidden": 16, "window": 10**9}}, "small.window: "),
+        (
+            {"network": {"channels": 10**9, "hidden": 16}},
+            "network.channels: Input should be less than or equal to 4096",
+        ),
+        ({"network": {"channels": 16, "hidden": 10**9}}, "network.hidden: "),
+        ({"network": {"channels": 16, "hidden": 16, "blocks": 10**9}}, "network.blocks: "),
+        ({"network": {"channels": 16, "hidden": 16, "window": 10**9}}, "network.window: "),
         ({"framing": {"chunk": 10**9, "lookahead": 10**9}}, "framing.chunk: "),
         ({"microphones": 10**9}, "microphones: "),
-        ({"small": {"channels": 4096, "hidden": 4096, "blocks": 64}}, "small would have some 5e+10 values"),
+        ({"network": {"channels": 4096, "hidden": 4096, "blocks": 64}}, "network would have some 5e+10 values"),
         (
-            {"small": {"channels": 4, "hidden": 1, "blocks": 8, "self_attention": True, "window": 10_000}},
-            "small would have some 5e+08 values",
+            {"network": {"channels": 4, "hidden": 1, "blocks": 8, "self_attention": True, "window": 10_000}},
+            "network would have some 5e+08 values",
         ),
-        ({"small": {"channels": 1024, "hidden": 8}, "framing": {"chunk": 2048, "lookahead": 2048}}, "small would have"),
+        (
+            {"network": {"channels": 1024, "hidden": 8}, "framing": {"chunk": 2048, "lookahead": 2048}},
+            "network would have",
+        ),
     ],
 )
 def test_absurd_sizes_are_refused_before_anything_is_made(changes: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -135,7 +142,7 @@ def resealed(bundle: Path) -> Path:
     document = json.loads(manifest.read_text())
     document["digests"] = {part: file_digest(bundle / f"{part}.safetensors") for part in document["digests"]}
     document["graph_digest"] = file_digest(bundle / "small.onnx")
-    document["id"] = bundle_id(ModelConfig.model_validate(document["model"]), document["digests"])
+    document["id"] = bundle_id(MODEL.validate_python(document["model"]), document["digests"])
     manifest.write_text(json.dumps(document))
     return bundle
 
@@ -151,7 +158,7 @@ def test_weights_are_no_integers_nor_complex(kind: torch.dtype, bundle: Path) ->
     path = bundle / "large.safetensors"
     state = {name: value.to(kind) for name, value in safetensors.torch.load_file(path).items()}
     safetensors.torch.save_file(state, path)
-    assert f"is of {str(kind).removeprefix('torch.')}" in refused(lambda: load_large(str(resealed(bundle))))
+    assert f"is of {str(kind).removeprefix('torch.')}" in refused(lambda: load_large(Bundle(resealed(bundle))))
 
 
 def dynamic(graph: onnx.ModelProto) -> None:
@@ -184,7 +191,7 @@ def test_graphs_that_are_not_of_the_bundle(spoil: Callable[[onnx.ModelProto], No
     graph = onnx.load(path)
     spoil(graph)
     path.write_bytes(graph.SerializeToString())
-    line = refused(lambda: OnnxModel(str(resealed(bundle))))
+    line = refused(lambda: OnnxModel(Bundle(resealed(bundle))))
     assert "small.onnx: not " in line
 
 

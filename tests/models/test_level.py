@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Boosting, Framing, ModelConfig, NetworkSize
+from knowledge_boosting.models.config import MODEL, Boosting, Framing, NetworkSize, Pair
 from knowledge_boosting.models.framing import Stft, pad_to_frames
 from knowledge_boosting.models.level import RunningLevel
-from knowledge_boosting.models.manifest import PRETRAINED, bundle_id, read_manifest
+from knowledge_boosting.models.manifest import bundle_id
 from knowledge_boosting.models.onnx_graph import frame_graph
 from knowledge_boosting.models.onnx_stream import OnnxStream, load_graph
 from knowledge_boosting.models.pair import BoostedPair
 from knowledge_boosting.models.slots import StateSlots
 
-CONFIG = ModelConfig(
+CONFIG = Pair(
     task="ss",
     small=NetworkSize(channels=8, hidden=8),
     large=NetworkSize(channels=8, hidden=8, heads=2, self_attention=True),
@@ -153,6 +154,6 @@ def test_without_it_configurations_and_ids_are_as_before() -> None:
     plain = CONFIG.model_copy(update={"running_level": False})
     assert "running_level" not in plain.model_dump()
     assert CONFIG.model_dump()["running_level"] is True
-    assert ModelConfig.model_validate(plain.model_dump()) == plain
-    manifest = read_manifest(PRETRAINED / "ss-48ms-compact")
+    assert MODEL.validate_python(plain.model_dump()) == plain
+    manifest = Bundle("ss-48ms-compact").manifest
     assert bundle_id(manifest.model, manifest.digests) == manifest.id

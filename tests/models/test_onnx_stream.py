@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
-from knowledge_boosting.models.bundle import write_bundle
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Boosting, ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Alone, Boosting, ModelConfig, NetworkSize, Pair
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.manifest import GRAPH_FILE, MANIFEST_FILE, file_digest
+from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.onnx_graph import check_graph, frame_graph
 from knowledge_boosting.models.onnx_stream import OnnxStream, load_graph
 from knowledge_boosting.models.pair import SmallModel
@@ -67,8 +68,9 @@ def speaker_inputs(network: SmallModel, speaker: torch.Tensor | None) -> dict[st
 def test_self_attention_over_more_frames_than_its_window(
     task: Literal["ss", "tse"], running_level: bool, boosting: Boosting | None
 ) -> None:
-    large = TINY if boosting is not None else None
-    config = ModelConfig(task=task, small=TINY, large=large, boosting=boosting, running_level=running_level)
+    config: ModelConfig = Alone(task=task, network=TINY, running_level=running_level)
+    if boosting is not None:
+        config = Pair(task=task, small=TINY, large=TINY, boosting=boosting, running_level=running_level)
     network, mixture = one_network(config), noise(config)
     speaker = torch.randn(1, 256) / 16 if config.needs_speaker else None
     hints = np.random.default_rng(1).normal(0, 1, (FRAMES, config.hint_channels, 97)).astype(np.float32)
@@ -95,26 +97,24 @@ def test_a_large_network_alone_gives_what_the_published_computation_gives(
     if checkpoint.exists():
         assert call_here("kb-export", "--config", config, "--checkpoint", checkpoint, "-o", bundle) == 0
     else:
-        model = ModelConfig(
-            **dict(case.pair.config) | {"small": case.pair.config.large, "large": None, "boosting": None}
-        )
+        model = case.pair.config.large_alone()
         network = build(model).eval()
         network.get_submodule("small.network").load_state_dict(case.pair.large.network.state_dict())
         write_bundle(bundle, network, model, untrained=False, source="parity vectors", configuration="config.json")
-    onnx = OnnxModel(str(bundle))
+    onnx = OnnxModel(Bundle(bundle))
     framing, length = onnx.manifest.model.framing, case.mixture.shape[-1]
     for item, mixture in enumerate(pad_to_frames(case.mixture, framing).numpy()):
         engine = onnx.session(None if case.speaker_embedding is None else case.speaker_embedding[item].numpy())
         frames = windows(mixture, onnx.manifest.model)
-        assert len(frames) > onnx.manifest.model.small.window
+        assert len(frames) > onnx.manifest.model.on_device.window
         estimate = np.concatenate([engine.step(window, None) for window in frames], axis=-1)
         assert worst(estimate[..., :length], case.large_output[item]) < TOLERANCE
 
 
 def test_a_graph_that_lacks_the_network_s_self_attention_is_refused(tmp_path: Path) -> None:
-    config, bundle = ModelConfig(task="ss", small=TINY), tmp_path / "bundle"
+    config, bundle = Alone(task="ss", network=TINY), tmp_path / "bundle"
     write_bundle(bundle, build(config), config, untrained=True, source="random", configuration="none")
-    plain = config.model_copy(update={"small": TINY.model_copy(update={"self_attention": False})})
+    plain = config.model_copy(update={"network": TINY.model_copy(update={"self_attention": False})})
     (bundle / GRAPH_FILE).write_bytes(frame_graph(one_network(plain)))
     manifest = json.loads((bundle / MANIFEST_FILE).read_text())
     manifest["graph_digest"] = file_digest(bundle / GRAPH_FILE)
@@ -122,11 +122,11 @@ def test_a_graph_that_lacks_the_network_s_self_attention_is_refused(tmp_path: Pa
     with pytest.raises(
         InputError, match=r"not the graph of this bundle's network \(.*self_keys_0.*export the bundle again"
     ):
-        OnnxModel(str(bundle))
+        OnnxModel(Bundle(bundle))
 
 
 def test_rings_that_no_device_could_have_are_refused() -> None:
     size = NetworkSize(channels=4, hidden=1, blocks=1, heads=4, self_attention=True, window=10_000)
-    network = one_network(ModelConfig(task="ss", small=size))
+    network = one_network(Alone(task="ss", network=size))
     with pytest.raises(InputError, match=r"too large to run on a device: self_keys_0 has .* shorter window"):
         check_graph(frame_graph(network), network)

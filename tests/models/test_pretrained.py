@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from knowledge_boosting.models.manifest import DEFAULT_BUNDLE, PRETRAINED, find_bundle, read_manifest, shipped_bundles
+from knowledge_boosting.models.bundle import DEFAULT_BUNDLE, PRETRAINED, Bundle
+from knowledge_boosting.models.config import Pair
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -19,12 +20,12 @@ NAMES = sorted(path.name for path in PRETRAINED.iterdir())
 def test_a_shipped_bundle_is_whole_and_tells_what_it_is(name: str) -> None:
     result = run("kb-export", "--check", name)
     assert result.returncode == 0, result.stderr
-    manifest = read_manifest(find_bundle(name))
+    manifest = Bundle(name).manifest
     assert manifest.name == name
     assert not manifest.untrained
-    system = "boosted" if manifest.model.boosting else "alone"
+    system = "boosted" if isinstance(manifest.model, Pair) else "alone"
     assert manifest.quality[f"{system}_si_sdri"] > 1
-    card = (find_bundle(name) / "README.md").read_text()
+    card = (Bundle(name).directory / "README.md").read_text()
     for word in ("LibriSpeech", "CC BY 4.0", "Gardner", "## Recipe", "## Limits", "## Measured"):
         assert word in card, word
 
@@ -36,7 +37,7 @@ def test_nobody_of_the_validation_speech_was_trained_on() -> None:
     assert len(trained) == 251
     assert len(validation) == 5
     assert not trained & validation
-    for manifest in shipped_bundles():
+    for manifest in (bundle.manifest for bundle in Bundle.shipped()):
         # Of voices that kb-make-voices made, who they were made of. Speakers with too little speech were left out.
         heard = {name.partition("~")[0] for name in manifest.provenance.training_speakers}
         assert len(heard) > 200

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.checkpoint import read_checkpoint, read_config
-from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.config import Alone, ModelConfig
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.published import config_from_published
 from tests.golden_cases import FOLDER, TOLERANCE, Golden, worst
@@ -36,7 +36,8 @@ def test_a_whole_published_training_configuration_is_read(tmp_path: Path) -> Non
     baseline = {"pl_module_args": {"model": network, "init_ckpt": None, "model_params": sizes["big_model_params"]}}
     path.write_text(json.dumps(baseline))
     alone = read_config(path)
-    assert (alone.task, alone.large, alone.small.channels) == ("tse", None, 16)
+    assert isinstance(alone, Alone)
+    assert (alone.task, alone.network.channels) == ("tse", 16)
 
 
 def baseline_config() -> ModelConfig:

@@ -14,8 +14,8 @@ import grpc
 import pytest
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.bundle import write_bundle
 from knowledge_boosting.models.device import pick_device
+from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from knowledge_boosting.remote_server.server import why_not_listening

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 import torch
 
-from knowledge_boosting.models.bundle import load_large
-from knowledge_boosting.models.manifest import shipped_bundles
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.networks import load_large
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import PCM_ENCODINGS, PROTOCOL_VERSION, Samples, decode_hint, encode_pcm
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
@@ -36,7 +36,7 @@ def audio(frames: int, microphones: int, chunk: int, lookahead: int) -> Samples:
 
 
 def opening(name: str, speaker: Samples | None = None) -> Request:
-    manifest = next(manifest for manifest in shipped_bundles() if manifest.name == name)
+    manifest = Bundle(name).manifest
     return Request(
         config=pb.SessionConfig(
             protocol_version=PROTOCOL_VERSION,
@@ -67,7 +67,8 @@ def test_a_bundle_is_loaded_once_when_it_is_first_asked_for(server: Server) -> N
         assert device.end()[0] == "INVALID_ARGUMENT"
     assert not loaded(server)
 
-    model, manifest = load_large(OTHER)
+    bundle = Bundle(OTHER)
+    model, manifest = load_large(bundle), bundle.manifest
     framing = manifest.model.framing
     samples = audio(FRAMES, manifest.model.microphones, framing.chunk, framing.lookahead)
     speaker = np.full(256, 1 / 16, np.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.checkpoint import build, read_checkpoint, read_training_speakers
-from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig, Pair
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
 from knowledge_boosting.training.config import DynamicData, FolderData, TrainingConfig, read_training_config
@@ -528,7 +528,8 @@ def test_published_training_without_a_gradient_clip_does_not_clip(tmp_path: Path
 
 def test_the_demo_trains_a_pair_of_the_networks_it_trains_alone() -> None:
     large, small, joint = (ours(f"demo/train-ss-{name}") for name in ("large", "small", "joint"))
-    assert (joint.model.large, joint.model.small) == (large.model.small, small.model.small)
+    assert isinstance(joint.model, Pair)
+    assert (joint.model.large, joint.model.small) == (large.model.on_device, small.model.on_device)
     assert joint.model.delay == 6
     for config in (large, small, joint):
         assert config.train == joint.train

@@ -17,7 +17,7 @@ from scipy.signal import fftconvolve
 from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Alone, ModelConfig, NetworkSize
 from knowledge_boosting.models.speaker_encoder import speaker_embedding
 from knowledge_boosting.training.config import DynamicData, FolderData
 from knowledge_boosting.training.data.dynamic_mixing import DynamicMixing, render
@@ -33,7 +33,7 @@ Task = Literal["tse", "ss"]
 
 
 def model(task: Task) -> ModelConfig:
-    return ModelConfig(task=task, small=NetworkSize(channels=4, hidden=4))
+    return Alone(task=task, network=NetworkSize(channels=4, hidden=4))
 
 
 # A folder in the published layout.
@@ -355,12 +355,12 @@ def test_a_broken_item_is_told_alike_wherever_it_is_read(workers: int, root: Pat
 
 def test_a_process_that_leaves_in_mid_epoch_ends_those_that_read(root: Path) -> None:
     script = (
-        "from knowledge_boosting.models.config import ModelConfig\n"
+        "from knowledge_boosting.models.config import MODEL\n"
         "from knowledge_boosting.training.config import FolderData\n"
         "from knowledge_boosting.training.data.loading import EpochOrder, Loader\n"
         "from knowledge_boosting.training.data.mixture_folder import MixtureFolder\n"
         f"data = FolderData(root={str(root)!r}, split='val')\n"
-        "model = ModelConfig.model_validate({'task': 'ss', 'small': {'channels': 4, 'hidden': 4}})\n"
+        "model = MODEL.validate_python({'task': 'ss', 'small': {'channels': 4, 'hidden': 4}})\n"
         "folder = MixtureFolder(data, model, seed=0, training=True, skip_broken=False)\n"
         "batches = iter(Loader(folder, EpochOrder(6, 2, seed=0, shuffle=False), 1))\n"
         "print(len(next(batches)['names']))\n"

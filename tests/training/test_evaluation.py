@@ -26,10 +26,11 @@ from torchmetrics.functional.audio import (
     signal_noise_ratio,
 )
 
-from knowledge_boosting.models.bundle import load_pair, write_bundle
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import ModelConfig, NetworkSize
+from knowledge_boosting.models.config import Alone, NetworkSize
 from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, read_manifest
+from knowledge_boosting.models.networks import load_pair, write_bundle
 from knowledge_boosting.models.pair import BoostedPair, delay_hints
 from knowledge_boosting.training.config import FolderData, TrainingConfig
 from knowledge_boosting.training.evaluation.files import RESULT_FILES
@@ -37,11 +38,11 @@ from knowledge_boosting.training.evaluation.results import RESAMPLES, Figure, Re
 from tests.golden_cases import Golden
 from tests.processes import call_here
 
-Bundle = Callable[[str], Path]
+Made = Callable[[str], Path]
 SAMPLES = Path(__file__).parents[2] / "samples"
 LENGTH, ITEMS = 16000, 4
 DELAY6, DELAY0, TSE = "ss_delay6_compression2", "ss_delay0", "tse_delay6"
-TINY = ModelConfig(task="ss", small=NetworkSize(channels=4, hidden=4, blocks=2))
+TINY = Alone(task="ss", network=NetworkSize(channels=4, hidden=4, blocks=2))
 
 
 @pytest.fixture(scope="module")
@@ -164,14 +165,14 @@ def expected_outputs(pair: BoostedPair, mixture: Tensor, other: Tensor) -> dict[
 
 
 @pytest.fixture(scope="module")
-def measured(dataset: Path, golden_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def measured(dataset: Path, golden_bundle: Made, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """One pair, everything measured, STOI and PESQ in a process of their own."""
     output = tmp_path_factory.mktemp("measured") / "out"
     return evaluate(golden_bundle(DELAY6), "--data", dataset, "--workers", 1, output=output)
 
 
 @pytest.fixture(scope="module")
-def streamed(dataset: Path, golden_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def streamed(dataset: Path, golden_bundle: Made, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     output = tmp_path_factory.mktemp("streamed") / "out"
     arguments = (golden_bundle(DELAY6), "--data", dataset, "--items", 2, "--metrics", "si_sdri,snri", "--streaming")
     return evaluate(*arguments, output=output)
@@ -253,7 +254,7 @@ def test_streaming_agrees_with_whole_signals_and_says_how_far(streamed: Outcome,
 
 
 def test_what_streaming_does_otherwise_is_found(
-    dataset: Path, golden_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, golden_bundle: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison is no formality: a small network that forgets its hints when it streams is told."""
     from knowledge_boosting.models.pair import SmallModel
@@ -272,7 +273,7 @@ def test_what_streaming_does_otherwise_is_found(
 
 
 def test_several_bundles_at_their_own_and_at_other_delays(
-    dataset: Path, golden: Callable[[str], Golden], golden_bundle: Bundle, tmp_path: Path
+    dataset: Path, golden: Callable[[str], Golden], golden_bundle: Made, tmp_path: Path
 ) -> None:
     alone = tmp_path / "lone"
     torch.manual_seed(0)
@@ -307,7 +308,6 @@ def test_several_bundles_at_their_own_and_at_other_delays(
 
     # The same weights as a pair made for two frames.
     pair = golden(DELAY6).pair
-    assert pair.config.boosting is not None
     boosting = pair.config.boosting.model_copy(update={"delay": 2})
     retimed = BoostedPair(pair.config.model_copy(update={"boosting": boosting})).eval()
     retimed.load_state_dict(pair.state_dict())
@@ -318,7 +318,7 @@ def test_several_bundles_at_their_own_and_at_other_delays(
 
 
 def test_what_a_pair_gains_over_a_network_alone_is_counted_item_by_item(
-    dataset: Path, golden_bundle: Bundle, tmp_path: Path
+    dataset: Path, golden_bundle: Made, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     write_bundle(tmp_path / "lone", build(TINY), TINY, untrained=True, source="random", configuration="test")
@@ -353,11 +353,11 @@ def test_what_a_pair_gains_over_a_network_alone_is_counted_item_by_item(
     assert "alone_si_sdri" in read_manifest(tmp_path / "lone").quality
     card = (tmp_path / "pair" / "README.md").read_text()
     assert f"| boosted, over lone | {boosted.mean:+.2f} ({boosted.low:+.2f}…{boosted.high:+.2f}) |" in card
-    load_pair(str(tmp_path / "pair"))
+    load_pair(Bundle(tmp_path / "pair"))
 
 
 def test_target_speech_extraction(
-    dataset: Path, golden: Callable[[str], Golden], golden_bundle: Bundle, tmp_path: Path
+    dataset: Path, golden: Callable[[str], Golden], golden_bundle: Made, tmp_path: Path
 ) -> None:
     arguments = ("--data", dataset, "--items", 2, "--metrics", "si_sdri")
     outcome = evaluate(golden_bundle(TSE), *arguments, output=tmp_path / "out")
@@ -399,7 +399,7 @@ def test_figures_that_an_item_does_not_have_are_left_out() -> None:
 
 
 def test_the_same_call_gives_the_same_files_and_the_seed_is_of_the_bootstrap_alone(
-    dataset: Path, golden_bundle: Bundle, tmp_path: Path
+    dataset: Path, golden_bundle: Made, tmp_path: Path
 ) -> None:
     arguments = (golden_bundle(DELAY6), "--data", dataset, "--items", 3, "--metrics", "si_sdri")
     first = evaluate(*arguments, output=tmp_path / "first")
@@ -415,7 +415,7 @@ def test_the_same_call_gives_the_same_files_and_the_seed_is_of_the_bootstrap_alo
 
 
 def test_untrained_weights_are_called_so_wherever_figures_stand(
-    dataset: Path, golden_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, golden_bundle: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: list[str] = []
     monkeypatch.setattr(Picture, "suptitle", lambda _self, text, **_: titles.append(text))
@@ -445,7 +445,7 @@ def test_untrained_weights_are_called_so_wherever_figures_stand(
     assert "UNTRAINED" not in trained.stdout + titles[-1] + (trained.folder / "results.csv").read_text()
 
 
-def test_one_item_has_no_interval_and_no_wrong_hints(dataset: Path, golden_bundle: Bundle, tmp_path: Path) -> None:
+def test_one_item_has_no_interval_and_no_wrong_hints(dataset: Path, golden_bundle: Made, tmp_path: Path) -> None:
     arguments = ("--data", dataset, "--items", 1, "--metrics", "snri")
     outcome = evaluate(golden_bundle(DELAY6), *arguments, output=tmp_path / "out")
     assert [row.system for row in outcome.results.rows] == ["mixture", "small_without_hints", "boosted", "large"]
@@ -454,7 +454,7 @@ def test_one_item_has_no_interval_and_no_wrong_hints(dataset: Path, golden_bundl
     assert {line["si_sdri_low"] for line in outcome.table("results.csv")} == {""}
 
 
-def test_an_item_without_speech_has_no_stoi(dataset: Path, golden_bundle: Bundle, tmp_path: Path) -> None:
+def test_an_item_without_speech_has_no_stoi(dataset: Path, golden_bundle: Made, tmp_path: Path) -> None:
     root = shutil.copytree(dataset, tmp_path / "data")
     click = np.zeros((LENGTH, 2))
     click[100] = 0.5
@@ -487,7 +487,7 @@ def run_folder(golden: Callable[[str], Golden], dataset: Path, tmp_path: Path) -
     return folder
 
 
-def test_a_run_is_its_best_checkpoint(run_folder: Path, dataset: Path, golden_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_run_is_its_best_checkpoint(run_folder: Path, dataset: Path, golden_bundle: Made, tmp_path: Path) -> None:
     arguments = ("--data", dataset, "--items", 2, "--metrics", "si_sdri")
     run = evaluate(run_folder, *arguments, output=tmp_path / "run")
     bundle = evaluate(golden_bundle(DELAY6), *arguments, output=tmp_path / "bundle")
@@ -530,7 +530,7 @@ def test_a_failure_leaves_earlier_results_as_they_were(dataset: Path, tmp_path: 
 
 
 def test_calls_that_cannot_be_carried_out(
-    dataset: Path, golden_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, golden_bundle: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     (tmp_path / "empty").mkdir()
@@ -570,7 +570,7 @@ def test_calls_that_cannot_be_carried_out(
     assert "items.csv: is a folder" in refusal(pair, *data, output=tmp_path / "taken")
 
 
-def test_data_that_cannot_be_measured(dataset: Path, golden_bundle: Bundle, tmp_path: Path) -> None:
+def test_data_that_cannot_be_measured(dataset: Path, golden_bundle: Made, tmp_path: Path) -> None:
     def broken(item: int, name: str, samples: NDArray[np.float64] | None, rate: int = 16000) -> Path:
         """A copy of the dataset with another file, or none, in place of one of an item."""
         root = tmp_path / f"data{len(list(tmp_path.iterdir()))}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
 from knowledge_boosting.training.learning.guidance import Guidance, ideal_embedding, source_spectra
@@ -18,7 +18,7 @@ COMPILED = {"channels": 16, "hidden": 16, "blocks": 3}  # sizes that have operat
 
 def pair_of(task: str, size: dict[str, int] = SIZE) -> BoostedPair:
     torch.manual_seed(0)
-    pair = build(ModelConfig.model_validate({"task": task, "small": size, "large": size, "boosting": {"delay": 2}}))
+    pair = build(MODEL.validate_python({"task": task, "small": size, "large": size, "boosting": {"delay": 2}}))
     assert isinstance(pair, BoostedPair)
     return pair
 
@@ -81,7 +81,7 @@ def test_the_large_network_may_choose_which_source_comes_first() -> None:
 @pytest.mark.parametrize("task", ["ss", "tse"])
 def test_guidance_of_a_network_alone_moves_its_blocks_and_what_names_the_speaker(task: str) -> None:
     torch.manual_seed(0)
-    alone = SmallModel(ModelConfig.model_validate({"task": task, "small": SIZE}))
+    alone = SmallModel(MODEL.validate_python({"task": task, "small": SIZE}))
     guidance = Guidance(alone)
     sources = voices(2, 2)
     samples = pad_to_frames(sources.sum(1), alone.config.framing)

@@ -12,7 +12,7 @@ import torch
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.training.config import StoredData, TrainingConfig
 from knowledge_boosting.training.data.dynamic_mixing import DynamicMixing, render
 from knowledge_boosting.training.data.loading import Batch, Examples
@@ -142,7 +142,7 @@ def test_the_digest_tells_what_the_large_network_is_given() -> None:
     def digest(**changes: Any) -> str:
         torch.manual_seed(0)
         document = {"task": "ss", "small": SIZE, "large": SIZE, "boosting": {"delay": 2}, **changes}
-        model = ModelConfig.model_validate(document)
+        model = MODEL.validate_python(document)
         return large_digest(model, build(model).get_submodule("large.network"))
 
     assert digest() == digest(boosting={"delay": 6}) != digest(running_level=True)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.bundle import load_pair, write_bundle
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build, read_checkpoint
-from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.config import MODEL, Alone
 from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.networks import load_pair, write_bundle
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
 from knowledge_boosting.training.config import FolderData, read_training_config
 from knowledge_boosting.training.data.loading import Batch
@@ -143,7 +144,7 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(dataset: Path, tmp_path:
     """On another machine there is the repository, the data and one checkpoint file."""
     first = tmp_path / "first"
     torch.manual_seed(0)
-    alone = ModelConfig.model_validate({"task": "ss", "small": PAIR["small"]})
+    alone = MODEL.validate_python({"task": "ss", "small": PAIR["small"]})
     torch.save(build(alone).state_dict(), tmp_path / "small.pt")
     config = write_config(first, dataset, epochs=1, warm_start=str(tmp_path / "small.pt"))
     result = run("kb-train", "--config", config, "--run_dir", first / "run")
@@ -199,7 +200,7 @@ def write_speakers(split: Path, *speakers: str) -> None:
 
 def test_a_run_can_start_from_a_bundle(dataset: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    pair = build(ModelConfig.model_validate(PAIR))
+    pair = build(MODEL.validate_python(PAIR))
     assert isinstance(pair, BoostedPair)
     bundle = tmp_path / "pair"
     write_bundle(bundle, pair, pair.config, untrained=True, source="test", configuration="config.json")
@@ -381,7 +382,7 @@ def test_hints_of_a_fitted_large_network_help_the_small_one(tmp_path: Path) -> N
         return float(si_sdr_improvement(estimate[..., : mixture.shape[-1]], sources, mixture).mean())
 
     model = read_checkpoint(boosted, settings.model)
-    other = read_checkpoint(alone, ModelConfig(task="ss", small=settings.model.small)).get_submodule("small")
+    other = read_checkpoint(alone, Alone(task="ss", network=settings.model.on_device)).get_submodule("small")
     assert isinstance(model, BoostedPair)
     assert isinstance(other, SmallModel)
     with torch.inference_mode():
@@ -399,7 +400,8 @@ def test_a_run_becomes_a_bundle_and_is_tested(whole_run: Path, tmp_path: Path) -
     flags = ["--config", tmp_path / "model.json", "--checkpoint", folder / "last.ckpt", "-o", tmp_path / "bundle"]
     result = run("kb-export", *flags)
     assert result.returncode == 0, result.stderr
-    pair, manifest = load_pair(str(tmp_path / "bundle"))
+    bundle = Bundle(tmp_path / "bundle")
+    pair, manifest = load_pair(bundle), bundle.manifest
     assert not manifest.untrained
 
     # The same networks and hints, on validation with the energy and the sign of the sources.

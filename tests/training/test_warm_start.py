@@ -7,17 +7,15 @@ import torch
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.checkpoint import build, level_output
-from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
 from knowledge_boosting.training.weights import average_with, warm_start
 
 SIZE = {"channels": 6, "hidden": 5, "blocks": 3}
-SS = ModelConfig.model_validate({"task": "ss", "small": SIZE})
-TSE = ModelConfig.model_validate({"task": "tse", "small": SIZE})
-PAIR = ModelConfig.model_validate(
-    {"task": "ss", "small": {**SIZE, "heads": 3}, "large": SIZE, "boosting": {"delay": 1}}
-)
+SS = MODEL.validate_python({"task": "ss", "small": SIZE})
+TSE = MODEL.validate_python({"task": "tse", "small": SIZE})
+PAIR = MODEL.validate_python({"task": "ss", "small": {**SIZE, "heads": 3}, "large": SIZE, "boosting": {"delay": 1}})
 
 
 @pytest.fixture
@@ -61,7 +59,7 @@ def test_a_pair_starts_with_the_small_network_that_was_trained_alone(separation:
 
 
 def test_weights_of_another_size_are_refused(separation: Path, tmp_path: Path) -> None:
-    other = ModelConfig.model_validate({"task": "ss", "small": {"channels": 7, "hidden": 9, "blocks": 1}})
+    other = MODEL.validate_python({"task": "ss", "small": {"channels": 7, "hidden": 9, "blocks": 1}})
     torch.save({"state_dict": {"model.nothing": torch.ones(1)}}, tmp_path / "none.ckpt")
     with pytest.raises(InputError, match=r"none\.ckpt: has no tensor that fits"):
         warm_start(build(other), tmp_path / "none.ckpt", other)
@@ -91,7 +89,7 @@ def test_only_weights_that_fit_are_averaged(separation: Path, tmp_path: Path) ->
     torch.save(build(PAIR).state_dict(), tmp_path / "pair.pt")
     with pytest.raises(InputError, match=r"pair\.pt: tensor \S*fusion\S* has no place"):
         average_with(build(SS), tmp_path / "pair.pt")
-    other = ModelConfig.model_validate({"task": "ss", "small": {**SIZE, "channels": 7}})
+    other = MODEL.validate_python({"task": "ss", "small": {**SIZE, "channels": 7}})
     with pytest.raises(InputError, match=r"ss\.pt: tensor \S+ has shape \[.*\], expected \["):
         average_with(build(other), separation)
 

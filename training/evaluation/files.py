@@ -10,8 +10,8 @@ import numpy as np
 
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file, check_folder
-from knowledge_boosting.models.bundle import record_quality
-from knowledge_boosting.models.manifest import find_bundle
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.networks import record_quality
 from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
 from knowledge_boosting.training.evaluation.picture import draw
 from knowledge_boosting.training.evaluation.results import SYSTEMS, ItemFigures, Results, Row
@@ -131,4 +131,4 @@ def record_in_bundles(results: Results) -> None:
             if gain.model == model.name and gain.si_sdri.low is not None
         ]
         lines += ["", f"On {data}, with {100 * results.bootstrap.confidence:g} % bootstrap intervals."]
-        record_quality(find_bundle(model.given), quality, "\n".join(lines))
+        record_quality(Bundle(model.given), quality, "\n".join(lines))

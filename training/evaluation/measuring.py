@@ -12,9 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.device import pick_device
-from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, find_bundle
+from knowledge_boosting.models.manifest import UNTRAINED_NOTICE
 from knowledge_boosting.training.config import FolderData
 from knowledge_boosting.training.data.layout import refuse_shared_speakers
 from knowledge_boosting.training.data.mixture_folder import MixtureFolder
@@ -64,7 +65,7 @@ def measure(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
     device = pick_device(options.device)
     if options.record:
         for given in options.models:
-            find_bundle(given)  # runs are refused before anything is measured
+            Bundle(given)  # runs are refused before anything is measured
     # With its shorter mantissa a GPU would differ from a CPU by more than streaming differs from whole signals.
     torch.backends.cudnn.allow_tf32 = False
     models = load_models(options.models)

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.bundle import load_large, load_small
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
-from knowledge_boosting.models.config import ModelConfig
+from knowledge_boosting.models.config import ModelConfig, Pair
 from knowledge_boosting.models.framing import pad_to_frames
-from knowledge_boosting.models.manifest import MANIFEST_FILE, file_digest, find_bundle, read_manifest
+from knowledge_boosting.models.manifest import MANIFEST_FILE, file_digest
+from knowledge_boosting.models.networks import load_large, load_small
 from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel, delay_hints
 from knowledge_boosting.training.config import read_training_config
 from knowledge_boosting.training.data.mixture_folder import MixtureFolder
@@ -102,9 +103,9 @@ def _load_model(given: str, name: str) -> Model:
 
 
 def _load_bundle(given: str, name: str) -> Model:
-    manifest = read_manifest(find_bundle(given))
-    small, _ = load_small(given)
-    large = load_large(given)[0] if manifest.model.large is not None else None
+    bundle = Bundle(given)
+    manifest, small = bundle.manifest, load_small(bundle)
+    large = load_large(bundle) if isinstance(bundle.model, Pair) else None
     record = _record(name, given, "bundle", manifest.id, None, manifest.model, untrained=manifest.untrained)
     return Model(record, small, large, manifest.provenance.training_speakers)
 
@@ -129,7 +130,7 @@ def _record(
     *,
     untrained: bool,
 ) -> ModelRecord:
-    boosting = config.boosting
+    boosting = config.boosting if isinstance(config, Pair) else None
     return ModelRecord(
         name=name,
         given=given,
@@ -175,7 +176,7 @@ def listen(
     small = {config.delay: model.small.to(device)}
     for delay in delays:
         if delay not in small:
-            assert config.boosting is not None
+            assert isinstance(config, Pair)
             boosting = config.boosting.model_copy(update={"delay": delay})
             retimed = SmallModel(config.model_copy(update={"boosting": boosting})).eval().requires_grad_(False)
             retimed.load_state_dict(model.small.state_dict())

@@ -58,7 +58,7 @@ class Guidance(nn.Module):
             else:
                 module.register_forward_hook(lambda m, _, output: self._hear(m, output[0]))
         self.heads = nn.ModuleList(
-            nn.Linear(config.small.channels, config.sources * config.microphones) for _ in listened
+            nn.Linear(config.on_device.channels, config.sources * config.microphones) for _ in listened
         )
 
     def _hear_fusion(self, fusion: HintFusion, merge: nn.Module, _: Any, merged: Tensor) -> None:

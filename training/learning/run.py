@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.models.checkpoint import read_checkpoint
+from knowledge_boosting.models.config import Alone
 from knowledge_boosting.models.tfgridnet import describe_lstms
 from knowledge_boosting.training.config import (
     Data,
@@ -57,7 +58,7 @@ def read_settings(path: Path, *, data: Path | None, large: str | None) -> Traini
             if isinstance(getattr(settings, split), FolderData):
                 document[split]["root"] = str(data)
     if large is not None:
-        if settings.model.large is None:
+        if isinstance(settings.model, Alone):
             raise InputError(f"{path}: is of one network alone; leave out --large")
         document["large_checkpoint"] = large
     return TrainingConfig.model_validate_json(json.dumps(document))

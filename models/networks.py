@@ -1,0 +1,228 @@
+"""The networks of bundles in torch: load the small or the large one, and write a bundle of a model."""
+
+import datetime
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.files import atomic_directory, atomic_file
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.checkpoint import build, check_shapes, load_exactly
+from knowledge_boosting.models.config import ModelConfig, Pair
+from knowledge_boosting.models.manifest import (
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    UNTRAINED_NOTICE,
+    Manifest,
+    Part,
+    Provenance,
+    bundle_id,
+    file_digest,
+    parts_of,
+)
+from knowledge_boosting.models.onnx_graph import check_graph, frame_graph
+from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
+from knowledge_boosting.models.tasks import TASKS
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_small(bundle: Bundle) -> SmallModel:
+    """The device's network of a bundle, ready for inference.
+
+    Raises:
+        InputError: the part is missing, damaged, or of another network.
+    """
+    return _load(lambda: SmallModel(bundle.model), bundle.weights("small"))
+
+
+def load_large(bundle: Bundle) -> LargeModel:
+    """The server's network and hint encoder of a bundle, ready for inference.
+
+    Raises:
+        InputError: the bundle is of one network alone, or the part is missing, damaged, or of another network.
+    """
+    path = bundle.weights("large")
+    return _load(lambda: LargeModel(_pair(bundle)), path)
+
+
+def load_pair(bundle: Bundle) -> BoostedPair:
+    """Both networks of a bundle, ready for offline inference.
+
+    Raises:
+        InputError: as :func:`load_large`.
+    """
+    large = load_large(bundle)
+    pair = BoostedPair(_pair(bundle))
+    pair.small, pair.large = load_small(bundle), large
+    return pair.eval().requires_grad_(False)
+
+
+def _pair(bundle: Bundle) -> Pair:
+    assert isinstance(bundle.model, Pair)  # it has a large part
+    return bundle.model
+
+
+def initial_weights(bundle: Bundle, config: ModelConfig) -> nn.Module:
+    """The model of a configuration with the weights of a bundle, to train on.
+
+    Returns:
+        What :func:`models.checkpoint.build` makes: of the bundle's own configuration, or of its large network alone.
+
+    Raises:
+        InputError: a part is missing, or the bundle is of other networks.
+    """
+    model = build(config)
+    small = model.get_submodule("small")
+    if bundle.model == config and isinstance(model, BoostedPair):
+        load_exactly(model, load_pair(bundle).state_dict(), bundle.directory)
+    elif bundle.model == config:
+        load_exactly(small, load_small(bundle).state_dict(), bundle.directory)
+    elif isinstance(bundle.model, Pair) and config == bundle.model.large_alone():
+        large = load_large(bundle).network.state_dict()
+        load_exactly(small.get_submodule("network"), large, bundle.directory)
+    else:
+        raise InputError(f"{bundle.directory}: is of other networks than the configuration's model")
+    return model
+
+
+def _load(make: Callable[[], Model], path: Path) -> Model:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    except Exception as error:
+        raise InputError(f"{path}: not a readable safetensors file ({reason(error)})") from None
+    # The sizes that a manifest claims cost no memory before the file has shown that it has weights of these sizes.
+    with torch.device("meta"):
+        check_shapes(make(), shapes, path)
+    state = safetensors.torch.load_file(path)
+    model = make()
+    load_exactly(model, state, path)
+    return model.eval().requires_grad_(False)
+
+
+def write_bundle(
+    directory: Path,
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    untrained: bool,
+    source: str,
+    configuration: str,
+    training_speakers: Sequence[str] = (),
+    note: str = "",
+    half_speaker: bool = False,
+) -> Manifest:
+    """Write a bundle; the directory's name is the bundle's.
+
+    Args:
+        model: with ``small`` and, for a pair, ``large``.
+        untrained: whether the weights are random; the bundle is then called so wherever it is shown.
+        source: where the weights come from.
+        configuration: the file the sizes were read from.
+        training_speakers: whom the weights were trained on.
+        note: Markdown for the model card.
+        half_speaker: whether the speaker layers, most of a TSE network, are stored as float16.
+
+    Raises:
+        InputError: the directory exists already or cannot be written, or its name is no bundle name.
+        Failure: the graph does not compute what the network does.
+    """
+    with atomic_directory(directory) as temporary:
+        digests: dict[Part, str] = {}
+        for part in parts_of(config):
+            path = temporary / f"{part}.safetensors"
+            state = {name: tensor.contiguous() for name, tensor in model.get_submodule(part).state_dict().items()}
+            if half_speaker:
+                state = {name: tensor.half() if ".speaker." in name else tensor for name, tensor in state.items()}
+            path.write_bytes(safetensors.torch.save(state))
+            digests[part] = file_digest(path)
+        small = model.get_submodule("small")
+        assert isinstance(small, SmallModel)
+        graph = frame_graph(small)
+        check_graph(graph, small)
+        (temporary / GRAPH_FILE).write_bytes(graph)
+        try:
+            manifest = Manifest(
+                name=directory.resolve().name,
+                id=bundle_id(config, digests),
+                untrained=untrained,
+                model=config,
+                digests=digests,
+                graph_digest=file_digest(temporary / GRAPH_FILE),
+                provenance=Provenance(
+                    created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                    software=f"knowledge-boosting {importlib.metadata.version('knowledge-boosting')}",
+                    torch=torch.__version__,
+                    source=source,
+                    configuration=configuration,
+                    training_speakers=list(training_speakers),
+                ),
+            )
+        except ValueError as error:
+            raise InputError(f"{directory}: cannot name a bundle ({reason(error)})") from None
+        (temporary / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(_card(manifest, note), encoding="utf-8")
+    return manifest
+
+
+def _card(manifest: Manifest, note: str) -> str:
+    model, framing = manifest.model, manifest.model.framing
+    task = TASKS[model.task].label
+    lines = [f"# {manifest.name}", ""]
+    if manifest.untrained:
+        lines += [f"**{UNTRAINED_NOTICE}.**", ""]
+    lines += [
+        f"A knowledge-boosting bundle for {task}, {framing.sample_rate} Hz, {model.microphones} microphones, frames of "
+        f"{framing.chunk} samples with {framing.lookahead} of lookahead.",
+        "",
+        "| | channels | LSTM units | blocks | heads | self-attention |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, size in model.networks.items():
+        attention = "yes" if size.self_attention else "no"
+        lines.append(f"| {name} | {size.channels} | {size.hidden} | {size.blocks} | {size.heads} | {attention} |")
+    lines.append("")
+    if isinstance(model, Pair):
+        milliseconds = 1000 * model.delay * framing.chunk_seconds
+        lines += [
+            f"Hints may be {model.delay} frames ({milliseconds:g} ms) late; each has {model.hint_channels} x "
+            f"{framing.bins} values (compression {model.boosting.compression}).",
+            "",
+        ]
+    if note:
+        lines += [note.strip(), ""]
+    lines += [f"Weights: {manifest.provenance.source}. Bundle id: `{manifest.id}`.", ""]
+    return "\n".join(lines)
+
+
+_MEASURED = "\n## Measured\n"
+
+
+def record_quality(bundle: Bundle, quality: Mapping[str, float], table: str) -> None:
+    """Put measured figures into a bundle's manifest, and a table of them at the end of its card, for any there were.
+
+    Args:
+        quality: figures by name.
+        table: in Markdown.
+
+    Raises:
+        InputError: the bundle cannot be read or written.
+    """
+    directory, manifest = bundle.directory, bundle.manifest.model_copy(update={"quality": dict(quality)})
+    card = directory / "README.md"
+    try:
+        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {manifest.name}\n"
+    except (OSError, ValueError) as error:
+        raise InputError(f"{card}: not readable ({reason(error)})") from None
+    with atomic_file(directory / MANIFEST_FILE) as temporary:
+        temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    with atomic_file(card) as temporary:
+        temporary.write_text(f"{text.partition(_MEASURED)[0]}{_MEASURED}\n{table}\n", encoding="utf-8")
