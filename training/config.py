@@ -94,7 +94,7 @@ class Schedule(Strict):
     minimum: Annotated[float, Field(ge=0)] = 1e-6
 
 
-_SOURCES = ("initial_checkpoint", "averaged_with", "warm_start", "large_checkpoint")
+SOURCES = ("initial_checkpoint", "averaged_with", "warm_start", "large_checkpoint")
 
 
 class TrainingConfig(Strict):
@@ -174,11 +174,11 @@ class TrainingConfig(Strict):
 
     def sources(self) -> list[str]:
         """The checkpoints and bundles that weights start from."""
-        return [source for name in _SOURCES if (source := getattr(self, name)) is not None]
+        return [source for name in SOURCES if (source := getattr(self, name)) is not None]
 
     def without_sources(self) -> Self:
         """The same configuration for weights that come from elsewhere."""
-        return self.model_copy(update=dict.fromkeys(_SOURCES))
+        return self.model_copy(update=dict.fromkeys(SOURCES))
 
 
 def read_training_config(path: Path) -> TrainingConfig:

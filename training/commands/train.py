@@ -15,10 +15,17 @@ app = cli.Application()
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option("--config", help="Training configuration (JSON), ours or a published one.")],
+    config: Annotated[
+        Path,
+        typer.Option("--config", help="Training configuration (JSON), ours or a published one, or a recipe (TOML)."),
+    ],
     run_dir: Annotated[
         Path, typer.Option("--run-dir", "--run_dir", help="Folder of this run: checkpoints, logs, configuration.")
     ],
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", help="Stage of the recipe; runs of those it starts from are beside RUN_DIR."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in run_dir.")] = False,
     ckpt: Annotated[
         Path | None, typer.Option("--ckpt", help="Checkpoint to go on from, or to test; else the last, or the best.")
@@ -62,7 +69,8 @@ def train(
     from knowledge_boosting.training.learning.run import read_settings, run_test, run_training
     from knowledge_boosting.training.learning.trainer import Devices
 
-    settings = read_settings(config, data=data, large=large)
+    runs = (run_dir.resolve() if run_dir.name in ("", "..") else run_dir).parent
+    settings = read_settings(config, stage=stage, runs=runs, data=data, large=large)
     machines = Devices(devices, nodes)
     if test:
         run_test(settings, run_dir, ckpt, machines, frac=frac, skip_broken=skip_broken)

@@ -42,16 +42,24 @@ from knowledge_boosting.training.data.stored_hints import (
 from knowledge_boosting.training.learning.memory import keep_freed_memory
 from knowledge_boosting.training.learning.module import MONITOR, TrainingModule
 from knowledge_boosting.training.learning.trainer import Devices, Interruption, make_loggers, make_trainer, quiet
+from knowledge_boosting.training.recipes import Recipe
 from knowledge_boosting.training.weights import LAST, best_checkpoint
 
 
-def read_settings(path: Path, *, data: Path | None, large: str | None) -> TrainingConfig:
+def read_settings(path: Path, *, stage: str | None, runs: Path, data: Path | None, large: str | None) -> TrainingConfig:
     """The configuration of a file with what the command line puts in its place.
+
+    Args:
+        path: of a training configuration, or of a recipe, whose name ends in ``.toml``.
+        stage: of the recipe.
+        runs: the folder with the runs of the recipe's earlier stages.
+        data: root of the rendered data, for the configuration's.
+        large: where the large network starts, for the configuration's.
 
     Raises:
         InputError: the file cannot be used, or what is put in its place does not fit it.
     """
-    settings = read_training_config(path)
+    settings = _read(path, stage, runs)
     document = settings.model_dump(mode="json")
     if data is not None:
         for split in ("train", "validation", "test"):
@@ -62,6 +70,17 @@ def read_settings(path: Path, *, data: Path | None, large: str | None) -> Traini
             raise InputError(f"{path}: is of one network alone; leave out --large")
         document["large_checkpoint"] = large
     return TrainingConfig.model_validate_json(json.dumps(document))
+
+
+def _read(path: Path, stage: str | None, runs: Path) -> TrainingConfig:
+    if path.suffix != ".toml":
+        if stage is not None:
+            raise InputError(f"{path}: --stage is for recipes (.toml); this is one configuration, leave it out")
+        return read_training_config(path)
+    recipe = Recipe(path)
+    if stage is None:
+        raise InputError(f"{path}: is a recipe; choose one of its stages with --stage: {', '.join(recipe.stages)}")
+    return recipe.stage(stage, runs)
 
 
 def run_training(

@@ -1,0 +1,175 @@
+"""Recipes: what their stages are, what they start from, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
+from knowledge_boosting.models.manifest import validate
+from knowledge_boosting.training.config import DynamicData, TrainingConfig
+from knowledge_boosting.training.data.corpus import read_names
+from knowledge_boosting.training.recipes import Recipe
+from tests.processes import refusal
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+# The configurations of every stage, as they were when each was a file of its own.
+STAGES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "stages.json").read_text())
+
+
+def recipe(folder: str) -> Recipe:
+    return Recipe(CONFIGS / folder / "recipe.toml")
+
+
+def stage(folder: str, name: str) -> TrainingConfig:
+    return recipe(folder).stage(name, Path("runs") / folder)
+
+
+@pytest.mark.parametrize("folder", ["compact", "full_size", "listeners"])
+def test_stages_are_what_they_were(folder: str) -> None:
+    before = {name.partition("/")[2]: stage for name, stage in STAGES.items() if name.startswith(f"{folder}/")}
+    assert recipe(folder).stages == tuple(before)
+    for name, document in before.items():
+        assert stage(folder, name) == validate(TrainingConfig, document, Path(name)), name
+
+
+def test_the_recipes_are_short() -> None:
+    recipes = list(CONFIGS.glob("*/recipe.toml"))
+    assert len(recipes) <= 6
+    assert sum(len(path.read_text().splitlines()) for path in recipes) <= 500
+
+
+def test_what_is_trained_on_starts_from_weights_that_fit() -> None:
+    """And from weights that have heard nobody who is kept for validation."""
+    for name in recipe("listeners").stages:
+        config = stage("listeners", name)
+        assert isinstance(config.train, DynamicData)
+        assert config.initial_checkpoint is not None
+        assert config.train.excluded_speakers is not None
+        read_checkpoint(ROOT / config.initial_checkpoint, config.model)
+        kept = read_names(ROOT / config.train.excluded_speakers)
+        assert len(kept) == 40
+        assert not kept & set(read_training_speakers(ROOT / config.initial_checkpoint))
+
+
+@pytest.mark.parametrize("folder", ["compact", "full_size"])
+def test_stages_go_on_with_the_networks_of_the_stage_they_start_from(folder: str) -> None:
+    for name in recipe(folder).stages:
+        config = stage(folder, name)
+        if config.initial_checkpoint is not None:
+            assert stage(folder, config.initial_checkpoint.split("/")[2]).model == config.model
+
+
+@pytest.mark.parametrize("task", ["ss", "tse"])
+@pytest.mark.parametrize("folder", ["compact", "full_size"])
+def test_what_boosting_is_compared_with_had_at_least_as_many_updates(folder: str, task: str) -> None:
+    def updates(name: str) -> dict[str, int]:
+        """Of every stage whose weights went into the small network."""
+        config = stage(folder, name)
+        assert isinstance(config.train, DynamicData)
+        seen = {name: config.train.items // config.batch_size * config.epochs}
+        for before in (config.initial_checkpoint, config.averaged_with, config.warm_start):
+            seen |= updates(before.split("/")[2]) if before else {}
+        return seen
+
+    assert sum(updates(f"{task}-alone").values()) >= sum(updates(f"{task}-48ms").values())
+
+
+SMALL = """
+[common]
+model = { task = "ss", network = { channels = 4, hidden = 4 } }
+train = { kind = "dynamic", speech = "s", responses = "r", items = 8, seconds = 2.0 }
+validation = { root = "v", split = "val" }
+epochs = 1
+[bases.long]
+train.seconds = 4.0
+epochs = 2
+[bases.longer]
+epochs = 3
+[stages.one]
+[stages.two]
+bases = ["long", "longer"]
+train.items = 16
+initial_checkpoint = { stage = "one" }
+warm = 1
+"""
+
+
+def test_what_comes_later_counts_and_tables_are_merged(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(SMALL.replace("warm = 1\n", ""))
+    one, two = (Recipe(path).stage(name, tmp_path / "runs") for name in ("one", "two"))
+    assert isinstance(one.train, DynamicData)
+    assert isinstance(two.train, DynamicData)
+    assert (one.train.seconds, one.train.items, one.epochs, one.initial_checkpoint) == (2, 8, 1, None)
+    assert (two.train.seconds, two.train.items, two.epochs) == (4, 16, 3)
+    assert two.initial_checkpoint == str(tmp_path / "runs" / "one" / "last.ckpt")
+    assert two.train.speech == "s"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "has no stages"),
+        ("[stages.one", "not readable as TOML"),
+        ("a = " + "[" * 10_000, "nested too deep"),
+        ("[stages.one]\n[basis.a]\n", 'unknown key "basis"'),
+        ("stages = 5\n", "stages must be a table"),
+        ("[stages]\none = 5\n", "one must be a table"),
+        ('bases = "x"\n[stages.one]\n', "bases must be a table"),
+        ("bases.a = 3\n[stages.one]\nbases = ['a']\n", "a must be a table"),
+        ('[stages.one]\nbases = "a"\n', "stage one: bases must be a list"),
+        ("[stages.one]\nbases = ['a']\n", "stage one: there is no base 'a'"),
+        ("[stages.one]\nbases = [['a']]\n", "there is no base ['a']"),
+        (
+            "[stages.one]\nwarm_start = { stage = 'two' }\n[stages.two]\n",
+            "warm_start: there is no stage 'two' before it",
+        ),
+        ("[stages.one]\nwarm_start = { stage = 'one' }\n", "warm_start: there is no stage 'one' before it"),
+    ],
+)
+def test_recipes_that_cannot_be_used_are_refused(text: str, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        Recipe(path)
+    assert why in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "why"),
+    [
+        ("three", ("", ""), "has no stage 'three'; choose one of one, two"),
+        ("two", ("", ""), "stage two: warm: Extra inputs are not permitted"),
+        ("two", ("warm = 1", "seed = 2020-01-01"), "stage two: seed: "),
+        ("two", ("warm = 1", "learning_rate = nan"), "stage two: learning_rate: "),
+        ("two", ("warm = 1", "averaged_with = { stage = 5 }"), "stage two: averaged_with: "),
+        ("two", ("warm = 1", "model.network = 5"), "stage two: model.network: "),
+    ],
+)
+def test_stages_that_are_no_configurations_are_refused(
+    stage: str, change: tuple[str, str], why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(SMALL.replace(*change))
+    with pytest.raises(InputError) as error:
+        Recipe(path).stage(stage, tmp_path)
+    assert why in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
+    path, run = tmp_path / "recipe.toml", tmp_path / "runs" / "two"
+    path.write_text(SMALL.replace("warm = 1\n", ""))
+    call = ("kb-train", "--config", path, "--run-dir", run)
+    assert "is a recipe; choose one of its stages with --stage: one, two" in refusal(*call)
+    line = refusal(*call, "--stage", "two")
+    assert f"{tmp_path / 'runs' / 'one' / 'last.ckpt'}: no such file" in line
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    assert "--stage is for recipes" in refusal("kb-train", "--config", config, "--run-dir", run, "--stage", "two")
+    assert not run.exists()

@@ -1,0 +1,116 @@
+"""Recipes: the stages that make bundles, one after another, in one TOML file.
+
+``[stages.NAME]`` is a training configuration: the values of ``[common]``, on top of them those of the tables
+``[bases.NAME]`` that it lists as ``bases``, in their order, and on top of these its own. Weights may start from those
+of an earlier stage, ``{ stage = "NAME" }``.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from knowledge_boosting.common.errors import InputError, existing_file, reason
+from knowledge_boosting.models.manifest import validate
+from knowledge_boosting.training.config import SOURCES, TrainingConfig
+from knowledge_boosting.training.weights import LAST
+
+_LARGEST_FILE = 2**20  # bytes
+
+
+class Recipe:
+    """A recipe file, read and checked."""
+
+    def __init__(self, path: Path) -> None:
+        """Read a recipe.
+
+        Raises:
+            InputError: the file cannot be read, or a base or a stage that is named is not there.
+        """
+        self._path = path
+        document = _read_toml(existing_file(path, "a recipe"))
+        if unknown := document.keys() - {"common", "bases", "stages"}:
+            raise InputError(f'{path}: unknown key "{min(unknown)}"; a recipe has common, bases.NAME and stages.NAME')
+        common = self._table(document, "common")
+        bases = self._table(document, "bases")
+        self._stages: dict[str, dict[str, Any]] = {}
+        for name in self._table(document, "stages"):
+            merged, stage = dict(common), dict(self._table(document["stages"], name))
+            listed = stage.pop("bases", [])
+            if not isinstance(listed, list):
+                raise InputError(f"{path}: stage {name}: bases must be a list of names")
+            for base in listed:
+                if not isinstance(base, str) or base not in bases:
+                    raise InputError(f"{path}: stage {name}: there is no base {base!r}; write it below [bases.{base}]")
+                merged = _merge(merged, self._table(bases, base))
+            merged = _merge(merged, stage)
+            for key in SOURCES:
+                source = _stage_of(merged.get(key))
+                if source is not None and source not in self._stages:
+                    raise InputError(f"{path}: stage {name}: {key}: there is no stage {source!r} before it")
+            self._stages[name] = merged
+        if not self._stages:
+            raise InputError(f"{path}: has no stages; write what is trained below [stages.NAME]")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of the stages, in their order."""
+        return tuple(self._stages)
+
+    def stage(self, name: str, runs: Path) -> TrainingConfig:
+        """The training configuration of a stage.
+
+        Args:
+            name: one of :attr:`stages`.
+            runs: the folder in which every earlier stage has its run, under its name.
+
+        Raises:
+            InputError: there is no such stage, or it is no training configuration.
+        """
+        if name not in self._stages:
+            raise InputError(f"{self._path}: has no stage {name!r}; choose one of {', '.join(self._stages)}")
+        document = dict(self._stages[name])
+        for key in SOURCES:
+            if (source := _stage_of(document.get(key))) is not None:
+                document[key] = str(runs / source / LAST)
+        # What JSON has no word for, a date, is refused as the text that it becomes.
+        plain = json.loads(json.dumps(document, default=str))
+        return validate(TrainingConfig, plain, Path(f"{self._path}: stage {name}"))
+
+    def _table(self, within: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        table = within.get(name, {})
+        if not isinstance(table, dict):
+            raise InputError(f"{self._path}: {name} must be a table")
+        return table
+
+
+def _stage_of(source: object) -> str | None:
+    """The stage that weights come from, if they come from one."""
+    stage = source["stage"] if isinstance(source, dict) and source.keys() == {"stage"} else None
+    return stage if isinstance(stage, str) else None
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``above`` changes in ``below``; tables within are merged too, but for the one that names a stage."""
+    merged = dict(below)
+    for key, value in above.items():
+        within = merged.get(key)
+        if isinstance(within, dict) and isinstance(value, dict) and key not in SOURCES:
+            merged[key] = _merge(within, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise InputError(f"{path}: is larger than the {_LARGEST_FILE >> 20} MiB that a recipe may have")
+        return tomllib.loads(content.decode())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as TOML ({reason(error)})") from None
+    except RecursionError:
+        raise InputError(f"{path}: not readable as TOML (it is nested too deep)") from None
