@@ -66,7 +66,7 @@ FLOORS = {
     "training": [
         {"config", "workers"},
         {"data", "weights"},
-        {"evaluation"},
+        {"evaluation", "recipes"},
         {"learning"},
         {"commands"},
         {"trainer"},

@@ -17,6 +17,7 @@ from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
 from knowledge_boosting.training.config import FolderData, TrainingConfig, read_training_config
 from knowledge_boosting.training.learning.losses import negative_si_sdr
+from knowledge_boosting.training.recipes import Recipe
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -356,7 +357,8 @@ def test_one_network_alone_has_no_large_one_to_start_or_freeze_and_no_hints(
 
 
 def test_noise_is_of_speaker_components_and_without_them_of_nothing(tmp_path: Path) -> None:
-    document = json.loads((CONFIGS / "compact/tse-large.json").read_text()) | {"speaker_noise": 0.5}
+    stage = Recipe(CONFIGS / "compact/recipe.toml").stage("tse-large", tmp_path)
+    document = stage.model_dump(mode="json") | {"speaker_noise": 0.5}
     (tmp_path / "config.json").write_text(json.dumps(document))
     assert read_training_config(tmp_path / "config.json").speaker_noise == 0.5
     assert_refused(document | {"speaker_components": 0}, "speaker_noise", tmp_path / "config.json")
