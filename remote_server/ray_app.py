@@ -146,8 +146,8 @@ def _server(options: Options) -> HintServer:
     # Ray has made the replica's share of the GPUs, or none, the visible ones.
     device, metrics = pick_device("auto"), Metrics()
     bundles = Bundles([options.bundle], device, max_sessions=options.max_sessions, max_wait=_MAX_WAIT, metrics=metrics)
-    # All calls come from HAProxy, so that its address says nothing of whose they are.
-    return HintServer(bundles, Limits(enrollments_per_minute=0), metrics)
+    # All calls come from HAProxy's address, which does not show whose they are: limits by address are off.
+    return HintServer(bundles, Limits(sessions_per_peer=0, enrollments_per_minute=0), metrics)
 
 
 def _leaving() -> Callable[[], bool]:
