@@ -27,25 +27,28 @@ Mask = NDArray[np.bool_]
 
 
 def angle(record: Record) -> float:
-    """Between the talkers, degrees."""
+    """Between the speakers, degrees."""
     return abs((float(record["azimuth00_deg"]) - float(record["azimuth01_deg"]) + 180) % 360 - 180)
 
 
 def likeness(item: Path) -> float:
-    """Cosine of the d-vectors of an item's talkers."""
+    """Cosine of the d-vectors of an item's speakers."""
     first, second = (torch.load(item / f"spk_id{number}.pt", weights_only=True).flatten() for number in ("00", "01"))
     return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
 
 
 # A figure of an item, by its line of metadata, its place and its folder; and the edges of its classes.
 Condition = tuple[Callable[[Record, int, Path], float], list[float]]
-ROOM: dict[str, Condition] = {
-    "angle between talkers, degrees": (lambda record, *_: angle(record), [15, 45, 90, 135, 180]),
+ROOM_CONDITIONS: dict[str, Condition] = {
+    "angle between speakers, degrees": (lambda record, *_: angle(record), [15, 45, 90, 135, 180]),
     "reverberation time, s": (lambda record, *_: float(record["rt60_s"]), [0, 0.01, 0.12, 0.2, 0.6]),
 }
-TALKERS: dict[str, dict[str, Condition]] = {
+SPEAKER_CONDITIONS: dict[str, dict[str, Condition]] = {
     "ss": {
-        "level of talker 1 over 2, dB": (lambda record, *_: float(record["level_difference_db"]), [-5, -2.5, 0, 2.5, 5])
+        "level of speaker 1 over 2, dB": (
+            lambda record, *_: float(record["level_difference_db"]),
+            [-5, -2.5, 0, 2.5, 5],
+        )
     },
     "tse": {
         # The target is the one of the item's number, even or odd.
@@ -71,7 +74,7 @@ def classes_of(task: str, records: list[Record], folders: list[Path]) -> Iterato
     heard = np.array([listener(record) for record in records])
     for name in sorted(set(heard)):
         yield "listener", name, heard == name
-    for condition, (value_of, edges) in (ROOM | TALKERS[task]).items():
+    for condition, (value_of, edges) in (ROOM_CONDITIONS | SPEAKER_CONDITIONS[task]).items():
         pairs = enumerate(zip(records, folders, strict=True))
         values = np.array([value_of(record, index, folder) for index, (record, folder) in pairs])
         for low, high in pairwise(edges):

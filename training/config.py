@@ -39,7 +39,7 @@ class DynamicData(Strict):
     ] = (-35.0, -20.0)
     speed: Annotated[float, Field(ge=0, lt=0.5, description="playback speed drawn within 1 plus or minus")] = 0.0
     candidates: Annotated[
-        int, Field(ge=1, description="TSE: talkers drawn, of whom the one least like the first is the second")
+        int, Field(ge=1, description="TSE: speakers drawn, of whom the one least like the first is the second")
     ] = 1
 
     excluded_speakers: Annotated[
@@ -50,7 +50,7 @@ class DynamicData(Strict):
         tuple[float, float], Field(description="of the mixture of voices over the noise, drawn between the two")
     ] = (15.0, 40.0)
     pauses: Annotated[
-        float, Field(ge=0, le=1, description="share of mixtures in which one talker, or both at first, are silent")
+        float, Field(ge=0, le=1, description="share of mixtures in which one speaker, or both at first, are silent")
     ] = 0.0
     ear_difference_db: Annotated[
         float, Field(ge=0, description="of the left ear over the right one, drawn within plus or minus, mostly small")

@@ -186,7 +186,7 @@ def test_networks_have_their_published_sizes(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def voices() -> Tensor:
-    """Half a second of both sample talkers, two items, ``[B, S, M, N]``."""
+    """Half a second of both sample speakers, two items, ``[B, S, M, N]``."""
     clips = []
     for start in (1, 4):
         pair = [

@@ -17,7 +17,13 @@ from knowledge_boosting.training.data.corpus import (
     read_segment,
     read_speech,
 )
-from knowledge_boosting.training.data.talkers import Talker, draw_segments, draw_voices, find_talkers, split_talkers
+from knowledge_boosting.training.data.speakers import (
+    Speaker,
+    draw_segments,
+    draw_voices,
+    select_speakers,
+    split_speakers,
+)
 from tests.sounds import wav
 
 
@@ -28,12 +34,12 @@ def write_noise(path: Path, seconds: float = 2, rate: int = SAMPLE_RATE, channel
     return path
 
 
-def talker(name: str, *seconds: float) -> Talker:
+def speaker(name: str, *seconds: float) -> Speaker:
     utterances = tuple(
         Utterance(Path(f"{name}{i}.wav"), f"{name}{i}.wav", round(length * SAMPLE_RATE))
         for i, length in enumerate(seconds)
     )
-    return Talker(name, utterances, utterances)
+    return Speaker(name, utterances, utterances)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +156,8 @@ def test_short_speech_is_left_out(tmp_path: Path) -> None:
     for name, seconds in (("ann-1", 5), ("bob-1", 3), ("bob-2", 2), ("cleo-1", 3), ("dan-1", 2), ("dan-2", 2)):
         write_noise(tmp_path / f"{name}.wav", seconds)
     corpus = find_speech(tmp_path, skip_broken=False)
-    assert list(find_talkers(corpus, 3 * SAMPLE_RATE, 0)) == ["ann", "bob", "cleo"]
-    found = find_talkers(corpus, 3 * SAMPLE_RATE, 2 * SAMPLE_RATE)
+    assert list(select_speakers(corpus, 3 * SAMPLE_RATE, 0)) == ["ann", "bob", "cleo"]
+    found = select_speakers(corpus, 3 * SAMPLE_RATE, 2 * SAMPLE_RATE)
     assert list(found) == ["ann", "bob"]
     assert [utterance.name for utterance in found["bob"].mixable] == ["bob-1.wav"]
     assert [utterance.name for utterance in found["bob"].enrollable] == ["bob-1.wav", "bob-2.wav"]
@@ -159,9 +165,9 @@ def test_short_speech_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("utterances", [(9.0,), (6.0,), (5.0, 9.0), (4.0, 2.0)])
 def test_enrollment_is_never_the_segment_that_is_mixed(utterances: tuple[float, ...]) -> None:
-    everything = talker("ann", *utterances)
+    everything = speaker("ann", *utterances)
     length, enrollment = 4 * SAMPLE_RATE, 2 * SAMPLE_RATE
-    own = Talker("ann", tuple(u for u in everything.mixable if u.length >= length), everything.enrollable)
+    own = Speaker("ann", tuple(u for u in everything.mixable if u.length >= length), everything.enrollable)
     rng = np.random.default_rng(0)
     orders = set()
     for _ in range(200):
@@ -178,7 +184,7 @@ def test_enrollment_is_never_the_segment_that_is_mixed(utterances: tuple[float, 
 
 
 def test_splits_share_no_speaker() -> None:
-    talkers = {name: talker(name, 9) for name in map(str, range(41))}
+    speakers = {name: speaker(name, 9) for name in map(str, range(41))}
     for splits, sizes in (
         (["train", "val", "test"], [33, 4, 4]),
         (["train", "test"], [37, 4]),
@@ -186,13 +192,13 @@ def test_splits_share_no_speaker() -> None:
         (["test"], [41]),
         ([], []),
     ):
-        divided = split_talkers(talkers, splits, seed=3)
-        assert divided == split_talkers(dict(reversed(talkers.items())), splits, seed=3)
+        divided = split_speakers(speakers, splits, seed=3)
+        assert divided == split_speakers(dict(reversed(speakers.items())), splits, seed=3)
         assert [len(divided[split]) for split in splits] == sizes
         assert len({own.name for split in splits for own in divided[split]}) == sum(sizes)
-    assert split_talkers(talkers, ["train", "val"], seed=3) != split_talkers(talkers, ["train", "val"], seed=4)
+    assert split_speakers(speakers, ["train", "val"], seed=3) != split_speakers(speakers, ["train", "val"], seed=4)
     with pytest.raises(ValueError, match="5 speakers for 3 splits"):
-        split_talkers(dict(list(talkers.items())[:5]), ["train", "val", "test"], seed=3)
+        split_speakers(dict(list(speakers.items())[:5]), ["train", "val", "test"], seed=3)
 
 
 def test_broken_files_and_silence_are_drawn_again(tmp_path: Path) -> None:
@@ -200,20 +206,20 @@ def test_broken_files_and_silence_are_drawn_again(tmp_path: Path) -> None:
         write_noise(tmp_path / f"{name}-1.wav")
     (tmp_path / "cleo-1.wav").write_bytes((tmp_path / "ann-1.wav").read_bytes())
     soundfile.write(tmp_path / "dan-1.wav", np.zeros(2 * SAMPLE_RATE), SAMPLE_RATE)
-    talkers = list(find_talkers(find_speech(tmp_path, skip_broken=False), SAMPLE_RATE, 0).values())
+    speakers = list(select_speakers(find_speech(tmp_path, skip_broken=False), SAMPLE_RATE, 0).values())
     (tmp_path / "cleo-1.wav").write_text("gone bad since")
     broken: dict[Path, str] = {}
     for seed in range(20):
-        voices, left_out = draw_voices(np.random.default_rng(seed), talkers, SAMPLE_RATE, 0, skip_broken=True)
+        voices, left_out = draw_voices(np.random.default_rng(seed), speakers, SAMPLE_RATE, 0, skip_broken=True)
         assert {voice.speaker for voice in voices} == {"ann", "bob"}
         assert all(voice.embedding is None and voice.speech.shape == (SAMPLE_RATE,) for voice in voices)
         broken |= left_out
     assert list(broken) == [tmp_path / "cleo-1.wav"]
     with pytest.raises(BrokenFile, match="cleo"):
         for seed in range(20):
-            draw_voices(np.random.default_rng(seed), talkers, SAMPLE_RATE, 0, skip_broken=False)
+            draw_voices(np.random.default_rng(seed), speakers, SAMPLE_RATE, 0, skip_broken=False)
     with pytest.raises(InputError, match="no usable speech in 20 draws"):
-        draw_voices(np.random.default_rng(0), talkers[2:], SAMPLE_RATE, 0, skip_broken=True)
+        draw_voices(np.random.default_rng(0), speakers[2:], SAMPLE_RATE, 0, skip_broken=True)
 
 
 @pytest.mark.parametrize(

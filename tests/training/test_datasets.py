@@ -440,7 +440,7 @@ def power(signal: Tensor) -> Tensor:
     return signal.double().square().mean((-2, -1))
 
 
-def test_an_example_is_two_talkers_in_a_room_of_the_bank(bank: Path, drawn: Batch) -> None:
+def test_an_example_is_two_speakers_in_a_room_of_the_bank(bank: Path, drawn: Batch) -> None:
     assert drawn["speech"].shape == (8, 2, RATE * SECONDS)
     assert drawn["responses"].shape == (8, 2, 2, TAPS)
     assert drawn["level_difference_db"].shape == (8,)
@@ -517,7 +517,7 @@ def test_ears_differ_and_levels_change_as_drawn(disturbed: DynamicMixing) -> Non
     torch.testing.assert_close(last - first, 0.75 * level, atol=0.6, rtol=0)
 
 
-def test_talkers_pause_in_their_share_of_mixtures(disturbed: DynamicMixing, bank: Path) -> None:
+def test_speakers_pause_in_their_share_of_mixtures(disturbed: DynamicMixing, bank: Path) -> None:
     undisturbed = mixing(bank)
 
     def silences(examples: DynamicMixing, index: int) -> list[int]:
@@ -597,14 +597,14 @@ def test_peaks_stay_below_full_scale(drawn: Batch) -> None:
 
 
 def test_rendering_is_convolution_with_the_responses(drawn: Batch) -> None:
-    """But for one gain a talker, which both ears share."""
+    """But for one gain a speaker, which both ears share."""
     sources = render(drawn)["sources"].double().numpy()
     speech, responses = drawn["speech"].double().numpy(), drawn["responses"].double().numpy()
     for item in range(len(sources)):
-        for talker in (0, 1):
-            heard = fftconvolve(speech[item, talker][None], responses[item, talker], axes=-1)[:, : sources.shape[-1]]
-            gain = (heard * sources[item, talker]).sum() / (heard * heard).sum()
-            assert np.allclose(sources[item, talker], gain * heard, atol=1e-6)
+        for speaker in (0, 1):
+            heard = fftconvolve(speech[item, speaker][None], responses[item, speaker], axes=-1)[:, : sources.shape[-1]]
+            gain = (heard * sources[item, speaker]).sum() / (heard * heard).sum()
+            assert np.allclose(sources[item, speaker], gain * heard, atol=1e-6)
 
 
 def test_other_batches_are_left_as_they_are(root: Path) -> None:
@@ -649,8 +649,8 @@ def targeted(bank: Path) -> Batch:
     return collate([examples.example((0, index)) for index in range(3)])
 
 
-def test_the_embeddings_are_of_the_talkers(targeted: Batch) -> None:
-    """Each is closer to its talker's utterances than to the other's, though of another segment."""
+def test_the_embeddings_are_of_the_speakers(targeted: Batch) -> None:
+    """Each is closer to its speaker's utterances than to the other's, though of another segment."""
     assert targeted["speaker_embedding"].shape == (3, 2, 256)
     for name, found in zip(targeted["names"], targeted["speaker_embedding"], strict=True):
         whole = torch.stack(
@@ -665,7 +665,7 @@ def test_the_embeddings_are_of_the_talkers(targeted: Batch) -> None:
 
 
 def test_the_embeddings_are_of_voices_at_the_speed_they_play_at(bank: Path) -> None:
-    """On average closer to what plays than the same talkers' voices at their own speed are."""
+    """On average closer to what plays than the same speakers' voices at their own speed are."""
     own, fast = mixing(bank, "tse"), mixing(bank, "tse", speed=0.3, seconds=2.0)
     voices = dict(zip(sorted(own.speakers), own.speaker_embeddings(), strict=True))
     closer = []
@@ -678,19 +678,19 @@ def test_the_embeddings_are_of_voices_at_the_speed_they_play_at(bank: Path) -> N
     assert np.mean(closer) > 0.05
 
 
-def test_extraction_hears_every_mixture_for_both_of_its_talkers(targeted: Batch) -> None:
+def test_extraction_hears_every_mixture_for_both_of_its_speakers(targeted: Batch) -> None:
     rendered = render(targeted)
     separated = render(cast("Batch", {key: value for key, value in targeted.items() if key != "speaker_embedding"}))
     assert rendered["names"] == [name for name in targeted["names"] for _ in range(2)]
     for item in range(3):
-        for talker in range(2):
-            assert torch.equal(rendered["mixture"][2 * item + talker], separated["mixture"][item])
-            assert torch.equal(rendered["sources"][2 * item + talker, 0], separated["sources"][item, talker])
-            embedding = rendered["speaker_embedding"][2 * item + talker]
-            assert torch.equal(embedding, targeted["speaker_embedding"][item, talker])
+        for speaker in range(2):
+            assert torch.equal(rendered["mixture"][2 * item + speaker], separated["mixture"][item])
+            assert torch.equal(rendered["sources"][2 * item + speaker, 0], separated["sources"][item, speaker])
+            embedding = rendered["speaker_embedding"][2 * item + speaker]
+            assert torch.equal(embedding, targeted["speaker_embedding"][item, speaker])
 
 
-def test_the_second_talker_is_the_least_like_the_first_of_the_candidates(bank: Path) -> None:
+def test_the_second_speaker_is_the_least_like_the_first_of_the_candidates(bank: Path) -> None:
     """Of all others as candidates it is the same one whenever the first is, and less like it than the average."""
     examples = mixing(bank, "tse", candidates=5)
     voices = torch.nn.functional.normalize(examples.speaker_embeddings(), dim=1)
@@ -708,7 +708,7 @@ def test_the_second_talker_is_the_least_like_the_first_of_the_candidates(bank: P
         mixing(bank, "tse", candidates=6)
 
 
-def test_speech_of_one_talker_or_without_a_bank_is_refused(bank: Path, tmp_path: Path) -> None:
+def test_speech_of_one_speaker_or_without_a_bank_is_refused(bank: Path, tmp_path: Path) -> None:
     utterance = next(path for path in sorted(SPEECH.iterdir()) if path.suffix == ".ogg")
     shutil.copy(utterance, tmp_path)
     with pytest.raises(InputError, match="has 1 speakers with enough speech, two are needed"):
@@ -724,7 +724,7 @@ def test_speech_of_one_talker_or_without_a_bank_is_refused(bank: Path, tmp_path:
 
 @pytest.fixture
 def spoilt(tmp_path: Path) -> Iterator[Path]:
-    """Speech of two talkers, of whom one has silence and the other, beside a good file, one that is NaN further on."""
+    """Speech of two speakers, of whom one has silence and the other, beside a good file, one that is NaN further on."""
     random = np.random.default_rng(0)
     noise = 0.1 * random.standard_normal(RATE)
     soundfile.write(tmp_path / "1-noise.wav", noise, RATE, subtype="FLOAT")
@@ -748,8 +748,8 @@ def test_broken_speech_is_an_error_or_drawn_again(spoilt: Path, bank: Path, caps
 def test_silence_is_drawn_again_but_not_for_ever(bank: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     half = np.concatenate([np.zeros(2 * RATE), 0.1 * random.standard_normal(RATE)])
-    for talker in (1, 2):
-        soundfile.write(tmp_path / f"{talker}-half.wav", half, RATE)
+    for speaker in (1, 2):
+        soundfile.write(tmp_path / f"{speaker}-half.wav", half, RATE)
     examples = mixing(bank, speech=tmp_path)
     for index in range(4):
         speech = examples.example((0, index))["speech"]

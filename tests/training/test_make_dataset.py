@@ -24,7 +24,7 @@ from knowledge_boosting.training.data.corpus import find_speech
 from knowledge_boosting.training.data.items import Mixtures, mixture_bytes
 from knowledge_boosting.training.data.responses import RESPONSE_LENGTH, Renderer, read_bank
 from knowledge_boosting.training.data.rooms import RoomRanges, draw_room
-from knowledge_boosting.training.data.talkers import find_talkers, split_talkers
+from knowledge_boosting.training.data.speakers import select_speakers, split_speakers
 from tests.processes import PATIENCE, call_here, command
 
 ROOT = Path(__file__).parents[2]
@@ -126,12 +126,12 @@ def valid_dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object
 def many(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
     """Three dozen SS items with the default ranges: what they say of themselves, and their sources."""
     folder = tmp_path_factory.mktemp("many")
-    talkers = split_talkers(find_talkers(find_speech(SPEECH, skip_broken=False), SECONDS * 16000, 0), ["train"], 0)
+    speakers = split_speakers(select_speakers(find_speech(SPEECH, skip_broken=False), SECONDS * 16000, 0), ["train"], 0)
     mixtures = Mixtures(
         renderer=renderer([SOFA]),
         rooms=RoomRanges(),
         seed=1,
-        talkers=talkers,
+        speakers=speakers,
         length=SECONDS * 16000,
         enrollment=0,
         difference=(-5, 5),

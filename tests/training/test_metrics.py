@@ -94,7 +94,7 @@ def test_one_assignment_holds_for_all_microphones(references: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def clip() -> Tensor:
-    """Three seconds of the two sample talkers, ``[1, 2, 2, N]``."""
+    """Three seconds of the two sample speakers, ``[1, 2, 2, N]``."""
     voices = [
         soundfile.read(SAMPLES / f"source{number}.flac", 3 * SAMPLE_RATE, SAMPLE_RATE, dtype="float32")[0].T
         for number in (1, 2)

@@ -25,9 +25,9 @@ from knowledge_boosting.training.data.rooms import (
     MICROPHONES,
     MONO,
     Listener,
-    Place,
     Room,
     RoomRanges,
+    SpeakerPosition,
     draw_room,
 )
 
@@ -52,7 +52,7 @@ def room(
     for azimuth in azimuths:
         turn = np.radians(azimuth + facing)
         position = (head[0] + distance * float(np.cos(turn)), head[1] + distance * float(np.sin(turn)), head[2])
-        places.append(Place(azimuth, 0, distance, position))
+        places.append(SpeakerPosition(azimuth, 0, distance, position))
     return Room((6.0, 5.0, 3.0), absorption, head, facing, (places[0], places[1]), listener)
 
 
@@ -66,9 +66,9 @@ def test_rooms_keep_to_their_ranges() -> None:
         assert drawn.absorption == 1 or 0.2 <= drawn.absorption <= 0.7
         assert (drawn.order == 0) == (drawn.rt60 == 0) == (drawn.absorption == 1)
         assert drawn.order <= 15
-        first, second = drawn.talkers
+        first, second = drawn.speakers
         assert 40 <= abs(first.azimuth - second.azimuth) <= 180
-        for place in drawn.talkers:
+        for place in drawn.speakers:
             assert 0.5 <= place.distance <= 2
             assert -10 <= place.elevation <= 20
             assert all(0.3 <= x <= side - 0.3 for x, side in zip(place.position, drawn.size, strict=True))
@@ -81,12 +81,12 @@ def test_rooms_keep_to_their_ranges() -> None:
 def test_separation_goes_round_the_back() -> None:
     ranges = RoomRanges(separation=60)
     for seed in range(100):
-        first, second = draw_room(np.random.default_rng(seed), ranges, HEADS).talkers
+        first, second = draw_room(np.random.default_rng(seed), ranges, HEADS).speakers
         assert np.cos(np.radians(first.azimuth - second.azimuth)) <= 0.5 + 1e-9
 
 
-def test_no_place_for_two_talkers() -> None:
-    with pytest.raises(InputError, match="no place for two talkers"):
+def test_no_place_for_two_speakers() -> None:
+    with pytest.raises(InputError, match="no place for two speakers"):
         draw_room(np.random.default_rng(0), RoomRanges(elevation=(60, 60), distance=(1.2, 2)), HEADS)
 
 

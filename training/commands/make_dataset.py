@@ -37,7 +37,7 @@ from knowledge_boosting.training.data.items import (
 )
 from knowledge_boosting.training.data.responses import BANK_FILE, Renderer, check_sofa, head_name, write_bank
 from knowledge_boosting.training.data.rooms import MICROPHONES, MONO, Range, RoomRanges, check_range
-from knowledge_boosting.training.data.talkers import Talker, find_talkers, split_talkers
+from knowledge_boosting.training.data.speakers import Speaker, select_speakers, split_speakers
 
 app = cli.Application()
 
@@ -169,7 +169,7 @@ def make_dataset(
     length = round(seconds * SAMPLE_RATE)
     enrollment = round(enrollment_seconds * SAMPLE_RATE) if task is Task.TSE else 0
     clips = find_clips(noise) if noise is not None else ()
-    talkers, digests = _find_splits(folders, counts, length, enrollment, seed, skip_broken=skip_broken)
+    speakers, digests = _find_splits(folders, counts, length, enrollment, seed, skip_broken=skip_broken)
     parameters: dict[str, object] = {
         "task": task.value,
         "train": train,
@@ -193,7 +193,7 @@ def make_dataset(
             Renderer(sofa),
             ranges,
             seed,
-            talkers,
+            speakers,
             length,
             enrollment,
             level_difference,
@@ -213,7 +213,7 @@ def make_dataset(
     )
     for split, count in counts.items():
         write_metadata(output / split, output / split, count)
-        print(f"{output / split}: {count} items of {len(talkers[split])} speakers")
+        print(f"{output / split}: {count} items of {len(speakers[split])} speakers")
 
 
 def _make_bank(
@@ -246,8 +246,8 @@ def _find_splits(
     seed: int,
     *,
     skip_broken: bool,
-) -> tuple[dict[str, tuple[Talker, ...]], dict[str, object]]:
-    """Talkers of every split, and the digest of each corpus.
+) -> tuple[dict[str, tuple[Speaker, ...]], dict[str, object]]:
+    """Speakers of every split, and the digest of each corpus.
 
     Args:
         folders: by parameter, ``speech`` and perhaps ``valid_speech``.
@@ -263,18 +263,18 @@ def _find_splits(
         raise InputError(
             f"--valid-speech: speaker {min(shared)} is in --speech too; give folders of different speakers"
         )
-    chosen: dict[str, tuple[Talker, ...]] = {}
+    chosen: dict[str, tuple[Speaker, ...]] = {}
     for name, corpus in corpora.items():
         splits = [split for split in counts if len(corpora) == 1 or (split == "train") == (name == "speech")]
-        talkers = find_talkers(corpus, length, enrollment)
-        if len(talkers) < 2 * len(splits):
+        speakers = select_speakers(corpus, length, enrollment)
+        if len(speakers) < 2 * len(splits):
             apart = f" and {enrollment / SAMPLE_RATE:g} s more to enroll with" if enrollment else ""
             raise InputError(
-                f"{folders[name]}: {len(talkers)} of its {len(corpus.speakers)} speakers have "
+                f"{folders[name]}: {len(speakers)} of its {len(corpus.speakers)} speakers have "
                 f"{length / SAMPLE_RATE:g} s of speech in one file{apart}; at least {2 * len(splits)} are needed for "
                 f"{' and '.join(splits)}; add speech or ask for less"
             )
-        chosen |= split_talkers(talkers, splits, seed)
+        chosen |= split_speakers(speakers, splits, seed)
     return chosen, {name: corpus.digest for name, corpus in corpora.items()}
 
 

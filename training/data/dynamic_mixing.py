@@ -30,7 +30,7 @@ from knowledge_boosting.training.data.corpus import (
 )
 from knowledge_boosting.training.data.loading import Address, Batch
 from knowledge_boosting.training.data.responses import read_bank
-from knowledge_boosting.training.data.talkers import draw_segments, find_talkers
+from knowledge_boosting.training.data.speakers import draw_segments, select_speakers
 
 _ENROLLMENT_SECONDS = 3
 _SPEEDS = 8  # slower and faster ones that are drawn from
@@ -38,13 +38,13 @@ _DRAWS = 20
 
 
 class DynamicMixing:
-    """Two talkers and a room drawn for every example; :func:`render` mixes them on the training device."""
+    """Two speakers and a room drawn for every example; :func:`render` mixes them on the training device."""
 
     def __init__(self, data: DynamicData, model: ModelConfig, *, seed: int, skip_broken: bool) -> None:
-        """List the talkers and read the bank.
+        """List the speakers and read the bank.
 
         Raises:
-            InputError: no speech, fewer than two talkers with enough of it, or no bank of responses.
+            InputError: no speech, fewer than two speakers with enough of it, or no bank of responses.
         """
         self._data, self._model, self._seed = data, model, seed
         self._length = round(data.seconds * SAMPLE_RATE)
@@ -56,22 +56,22 @@ class DynamicMixing:
         corpus = find_speech(Path(data.speech), skip_broken=skip_broken)
         for line in corpus.broken:
             warn(f"skipped: {line}")
-        talkers = find_talkers(corpus, self._segment, self._enrollment)
+        speakers = select_speakers(corpus, self._segment, self._enrollment)
         if data.excluded_speakers is not None:
             excluded = read_names(Path(data.excluded_speakers))
-            talkers = {name: talker for name, talker in talkers.items() if name not in excluded}
-        self.speakers = frozenset(talkers)
-        self._talkers = list(talkers.values())
-        if len(self._talkers) < 2:
-            raise InputError(f"{data.speech}: has {len(self._talkers)} speakers with enough speech, two are needed")
+            speakers = {name: speaker for name, speaker in speakers.items() if name not in excluded}
+        self.speakers = frozenset(speakers)
+        self._speakers = list(speakers.values())
+        if len(self._speakers) < 2:
+            raise InputError(f"{data.speech}: has {len(self._speakers)} speakers with enough speech, two are needed")
         self._bank = read_bank(Path(data.responses))
         # Noise has a room of its own, with the same listener.
         self._alike = {number: np.flatnonzero(self._bank.listeners == number) for number in set(self._bank.listeners)}
         self._noise = find_clips(Path(data.noise)) if data.noise is not None else ()
         self._embeddings: dict[tuple[Segment, float], torch.Tensor] = {}
         if data.candidates > 1:
-            if not model.needs_speaker or data.candidates >= len(self._talkers):
-                raise InputError(f"train.candidates: must be 1 for separation, and less than {len(self._talkers)}")
+            if not model.needs_speaker or data.candidates >= len(self._speakers):
+                raise InputError(f"train.candidates: must be 1 for separation, and less than {len(self._speakers)}")
             self._voices = self.speaker_embeddings()
 
     def __len__(self) -> int:
@@ -98,13 +98,13 @@ class DynamicMixing:
         raise InputError(f"{self._data.speech}: no usable speech in {_DRAWS} draws, at last {why}; give other speech")
 
     def _draw(self, rng: np.random.Generator) -> dict[str, Any]:
-        first, *others = rng.choice(len(self._talkers), 1 + self._data.candidates, replace=False)
+        first, *others = rng.choice(len(self._speakers), 1 + self._data.candidates, replace=False)
         second = others[0]
         if len(others) > 1:
             likeness = self._voices @ self._voices[first]
             second = min(others, key=lambda index: float(likeness[index]))
-        talkers = [self._talkers[first], self._talkers[second]]
-        segments = [draw_segments(rng, talker, self._segment, self._enrollment) for talker in talkers]
+        speakers = [self._speakers[first], self._speakers[second]]
+        segments = [draw_segments(rng, speaker, self._segment, self._enrollment) for speaker in speakers]
         # Speech that plays faster is another voice, and so its enrollment must play as fast.
         speeds = (1 + self._data.speed * rng.integers(-_SPEEDS, _SPEEDS + 1, size=2) / _SPEEDS).tolist()
         speech = []
@@ -146,16 +146,16 @@ class DynamicMixing:
         return drawn
 
     def speaker_embeddings(self) -> Tensor:
-        """A d-vector of every talker, ``[talkers, 256]``, always the same; the mean where one has no speech."""
+        """A d-vector of every speaker, ``[speakers, 256]``, always the same; the mean where one has no speech."""
         rng = np.random.default_rng(0)
         found: dict[int, Tensor] = {}
-        for index, talker in enumerate(self._talkers):
+        for index, speaker in enumerate(self._speakers):
             with suppress(NoSpeech):
-                found[index] = self._embedding(*draw_segments(rng, talker, self._segment, self._enrollment), 1.0)
+                found[index] = self._embedding(*draw_segments(rng, speaker, self._segment, self._enrollment), 1.0)
         if not found:
             raise InputError(f"{self._data.speech}: no usable speech; give other speech")
         mean = torch.stack(list(found.values())).mean(0)
-        return torch.stack([found.get(index, mean) for index in range(len(self._talkers))])
+        return torch.stack([found.get(index, mean) for index in range(len(self._speakers))])
 
     def _embedding(self, mixed: Segment, enrollment: Segment, speed: float) -> Tensor:
         """The d-vector of an enrollment that begins with a whole second, unless what is mixed is in the way.
@@ -175,11 +175,11 @@ class DynamicMixing:
         return self._embeddings[enrollment, speed]
 
 
-_LEAST_SPEECH = 0.3  # share of a mixture that a talker speaks for, however long the pause
+_LEAST_SPEECH = 0.3  # share of a mixture that a speaker speaks for, however long the pause
 
 
 def _pause(rng: np.random.Generator, speech: Tensor) -> None:
-    """Silence one talker's speech ``[2, N]`` for a while, or that of both at first, in place."""
+    """Silence one speaker's speech ``[2, N]`` for a while, or that of both at first, in place."""
     length = speech.shape[-1]
     pause = round(rng.uniform(0, 1 - _LEAST_SPEECH) * length)
     if rng.uniform() < 0.25:
@@ -214,7 +214,7 @@ def _heard(signals: Tensor, responses: Tensor) -> Tensor:
 def render(batch: Batch) -> Batch:
     """Mixture and sources of a batch of dynamic mixing, on the device the batch is on; other batches as they are.
 
-    For TSE every mixture comes twice, with either talker as the target: only whom to listen to tells the two apart.
+    For TSE every mixture comes twice, with either speaker as the target: only whom to listen to tells the two apart.
     """
     if "speech" not in batch:
         return batch

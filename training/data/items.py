@@ -17,7 +17,7 @@ from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples, Uttera
 from knowledge_boosting.training.data.layout import NOISE_FILE, SPLITS
 from knowledge_boosting.training.data.responses import HEADROOM, RESPONSE_LENGTH, Renderer, level_gains, render
 from knowledge_boosting.training.data.rooms import Listener, Range, RoomRanges, draw_room
-from knowledge_boosting.training.data.talkers import Talker, draw_voices
+from knowledge_boosting.training.data.speakers import Speaker, draw_voices
 
 ITEM_FILE = "metadata.json"
 RESPONSE_FILE = "responses.npy"
@@ -33,7 +33,7 @@ class Mixtures:
     renderer: Renderer
     rooms: RoomRanges
     seed: int
-    talkers: Mapping[str, tuple[Talker, ...]]  # of every split
+    speakers: Mapping[str, tuple[Speaker, ...]]  # of every split
     length: int
     enrollment: int  # 0 for SS
     difference: Range  # dB
@@ -48,7 +48,7 @@ class Mixtures:
         room = draw_room(rng, self.rooms, self.renderer.heads)
         difference, level = rng.uniform(*self.difference), rng.uniform(*self.level)
         voices, broken = draw_voices(
-            rng, self.talkers[split], self.length, self.enrollment, skip_broken=self.skip_broken
+            rng, self.speakers[split], self.length, self.enrollment, skip_broken=self.skip_broken
         )
         responses = self.renderer.responses(room)
         sources = [render(voice.speech, own) for voice, own in zip(voices, responses, strict=True)]

@@ -43,14 +43,14 @@ class Batch(TypedDict):
     mixture: NotRequired[Tensor]  # [B, M, N]
     sources: NotRequired[Tensor]  # [B, S, M, N]
     embedding: NotRequired[Tensor]  # [B, T, F, 2S'], of stored hints
-    speaker_embedding: NotRequired[Tensor]  # [B, 256], TSE; of dynamic mixing [B, 2, 256], of both talkers
+    speaker_embedding: NotRequired[Tensor]  # [B, 256], TSE; of dynamic mixing [B, 2, 256], of both speakers
     # Of dynamic mixing, before `render` makes mixture and sources of them:
     speech: NotRequired[Tensor]  # [B, 2, N], dry
     responses: NotRequired[Tensor]  # [B, 2, M, K]
     noise: NotRequired[Tensor]  # [B, 2, N], from two places in a room of its own
     noise_responses: NotRequired[Tensor]  # [B, 2, M, K]
     noise_db: NotRequired[Tensor]  # [B], of the voices' mixture over it
-    level_difference_db: NotRequired[Tensor]  # [B], of talkers
+    level_difference_db: NotRequired[Tensor]  # [B], of speakers
     ear_difference_db: NotRequired[Tensor]  # [B]
     level_change_db: NotRequired[Tensor]  # [B]
     level_dbfs: NotRequired[Tensor]  # [B]

@@ -1,4 +1,4 @@
-"""Room responses: what a listener's ears or microphones get from each talker in a room, and banks of them.
+"""Room responses: what a listener's ears or microphones get from each speaker in a room, and banks of them.
 
 Shoebox rooms by the image-source method, with pyroomacoustics. A head is heard through its measured head-related
 responses (a SOFA file).
@@ -64,9 +64,9 @@ class Renderer:
         return list(self._heads)
 
     def responses(self, room: Room) -> Samples:
-        """Responses ``[2 talkers, 2 ears, 4096]`` at 16 kHz, from the talker's mouth to the ear.
+        """Responses ``[2 speakers, 2 ears, 4096]`` at 16 kHz, from the speaker's mouth to the ear.
 
-        They begin when the sound leaves the talker, so that a farther one comes later and is weaker, and are faded
+        They begin when the sound leaves the speaker, so that a farther one comes later and is weaker, and are faded
         out over the last 512 samples. Their scale is that of the SOFA file.
         """
         import pyroomacoustics
@@ -87,15 +87,15 @@ class Renderer:
         apart = listener.spacing / 2 * np.array([math.cos(left), math.sin(left), 0])
         places = np.array([room.head + apart, room.head - apart]).T
         shoebox.add_microphone_array(pyroomacoustics.MicrophoneArray(places, SAMPLE_RATE, directivity=ears))
-        for talker in room.talkers:
-            shoebox.add_source(talker.position)
+        for speaker in room.speakers:
+            shoebox.add_source(speaker.position)
         shoebox.compute_rir()
         responses = np.zeros((2, 2, RESPONSE_LENGTH), np.float32)
         for ear, row in enumerate(shoebox.rir):
             gain = 10 ** ((listener.difference if ear == 0 else -listener.difference) / 40)
-            for talker_index, response in enumerate(row):
+            for speaker_index, response in enumerate(row):
                 kept = response[:RESPONSE_LENGTH]
-                responses[talker_index, ear, : len(kept)] = gain * kept
+                responses[speaker_index, ear, : len(kept)] = gain * kept
         responses[..., -_FADE:] *= 0.5 + 0.5 * np.cos(np.pi * (np.arange(_FADE, dtype=np.float32) + 0.5) / _FADE)
         return responses
 
@@ -121,7 +121,7 @@ def _read_ears(sofa: Path) -> list[Any]:
 
 
 def render(speech: Samples, responses: Samples) -> Samples:
-    """What two ears hear, ``[2, N]``, of speech ``[N]`` through a talker's responses ``[2, K]``; cut at N samples."""
+    """What two ears hear, ``[2, N]``, of speech ``[N]`` through a speaker's responses ``[2, K]``; cut at N samples."""
     from scipy.signal import oaconvolve
 
     return np.asarray(oaconvolve(speech[None], responses, axes=-1)[:, : len(speech)], dtype=np.float32)
@@ -134,7 +134,7 @@ def level_gains(sources: Sequence[Samples], difference: float, level: float) -> 
     full scale, both gains are lowered alike.
 
     Args:
-        sources: of the two talkers; neither may be silent.
+        sources: of the two speakers; neither may be silent.
         difference: dB, level of the first source over the second.
         level: dBFS, level of the mixture.
     """
@@ -151,7 +151,7 @@ def level_gains(sources: Sequence[Samples], difference: float, level: float) -> 
 class Bank:
     """Room responses for dynamic mixing."""
 
-    responses: Samples  # [rooms, 2 talkers, 2 ears, K] at 16 kHz
+    responses: Samples  # [rooms, 2 speakers, 2 ears, K] at 16 kHz
     listeners: NDArray[np.int64]  # [rooms], a number for each kind of listener
 
 

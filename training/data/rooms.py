@@ -1,4 +1,4 @@
-"""Rooms with a listener and two talkers, drawn at random.
+"""Rooms with a listener and two speakers, drawn at random.
 
 The listener is a head, two microphones a few centimetres apart as laptops and tablets have them, or one microphone,
 whose signal comes twice. Angles are degrees: azimuth counterclockwise from where the head faces (90 is left), elevation
@@ -17,7 +17,7 @@ from knowledge_boosting.common.errors import InputError
 _MAX_ORDER = 15  # an order of 15 has 4991 images, and takes about 0.1 s
 _HEAD_HEIGHT = (1.2, 1.8)  # m, ears of a listener who sits or stands
 _HEAD_MARGIN = 0.5  # m to the walls
-_TALKER_MARGIN = 0.3  # m to walls, floor and ceiling
+_SPEAKER_MARGIN = 0.3  # m to walls, floor and ceiling
 _TRIES = 10_000
 
 Range = tuple[float, float]
@@ -31,10 +31,10 @@ class RoomRanges:
     height: Range = (2.4, 3.5)  # m
     absorption: Range = (0.2, 0.7)  # share of the energy that a surface takes
     anechoic: float = 0.0  # share of rooms without reflections
-    distance: Range = (0.5, 2.0)  # m from the head's centre to a talker
+    distance: Range = (0.5, 2.0)  # m from the head's centre to a speaker
     azimuth: Range = (-180.0, 180.0)
     elevation: Range = (-15.0, 15.0)
-    separation: float = 15.0  # least difference of the talkers' azimuths
+    separation: float = 15.0  # least difference of the speakers' azimuths
     microphones: float = 0.0  # share of rooms with two microphones and no head
     mono: float = 0.0  # share of rooms with one microphone
     unequal: float = 0.0  # share of other rooms in which one ear or microphone is 20 dB less sensitive
@@ -50,10 +50,10 @@ class RoomRanges:
             raise InputError(f"--separation {self.separation:g}: does not fit into --azimuth; widen that range")
         if not 0 <= self.microphones + self.mono <= 1:
             raise InputError("--microphones, --mono: are shares of the rooms, together at most 1")
-        if self.distance[0] > self.side[0] / 2 - _TALKER_MARGIN:
+        if self.distance[0] > self.side[0] / 2 - _SPEAKER_MARGIN:
             raise InputError(
                 f"--distance {self.distance[0]:g} …: too far for a room with --side {self.side[0]:g}; "
-                f"begin at {self.side[0] / 2 - _TALKER_MARGIN:g} m or less, or make rooms larger"
+                f"begin at {self.side[0] / 2 - _SPEAKER_MARGIN:g} m or less, or make rooms larger"
             )
 
 
@@ -100,8 +100,8 @@ def _draw_kind(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str
     return Listener(heads[int(rng.integers(len(heads)))] if len(heads) > 1 else heads[0])
 
 
-class Place(NamedTuple):
-    """Where a talker is, seen from the head's centre (degrees, m), and in the room."""
+class SpeakerPosition(NamedTuple):
+    """Where a speaker is, seen from the head's centre (degrees, m), and in the room."""
 
     azimuth: float
     elevation: float
@@ -117,7 +117,7 @@ class Room:
     absorption: float  # the same for every surface; 1 is an anechoic room
     head: tuple[float, float, float]  # m, the point between the ears
     facing: float  # degrees, counterclockwise from the room's x axis
-    talkers: tuple[Place, Place]
+    speakers: tuple[SpeakerPosition, SpeakerPosition]
     listener: Listener
 
     @property
@@ -149,24 +149,24 @@ class Room:
             **dict(zip(("head_x_m", "head_y_m", "head_z_m"), self.head, strict=True)),
             "facing_deg": self.facing,
         }
-        for number, talker in enumerate(self.talkers):
+        for number, speaker in enumerate(self.speakers):
             record |= {
-                f"azimuth{number:02d}_deg": talker.azimuth,
-                f"elevation{number:02d}_deg": talker.elevation,
-                f"distance{number:02d}_m": talker.distance,
+                f"azimuth{number:02d}_deg": speaker.azimuth,
+                f"elevation{number:02d}_deg": speaker.elevation,
+                f"distance{number:02d}_m": speaker.distance,
             }
-            for axis, value in zip("xyz", talker.position, strict=True):
+            for axis, value in zip("xyz", speaker.position, strict=True):
                 record[f"{axis}{number:02d}_m"] = value
         return record
 
 
 def draw_room(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Room:
-    """A room, its listener, which may be any of the heads, and two talkers.
+    """A room, its listener, which may be any of the heads, and two speakers.
 
-    Places outside the room or too close together are drawn again, so that far talkers are rarer in small rooms.
+    Places outside the room or too close together are drawn again, so that far speakers are rarer in small rooms.
 
     Raises:
-        InputError: the ranges leave no place for two talkers.
+        InputError: the ranges leave no place for two speakers.
     """
     size = (rng.uniform(*ranges.side), rng.uniform(*ranges.side), rng.uniform(*ranges.height))
     absorption = rng.uniform(*ranges.absorption)
@@ -179,26 +179,28 @@ def draw_room(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]
             rng.uniform(*_HEAD_HEIGHT),
         )
         facing = rng.uniform(0, 360)
-        talkers = (_draw_place(rng, ranges, head, facing), _draw_place(rng, ranges, head, facing))
+        speakers = (_draw_position(rng, ranges, head, facing), _draw_position(rng, ranges, head, facing))
         inside = all(
-            _TALKER_MARGIN <= x <= side - _TALKER_MARGIN
-            for talker in talkers
-            for x, side in zip(talker.position, size, strict=True)
+            _SPEAKER_MARGIN <= x <= side - _SPEAKER_MARGIN
+            for speaker in speakers
+            for x, side in zip(speaker.position, size, strict=True)
         )
-        apart = abs((talkers[0].azimuth - talkers[1].azimuth + 180) % 360 - 180)
+        apart = abs((speakers[0].azimuth - speakers[1].azimuth + 180) % 360 - 180)
         if inside and apart >= ranges.separation:
-            return Room(size, absorption, head, facing, talkers, _draw_listener(rng, ranges, heads))
+            return Room(size, absorption, head, facing, speakers, _draw_listener(rng, ranges, heads))
     raise InputError(
-        f"--distance, --azimuth, --elevation: no place for two talkers in a room of "
+        f"--distance, --azimuth, --elevation: no place for two speakers in a room of "
         f"{size[0]:.1f} x {size[1]:.1f} x {size[2]:.1f} m; widen these ranges or make rooms larger"
     )
 
 
-def _draw_place(rng: np.random.Generator, ranges: RoomRanges, head: tuple[float, float, float], facing: float) -> Place:
+def _draw_position(
+    rng: np.random.Generator, ranges: RoomRanges, head: tuple[float, float, float], facing: float
+) -> SpeakerPosition:
     azimuth, elevation = rng.uniform(*ranges.azimuth), rng.uniform(*ranges.elevation)
     distance = rng.uniform(*ranges.distance)
     turn, rise = math.radians(facing + azimuth), math.radians(elevation)
-    return Place(
+    return SpeakerPosition(
         azimuth,
         elevation,
         distance,

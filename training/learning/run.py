@@ -189,7 +189,7 @@ def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
         keep_freed_memory()
     module = TrainingModule(settings).to("cuda" if torch.cuda.is_available() else "cpu")
     examples = DynamicMixing(data, settings.model, seed=settings.seed, skip_broken=False)
-    targets = 2 if settings.model.needs_speaker else 1  # of every mixture: either talker may be the one wanted
+    targets = 2 if settings.model.needs_speaker else 1  # of every mixture: either speaker may be the one wanted
     record = Record(
         large=large_digest(settings.model, module.pair.large.network),
         mixtures=f"{items} of seed {settings.seed}, {data.model_dump_json(exclude={'items'})}",

@@ -23,7 +23,7 @@ _DRAWS = 20
 
 
 @dataclass(frozen=True)
-class Talker:
+class Speaker:
     """A speaker whose utterances are long enough: some to be mixed, some to enroll with."""
 
     name: str
@@ -31,7 +31,7 @@ class Talker:
     enrollable: tuple[Utterance, ...]
 
 
-def find_talkers(corpus: Corpus, length: int, enrollment: int) -> dict[str, Talker]:
+def select_speakers(corpus: Corpus, length: int, enrollment: int) -> dict[str, Speaker]:
     """Speakers with ``length`` samples to mix and, apart from these, ``enrollment`` samples (0: no enrollment).
 
     Speakers and utterances that are too short for that are left out.
@@ -46,38 +46,38 @@ def find_talkers(corpus: Corpus, length: int, enrollment: int) -> dict[str, Talk
             or (utterance.length >= length and any(other != utterance for other in enrollable))
         )
         if mixable:
-            found[name] = Talker(name, mixable, enrollable)
+            found[name] = Speaker(name, mixable, enrollable)
     return found
 
 
-def split_talkers(talkers: Mapping[str, Talker], splits: Sequence[str], seed: int) -> dict[str, tuple[Talker, ...]]:
-    """Talkers of every split, none of them in two splits.
+def split_speakers(speakers: Mapping[str, Speaker], splits: Sequence[str], seed: int) -> dict[str, tuple[Speaker, ...]]:
+    """Speakers of every split, none of them in two splits.
 
     Train gets whoever is left when each other split has a tenth, at least two; without train all get equal shares.
 
     Raises:
-        ValueError: fewer than two talkers a split.
+        ValueError: fewer than two speakers a split.
     """
-    if len(talkers) < 2 * len(splits):
-        raise ValueError(f"{len(talkers)} speakers for {len(splits)} splits")
-    names = sorted(talkers)
+    if len(speakers) < 2 * len(splits):
+        raise ValueError(f"{len(speakers)} speakers for {len(splits)} splits")
+    names = sorted(speakers)
     order = [names[i] for i in np.random.default_rng([seed, len(SPLITS)]).permutation(len(names))]
     share = max(2, len(names) // 10) if "train" in splits else len(names) // max(1, len(splits))
     shares = {}
     for split in splits[1:]:
         shares[split], order = order[:share], order[share:]
     shares.update(dict.fromkeys(splits[:1], order))
-    return {split: tuple(talkers[name] for name in sorted(shares[split])) for split in splits}
+    return {split: tuple(speakers[name] for name in sorted(shares[split])) for split in splits}
 
 
-def draw_segments(rng: np.random.Generator, talker: Talker, length: int, enrollment: int) -> tuple[Segment, Segment]:
+def draw_segments(rng: np.random.Generator, speaker: Speaker, length: int, enrollment: int) -> tuple[Segment, Segment]:
     """A segment of ``length`` samples to mix, and another of ``enrollment`` samples that shares nothing with it.
 
-    The other comes from another utterance if the talker has one that is long enough. Its length is 0 for a task
+    The other comes from another utterance if the speaker has one that is long enough. Its length is 0 for a task
     without enrollment.
     """
-    mixed = talker.mixable[rng.integers(len(talker.mixable))]
-    others = [utterance for utterance in talker.enrollable if utterance != mixed]
+    mixed = speaker.mixable[rng.integers(len(speaker.mixable))]
+    others = [utterance for utterance in speaker.enrollable if utterance != mixed]
     if others:
         other = others[rng.integers(len(others))]
         return (
@@ -116,7 +116,7 @@ class Voice:
 
 
 def draw_voices(
-    rng: np.random.Generator, talkers: Sequence[Talker], length: int, enrollment: int, *, skip_broken: bool
+    rng: np.random.Generator, speakers: Sequence[Speaker], length: int, enrollment: int, *, skip_broken: bool
 ) -> tuple[list[Voice], dict[Path, str]]:
     """Two different speakers' speech, with embeddings if ``enrollment`` is not 0.
 
@@ -132,18 +132,18 @@ def draw_voices(
     broken: dict[Path, str] = {}
     why = ""
     for _ in range(_DRAWS):
-        chosen = [talkers[i] for i in rng.choice(len(talkers), 2, replace=False)]
-        segments = [draw_segments(rng, talker, length, enrollment) for talker in chosen]
+        chosen = [speakers[i] for i in rng.choice(len(speakers), 2, replace=False)]
+        segments = [draw_segments(rng, speaker, length, enrollment) for speaker in chosen]
         try:
             return [
                 Voice(
-                    talker.name,
+                    speaker.name,
                     mixed,
                     other,
                     read_speech(mixed),
                     speaker_embedding(read_segment(other))[None] if enrollment else None,
                 )
-                for talker, (mixed, other) in zip(chosen, segments, strict=True)
+                for speaker, (mixed, other) in zip(chosen, segments, strict=True)
             ], broken
         except NoSpeech as error:
             why = str(error)
