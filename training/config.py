@@ -94,7 +94,7 @@ class Schedule(Strict):
     minimum: Annotated[float, Field(ge=0)] = 1e-6
 
 
-SOURCES = ("initial_checkpoint", "averaged_with", "warm_start", "large_checkpoint")
+WEIGHT_SOURCES = ("initial_checkpoint", "averaged_with", "warm_start", "large_checkpoint")
 
 
 class TrainingConfig(Strict):
@@ -172,13 +172,13 @@ class TrainingConfig(Strict):
             raise ValueError("averaged_with: give an initial_checkpoint too, to take the mean of the two")
         return self
 
-    def sources(self) -> list[str]:
+    def weight_sources(self) -> list[str]:
         """The checkpoints and bundles that weights start from."""
-        return [source for name in SOURCES if (source := getattr(self, name)) is not None]
+        return [source for name in WEIGHT_SOURCES if (source := getattr(self, name)) is not None]
 
-    def without_sources(self) -> Self:
+    def without_weight_sources(self) -> Self:
         """The same configuration for weights that come from elsewhere."""
-        return self.model_copy(update=dict.fromkeys(SOURCES))
+        return self.model_copy(update=dict.fromkeys(WEIGHT_SOURCES))
 
 
 def read_training_config(path: Path) -> TrainingConfig:
@@ -235,7 +235,7 @@ _IGNORED = {"pl_module", "pl_logger", "val_logger", "train_dataset", "val_datase
         *("model_params", "small_model_params", "big_model_params", "joint_model_params"),
     )
 }
-_MOST_WORKERS = 4  # the published files ask for 16, whatever the machine
+_MAX_WORKERS = 4  # the published files ask for 16, whatever the machine
 
 
 def _from_published(document: Mapping[str, Any], source: str) -> TrainingConfig:
@@ -256,7 +256,7 @@ def _from_published(document: Mapping[str, Any], source: str) -> TrainingConfig:
         within = values.setdefault(section, {"kind": "folder"} if section in _DATA else {}) if section else values
         within[key] = None if value == "" and key.endswith("checkpoint") else value
     if isinstance(values.get("workers"), int):
-        values["workers"] = min(values["workers"], _MOST_WORKERS)
+        values["workers"] = min(values["workers"], _MAX_WORKERS)
     if left:
         raise InputError(f'{source}: unknown key "{min(left)}"')
     try:

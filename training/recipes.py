@@ -13,10 +13,10 @@ from typing import Any
 
 from knowledge_boosting.common.errors import InputError, existing_file, reason
 from knowledge_boosting.models.manifest import validate
-from knowledge_boosting.training.config import SOURCES, TrainingConfig
+from knowledge_boosting.training.config import WEIGHT_SOURCES, TrainingConfig
 from knowledge_boosting.training.weights import LAST
 
-_LARGEST_FILE = 2**20  # bytes
+_MAX_BYTES = 2**20  # bytes
 
 
 class Recipe:
@@ -45,7 +45,7 @@ class Recipe:
                     raise InputError(f"{path}: stage {name}: there is no base {base!r}; write it below [bases.{base}]")
                 merged = _merge(merged, self._table(bases, base))
             merged = _merge(merged, stage)
-            for key in SOURCES:
+            for key in WEIGHT_SOURCES:
                 source = _stage_of(merged.get(key))
                 if source is not None and source not in self._stages:
                     raise InputError(f"{path}: stage {name}: {key}: there is no stage {source!r} before it")
@@ -71,7 +71,7 @@ class Recipe:
         if name not in self._stages:
             raise InputError(f"{self._path}: has no stage {name!r}; choose one of {', '.join(self._stages)}")
         document = dict(self._stages[name])
-        for key in SOURCES:
+        for key in WEIGHT_SOURCES:
             if (source := _stage_of(document.get(key))) is not None:
                 document[key] = str(runs / source / LAST)
         # What JSON has no word for, a date, is refused as the text that it becomes.
@@ -96,7 +96,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(below)
     for key, value in above.items():
         within = merged.get(key)
-        if isinstance(within, dict) and isinstance(value, dict) and key not in SOURCES:
+        if isinstance(within, dict) and isinstance(value, dict) and key not in WEIGHT_SOURCES:
             merged[key] = _merge(within, value)
         else:
             merged[key] = value
@@ -106,9 +106,9 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-        if len(content) > _LARGEST_FILE:
-            raise InputError(f"{path}: is larger than the {_LARGEST_FILE >> 20} MiB that a recipe may have")
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise InputError(f"{path}: is larger than the {_MAX_BYTES >> 20} MiB that a recipe may have")
         return tomllib.loads(content.decode())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as TOML ({reason(error)})") from None

@@ -51,7 +51,7 @@ def initial_speakers(config: TrainingConfig) -> set[str]:
     Raises:
         InputError: a checkpoint or bundle cannot be used.
     """
-    return {speaker for source in config.sources() for speaker in _speakers(source)}
+    return {speaker for source in config.weight_sources() for speaker in _speakers(source)}
 
 
 def _speakers(source: str) -> list[str]:

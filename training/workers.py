@@ -17,7 +17,7 @@ from knowledge_boosting.common.errors import Failure
 
 Result = TypeVar("Result")
 
-_QUEUE = 4  # calls a worker: enough to keep it busy, few enough to stop soon
+_CALLS_PER_WORKER = 4  # calls a worker: enough to keep it busy, few enough to stop soon
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -26,7 +26,7 @@ def run_in_workers(
     calls: Sequence[tuple[Any, ...]],
     workers: int | None,
     *,
-    after_death: str,
+    crash_advice: str,
     start: Callable[..., None] | None = None,
     arguments: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
@@ -34,7 +34,7 @@ def run_in_workers(
 
     Args:
         workers: processes, of one thread each; None for as many as cores.
-        after_death: what to tell a user when a worker was killed.
+        crash_advice: what to tell a user when a worker was killed.
         start: called with ``arguments`` in every process first.
 
     Raises:
@@ -56,7 +56,9 @@ def run_in_workers(
         running: set[Future[Result]] = set()
         try:
             while True:
-                running.update(pool.submit(function, *call) for call in islice(waiting, _QUEUE * count - len(running)))
+                running.update(
+                    pool.submit(function, *call) for call in islice(waiting, _CALLS_PER_WORKER * count - len(running))
+                )
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -64,7 +66,7 @@ def run_in_workers(
                     yield future.result()
                 progress.advance(bar, len(done))
         except BrokenProcessPool:
-            raise Failure(f"a worker process died (out of memory?); {after_death}") from None
+            raise Failure(f"a worker process died (out of memory?); {crash_advice}") from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -13,7 +13,7 @@ from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import ENROLLMENT_RATE, PCM_ENCODINGS, Samples, encode_pcm
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from knowledge_boosting.training.data.corpus import find_speech, read_segment
-from knowledge_boosting.training.data.speakers import draw_voices, select_speakers
+from knowledge_boosting.training.data.speakers import draw_sources, select_speakers
 from tests.golden_cases import TOLERANCE, worst
 from tests.processes import PATIENCE, Server, running_server
 from tests.remote_server.driver import Device, Material
@@ -77,10 +77,12 @@ def test_enrollment_gives_the_embedding_of_the_voice_encoder(tse_server: Server)
 def test_training_and_server_give_the_same_speech_the_same_embedding(tse_server: Server) -> None:
     corpus = find_speech(Path(__file__).parents[1] / "training" / "speech", skip_broken=False)
     speakers = list(select_speakers(corpus, ENROLLMENT_RATE, 2 * ENROLLMENT_RATE).values())
-    voices, _ = draw_voices(np.random.default_rng(0), speakers, ENROLLMENT_RATE, 2 * ENROLLMENT_RATE, skip_broken=False)
-    for voice in voices:
-        assert voice.embedding is not None
-        assert worst(enroll(tse_server, request(read_segment(voice.other))), voice.embedding[0]) < 1e-6
+    sources, _ = draw_sources(
+        np.random.default_rng(0), speakers, ENROLLMENT_RATE, 2 * ENROLLMENT_RATE, skip_broken=False
+    )
+    for source in sources:
+        assert source.embedding is not None
+        assert worst(enroll(tse_server, request(read_segment(source.enrollment))), source.embedding[0]) < 1e-6
 
 
 @quiet

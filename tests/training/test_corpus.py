@@ -20,7 +20,7 @@ from knowledge_boosting.training.data.corpus import (
 from knowledge_boosting.training.data.speakers import (
     Speaker,
     draw_segments,
-    draw_voices,
+    draw_sources,
     select_speakers,
     split_speakers,
 )
@@ -210,16 +210,16 @@ def test_broken_files_and_silence_are_drawn_again(tmp_path: Path) -> None:
     (tmp_path / "cleo-1.wav").write_text("gone bad since")
     broken: dict[Path, str] = {}
     for seed in range(20):
-        voices, left_out = draw_voices(np.random.default_rng(seed), speakers, SAMPLE_RATE, 0, skip_broken=True)
-        assert {voice.speaker for voice in voices} == {"ann", "bob"}
-        assert all(voice.embedding is None and voice.speech.shape == (SAMPLE_RATE,) for voice in voices)
+        sources, left_out = draw_sources(np.random.default_rng(seed), speakers, SAMPLE_RATE, 0, skip_broken=True)
+        assert {source.speaker for source in sources} == {"ann", "bob"}
+        assert all(source.embedding is None and source.speech.shape == (SAMPLE_RATE,) for source in sources)
         broken |= left_out
     assert list(broken) == [tmp_path / "cleo-1.wav"]
     with pytest.raises(BrokenFile, match="cleo"):
         for seed in range(20):
-            draw_voices(np.random.default_rng(seed), speakers, SAMPLE_RATE, 0, skip_broken=False)
+            draw_sources(np.random.default_rng(seed), speakers, SAMPLE_RATE, 0, skip_broken=False)
     with pytest.raises(InputError, match="no usable speech in 20 draws"):
-        draw_voices(np.random.default_rng(0), speakers[2:], SAMPLE_RATE, 0, skip_broken=True)
+        draw_sources(np.random.default_rng(0), speakers[2:], SAMPLE_RATE, 0, skip_broken=True)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_the_loss_of_heads_that_know_nothing_is_a_coin_s(task: str, size: dict[s
     wanted = source_spectra(pair.large.stft, sources[:, : pair.config.sources])
     whole = source_spectra(pair.large.stft, mixture[:, None])[..., 0, :]
     for _ in range(2):  # what was heard before does not count
-        guidance.forget()
+        guidance.reset()
         pair(mixture, torch.zeros(2, 256) if task == "tse" else None)
         loss = guidance.loss(wanted, whole)
         assert float(loss.detach()) == pytest.approx(2 * math.log(2), abs=1e-3)

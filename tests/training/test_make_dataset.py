@@ -21,7 +21,7 @@ import torch
 
 from knowledge_boosting.training.commands import make_dataset
 from knowledge_boosting.training.data.corpus import find_speech
-from knowledge_boosting.training.data.items import Mixtures, mixture_bytes
+from knowledge_boosting.training.data.items import MixtureMaker, mixture_bytes
 from knowledge_boosting.training.data.responses import RESPONSE_LENGTH, Renderer, read_bank
 from knowledge_boosting.training.data.rooms import RoomRanges, draw_room
 from knowledge_boosting.training.data.speakers import select_speakers, split_speakers
@@ -127,7 +127,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
     """Three dozen SS items with the default ranges: what they say of themselves, and their sources."""
     folder = tmp_path_factory.mktemp("many")
     speakers = split_speakers(select_speakers(find_speech(SPEECH, skip_broken=False), SECONDS * 16000, 0), ["train"], 0)
-    mixtures = Mixtures(
+    mixtures = MixtureMaker(
         renderer=renderer([SOFA]),
         rooms=RoomRanges(),
         seed=1,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE, pesq, si_sdr_improvement, snr_improvement, stoi
-from knowledge_boosting.training.evaluation.si_sdr import match
+from knowledge_boosting.training.evaluation.si_sdr import match_sources
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 LENGTH = 1600
@@ -76,8 +76,8 @@ def test_items_are_scored_apart(references: Tensor) -> None:
 def test_estimates_are_put_in_the_order_of_the_references(references: Tensor) -> None:
     estimates = with_error(references, -12)
     mixed = torch.stack([estimates[0], estimates[1].flip(0)])
-    assert torch.equal(match(mixed, references), estimates)
-    assert torch.equal(match(estimates[:, :1], references[:, :1]), estimates[:, :1])
+    assert torch.equal(match_sources(mixed, references), estimates)
+    assert torch.equal(match_sources(estimates[:, :1], references[:, :1]), estimates[:, :1])
     mixture = references.sum(1)
     for improvement in (si_sdr_improvement, snr_improvement):
         assert torch.allclose(

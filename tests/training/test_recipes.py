@@ -10,7 +10,7 @@ from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
 from knowledge_boosting.models.manifest import validate
 from knowledge_boosting.training.config import DynamicData, TrainingConfig
-from knowledge_boosting.training.data.corpus import read_names
+from knowledge_boosting.training.data.corpus import read_speaker_names
 from knowledge_boosting.training.recipes import Recipe
 from tests.processes import refusal
 
@@ -50,7 +50,7 @@ def test_what_is_trained_on_starts_from_weights_that_fit() -> None:
         assert config.initial_checkpoint is not None
         assert config.train.excluded_speakers is not None
         read_checkpoint(ROOT / config.initial_checkpoint, config.model)
-        kept = read_names(ROOT / config.train.excluded_speakers)
+        kept = read_speaker_names(ROOT / config.train.excluded_speakers)
         assert len(kept) == 40
         assert not kept & set(read_training_speakers(ROOT / config.initial_checkpoint))
 

@@ -12,7 +12,7 @@ import soundfile
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples, find_speech
 from knowledge_boosting.training.data.layout import refuse_shared_speakers
-from knowledge_boosting.training.data.voices import Change, change_voice
+from knowledge_boosting.training.data.voices import VoiceTransformation, transform_voice
 from tests.processes import call_here
 
 SPEECH = Path(__file__).parent / "speech"
@@ -31,7 +31,7 @@ def vowel() -> Samples:
 
 
 def changed(pitch: float, formants: float) -> Samples:
-    return change_voice(vowel(), [Change("one", pitch, formants)])[0]
+    return transform_voice(vowel(), [VoiceTransformation("one", pitch, formants)])[0]
 
 
 def pitch_of(sound: Samples) -> float:
@@ -81,7 +81,7 @@ def test_a_voice_is_as_long_and_as_loud_as_what_it_was_made_of() -> None:
     sound = changed(1.3, 1.1)
     assert sound.shape == vowel().shape
     assert np.square(sound).mean() == pytest.approx(np.square(vowel()).mean(), rel=0.01)
-    loud = change_voice(9 * vowel(), [Change("loud", 0.8, 0.9)])[0]
+    loud = transform_voice(9 * vowel(), [VoiceTransformation("loud", 0.8, 0.9)])[0]
     assert np.abs(loud).max() < 1
 
 

@@ -11,7 +11,7 @@ from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
 
 app = cli.Application()
 
-_MOST_DELAY = 1000  # frames, 8 s
+_MAX_DELAY = 1000  # frames, 8 s
 _FILE_WIDTH = 160  # of the table where it is no terminal's
 
 
@@ -103,8 +103,8 @@ def _parse_metrics(text: str) -> list[MetricName]:
 
 def _parse_delays(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdecimal() and int(word) <= _MOST_DELAY for word in words):
-        raise InputError(f"--delays {text}: give frames, 0 to {_MOST_DELAY}, with commas between, such as 0,1,3,6")
+    if not all(word.isascii() and word.isdecimal() and int(word) <= _MAX_DELAY for word in words):
+        raise InputError(f"--delays {text}: give frames, 0 to {_MAX_DELAY}, with commas between, such as 0,1,3,6")
     return [int(word) for word in words]
 
 

@@ -23,13 +23,18 @@ from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.models.manifest import file_digest
-from knowledge_boosting.training.data.corpus import SAMPLE_RATE, clips_digest, find_clips, find_speech
-from knowledge_boosting.training.data.dataset_folder import check_root, make_missing, warn_of_broken, write_metadata
+from knowledge_boosting.training.data.corpus import SAMPLE_RATE, find_noise, find_speech, recordings_digest
+from knowledge_boosting.training.data.dataset_folder import (
+    check_root,
+    make_missing_items,
+    warn_of_broken,
+    write_metadata,
+)
 from knowledge_boosting.training.data.items import (
-    BANK,
+    BANK_SPLIT,
     RESPONSE_FILE,
-    Mixtures,
-    Responses,
+    MixtureMaker,
+    ResponseMaker,
     item_name,
     mixture_bytes,
     read_record,
@@ -41,8 +46,8 @@ from knowledge_boosting.training.data.speakers import Speaker, select_speakers, 
 
 app = cli.Application()
 
-_MOST = 1_000_000
-_ROOMS = RoomRanges()
+_MAX_COUNT = 1_000_000
+_DEFAULT_RANGES = RoomRanges()
 
 
 class Task(StrEnum):
@@ -67,9 +72,9 @@ def make_dataset(
         Path | None, typer.Option("--valid-speech", help="Speech of val and test; else --speech is divided by speaker.")
     ] = None,
     task: Annotated[Task | None, typer.Option("--task", help="For tse every item has speaker embeddings.")] = None,
-    train: Annotated[int, typer.Option("--train", min=0, max=_MOST, help="Items of train.")] = 0,
-    val: Annotated[int, typer.Option("--val", min=0, max=_MOST, help="Items of val.")] = 0,
-    test: Annotated[int, typer.Option("--test", min=0, max=_MOST, help="Items of test.")] = 0,
+    train: Annotated[int, typer.Option("--train", min=0, max=_MAX_COUNT, help="Items of train.")] = 0,
+    val: Annotated[int, typer.Option("--val", min=0, max=_MAX_COUNT, help="Items of val.")] = 0,
+    test: Annotated[int, typer.Option("--test", min=0, max=_MAX_COUNT, help="Items of test.")] = 0,
     seconds: Annotated[float, typer.Option("--seconds", min=0.5, max=60, help="Length of an item.")] = 4.0,
     enrollment_seconds: Annotated[
         float, typer.Option("--enrollment-seconds", min=1, max=60, help="tse: speech that an embedding is made of.")
@@ -88,43 +93,45 @@ def make_dataset(
     ] = (15.0, 40.0),
     side: Annotated[
         Range, typer.Option("--side", metavar="LOW HIGH", help="Length and width of a room, m.")
-    ] = _ROOMS.side,
-    height: Annotated[Range, typer.Option("--height", metavar="LOW HIGH", help="Height of a room, m.")] = _ROOMS.height,
+    ] = _DEFAULT_RANGES.side,
+    height: Annotated[
+        Range, typer.Option("--height", metavar="LOW HIGH", help="Height of a room, m.")
+    ] = _DEFAULT_RANGES.height,
     absorption: Annotated[
         Range, typer.Option("--absorption", metavar="LOW HIGH", help="Share of the energy that surfaces take.")
-    ] = _ROOMS.absorption,
+    ] = _DEFAULT_RANGES.absorption,
     anechoic: Annotated[
         float, typer.Option("--anechoic", min=0, max=1, help="Share of rooms without reflections.")
-    ] = _ROOMS.anechoic,
+    ] = _DEFAULT_RANGES.anechoic,
     distance: Annotated[
         Range, typer.Option("--distance", metavar="LOW HIGH", help="Head to speaker, m.")
-    ] = _ROOMS.distance,
+    ] = _DEFAULT_RANGES.distance,
     azimuth: Annotated[
         Range, typer.Option("--azimuth", metavar="LOW HIGH", help="Degrees from where the head faces; 90 is left.")
-    ] = _ROOMS.azimuth,
+    ] = _DEFAULT_RANGES.azimuth,
     elevation: Annotated[
         Range, typer.Option("--elevation", metavar="LOW HIGH", help="Degrees above the height of the head.")
-    ] = _ROOMS.elevation,
+    ] = _DEFAULT_RANGES.elevation,
     separation: Annotated[
         float, typer.Option("--separation", min=0, max=90, help="Least difference of the two azimuths, degrees.")
-    ] = _ROOMS.separation,
+    ] = _DEFAULT_RANGES.separation,
     microphones: Annotated[
         float, typer.Option("--microphones", min=0, max=1, help="Share of rooms with two microphones and no head.")
-    ] = _ROOMS.microphones,
+    ] = _DEFAULT_RANGES.microphones,
     mono: Annotated[
         float,
         typer.Option("--mono", min=0, max=1, help="Share of rooms with one microphone, whose signal comes twice."),
-    ] = _ROOMS.mono,
+    ] = _DEFAULT_RANGES.mono,
     unequal: Annotated[
         float,
         typer.Option(
             "--unequal", min=0, max=1, help="Share of all rooms but mono: one ear or microphone 20 dB weaker."
         ),
-    ] = _ROOMS.unequal,
+    ] = _DEFAULT_RANGES.unequal,
     responses_only: Annotated[
         bool, typer.Option("--responses-only", help="A bank of room responses for dynamic mixing, without speech.")
     ] = False,
-    rooms: Annotated[int, typer.Option("--rooms", min=0, max=_MOST, help="Rooms of the bank.")] = 0,
+    rooms: Annotated[int, typer.Option("--rooms", min=0, max=_MAX_COUNT, help="Rooms of the bank.")] = 0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every draw.")] = 0,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes, one a core if not given; changes no byte.")
@@ -168,7 +175,7 @@ def make_dataset(
     _check_heads(sofa)
     length = round(seconds * SAMPLE_RATE)
     enrollment = round(enrollment_seconds * SAMPLE_RATE) if task is Task.TSE else 0
-    clips = find_clips(noise) if noise is not None else ()
+    recordings = find_noise(noise) if noise is not None else ()
     speakers, digests = _find_splits(folders, counts, length, enrollment, seed, skip_broken=skip_broken)
     parameters: dict[str, object] = {
         "task": task.value,
@@ -184,12 +191,12 @@ def make_dataset(
         "speech": digests["speech"],
         "valid_speech": digests.get("valid_speech"),
         "sofa": _digests(sofa),
-        "noise": clips_digest(clips) if clips else None,
-        "noise_ratio": noise_ratio if clips else None,
+        "noise": recordings_digest(recordings) if recordings else None,
+        "noise_ratio": noise_ratio if recordings else None,
     }
 
-    def prepare() -> Mixtures:
-        return Mixtures(
+    def prepare() -> MixtureMaker:
+        return MixtureMaker(
             Renderer(sofa),
             ranges,
             seed,
@@ -198,12 +205,12 @@ def make_dataset(
             enrollment,
             level_difference,
             level,
-            clips,
+            recordings,
             noise_ratio,
             skip_broken,
         )
 
-    make_missing(
+    make_missing_items(
         output,
         parameters,
         counts,
@@ -220,13 +227,18 @@ def _make_bank(
     root: Path, sofa: Sequence[Path], ranges: RoomRanges, rooms: int, seed: int, workers: int | None
 ) -> None:
     parameters = {"rooms": rooms, "seed": seed, **asdict(ranges), "sofa": _digests(sofa)}
-    bank, items = root / BANK_FILE, root / BANK
+    bank, items = root / BANK_FILE, root / BANK_SPLIT
     if bank.exists():
         check_root(root, parameters)
         print(f"{bank}: made already")
     else:
-        make_missing(
-            root, parameters, {BANK: rooms}, room_bytes(), lambda: Responses(Renderer(sofa), ranges, seed), workers
+        make_missing_items(
+            root,
+            parameters,
+            {BANK_SPLIT: rooms},
+            room_bytes(),
+            lambda: ResponseMaker(Renderer(sofa), ranges, seed),
+            workers,
         )
         write_metadata(root, items, rooms)
         folders = [items / item_name(index) for index in range(rooms)]
@@ -268,11 +280,11 @@ def _find_splits(
         splits = [split for split in counts if len(corpora) == 1 or (split == "train") == (name == "speech")]
         speakers = select_speakers(corpus, length, enrollment)
         if len(speakers) < 2 * len(splits):
-            apart = f" and {enrollment / SAMPLE_RATE:g} s more to enroll with" if enrollment else ""
+            enrolling = f" and {enrollment / SAMPLE_RATE:g} s more to enroll with" if enrollment else ""
             raise InputError(
                 f"{folders[name]}: {len(speakers)} of its {len(corpus.speakers)} speakers have "
-                f"{length / SAMPLE_RATE:g} s of speech in one file{apart}; at least {2 * len(splits)} are needed for "
-                f"{' and '.join(splits)}; add speech or ask for less"
+                f"{length / SAMPLE_RATE:g} s of speech in one file{enrolling}; at least {2 * len(splits)} are needed "
+                f"for {' and '.join(splits)}; add speech or ask for less"
             )
         chosen |= split_speakers(speakers, splits, seed)
     return chosen, {name: corpus.digest for name, corpus in corpora.items()}

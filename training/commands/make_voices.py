@@ -17,19 +17,19 @@ from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.files import atomic_directory, write_by_memory
 from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples, Segment, Utterance, find_speech, read_segment
-from knowledge_boosting.training.data.voices import Change, change_voice, draw_changes
+from knowledge_boosting.training.data.voices import VoiceTransformation, draw_transformations, transform_voice
 from knowledge_boosting.training.workers import run_in_workers
 
 app = cli.Application()
 
 RECORD_FILE = "voices.json"
-_LEAST, _MOST = 0.5, 2.0  # a factor beyond is no human voice any more
+_MIN_FACTOR, _MAX_FACTOR = 0.5, 2.0  # a factor beyond is no human voice any more
 
 
-def _make(root: Path, number: int, utterance: Utterance, speaker: str, changes: Sequence[Change]) -> None:
+def _make(root: Path, number: int, utterance: Utterance, speaker: str, changes: Sequence[VoiceTransformation]) -> None:
     speech = read_segment(Segment(utterance, 0, utterance.length))
     names = [speaker, *(change.voice for change in changes)]
-    for name, samples in zip(names, [speech, *change_voice(speech, changes)], strict=True):
+    for name, samples in zip(names, [speech, *transform_voice(speech, changes)], strict=True):
         _write_flac(root / name / f"{number:04d}.flac", samples)
 
 
@@ -41,8 +41,10 @@ def _write_flac(path: Path, samples: Samples) -> None:
 
 def _check_factors(flag: str, factors: tuple[float, float]) -> None:
     low, high = factors
-    if not _LEAST <= low <= high <= _MOST:
-        raise InputError(f"{flag}: is {low} {high}; give a lower and a higher factor from {_LEAST} to {_MOST}")
+    if not _MIN_FACTOR <= low <= high <= _MAX_FACTOR:
+        raise InputError(
+            f"{flag}: is {low} {high}; give a lower and a higher factor from {_MIN_FACTOR} to {_MAX_FACTOR}"
+        )
 
 
 @app.command()
@@ -66,7 +68,7 @@ def make_voices(
     corpus = find_speech(speech, skip_broken=skip_broken)
     for path, fault in corpus.broken.items():
         cli.warn(f"skipped: {path}: {fault}")
-    drawn = draw_changes(corpus, voices, pitch, formants, seed)
+    drawn = draw_transformations(corpus, voices, pitch, formants, seed)
     calls = [
         (number, utterance, speaker, drawn[speaker])
         for speaker, utterances in corpus.speakers.items()
@@ -75,7 +77,7 @@ def make_voices(
     with atomic_directory(output) as root:
         for name in (*drawn, *(change.voice for own in drawn.values() for change in own)):
             (root / name).mkdir()
-        for _ in run_in_workers(partial(_make, root), calls, workers, after_death="nothing was written"):
+        for _ in run_in_workers(partial(_make, root), calls, workers, crash_advice="nothing was written"):
             pass
         record = {
             "speech": corpus.digest,

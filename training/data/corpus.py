@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
-DERIVED = "~"  # between a speaker's name and the number of a voice that kb-make-voices made of the recordings
+VOICE_SEPARATOR = "~"  # between a speaker's name and the number of a voice that kb-make-voices made of the recordings
 _SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
 _LAYOUTS = "<speaker>/… folders or <speaker>-… file names"
@@ -74,12 +74,12 @@ class Corpus:
     @property
     def digest(self) -> str:
         """A digest of the files' names and lengths, the same wherever the folder lies."""
-        return clips_digest([utterance for own in self.speakers.values() for utterance in own])
+        return recordings_digest([utterance for own in self.speakers.values() for utterance in own])
 
 
-def clips_digest(clips: Sequence[Utterance]) -> str:
+def recordings_digest(recordings: Sequence[Utterance]) -> str:
     """A digest of recordings' names and lengths."""
-    lines = sorted(f"{clip.name} {clip.length}\n" for clip in clips)
+    lines = sorted(f"{recording.name} {recording.length}\n" for recording in recordings)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -98,7 +98,7 @@ def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
         if path.suffix.lower() not in _SUFFIXES or path.name.startswith(".") or not path.is_file():
             continue
         name = path.relative_to(folder)
-        speaker = _speaker(folder, name)
+        speaker = _speaker_of(folder, name)
         try:
             speakers[speaker].append(Utterance(path, name.as_posix(), _length(path)))
         except BrokenFile as error:
@@ -111,7 +111,7 @@ def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
     return Corpus(found, broken)
 
 
-def find_clips(folder: Path) -> tuple[Utterance, ...]:
+def find_noise(folder: Path) -> tuple[Utterance, ...]:
     """Recordings of noise in a folder, at any depth.
 
     Raises:
@@ -120,29 +120,29 @@ def find_clips(folder: Path) -> tuple[Utterance, ...]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a folder of noise")
-    clips = tuple(
+    recordings = tuple(
         Utterance(path, path.relative_to(folder).as_posix(), _length(path))
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
-    if not clips:
+    if not recordings:
         raise InputError(f"{folder}: holds no recordings; give a folder of WAV, FLAC, OGG or MP3")
-    return clips
+    return recordings
 
 
-def read_noise(rng: np.random.Generator, clip: Utterance, length: int) -> Samples:
+def read_noise(rng: np.random.Generator, recording: Utterance, length: int) -> Samples:
     """Samples ``[length]`` of a recording from a place drawn in it; a shorter one is repeated.
 
     Raises:
         BrokenFile: as :func:`read_segment`.
     """
-    if clip.length >= length:
-        return read_segment(Segment(clip, int(rng.integers(clip.length - length + 1)), length))
-    whole = read_segment(Segment(clip, 0, clip.length))
+    if recording.length >= length:
+        return read_segment(Segment(recording, int(rng.integers(recording.length - length + 1)), length))
+    whole = read_segment(Segment(recording, 0, recording.length))
     return np.roll(np.resize(whole, length), int(rng.integers(length)))
 
 
-def read_names(path: Path) -> frozenset[str]:
+def read_speaker_names(path: Path) -> frozenset[str]:
     """The names of speakers in a file, a line each; empty lines and those after # are passed over.
 
     Raises:
@@ -158,7 +158,7 @@ def read_names(path: Path) -> frozenset[str]:
     return names
 
 
-def _speaker(folder: Path, name: Path) -> str:
+def _speaker_of(folder: Path, name: Path) -> str:
     match = _LIBRISPEECH_NAME.fullmatch(name.stem)
     if match:
         return match[1]
@@ -173,7 +173,7 @@ def _speaker(folder: Path, name: Path) -> str:
 def _length(path: Path) -> int:
     from knowledge_boosting.common import sound_files
 
-    with _speech(path) as header:
+    with _open_speech(path) as header:
         if header.samplerate < SAMPLE_RATE:
             raise BrokenFile(path, f"sampled at {header.samplerate} Hz; at least {SAMPLE_RATE} Hz is needed")
         if header.channels != 1:
@@ -187,7 +187,7 @@ def _length(path: Path) -> int:
 
 
 @contextmanager
-def _speech(path: Path) -> "Iterator[Sound]":
+def _open_speech(path: Path) -> "Iterator[Sound]":
     """A file of speech, open; what is wrong with it becomes a :class:`BrokenFile`."""
     from knowledge_boosting.common import sound_files
 
@@ -209,7 +209,7 @@ def read_segment(segment: Segment) -> Samples:
     from knowledge_boosting.common import sound_files
 
     path = segment.utterance.path
-    with _speech(path) as file:
+    with _open_speech(path) as file:
         rate = file.samplerate
         start = segment.start * rate // SAMPLE_RATE
         wanted = min(-(-segment.length * rate // SAMPLE_RATE), file.frames - start)

@@ -16,8 +16,8 @@ from knowledge_boosting.common.files import atomic_directory, atomic_file
 from knowledge_boosting.training.data.items import (
     ITEM_FILE,
     SPLIT_NUMBERS,
-    Mixtures,
-    Responses,
+    MixtureMaker,
+    ResponseMaker,
     item_name,
     read_record,
 )
@@ -28,10 +28,10 @@ _PARAMETERS_FILE = "dataset.json"
 _LEFTOVER = re.compile(r"\.(dataset|metadata|responses|\d{6})-")  # temporary names of what a killed run was writing
 
 
-_maker: Mixtures | Responses  # of a worker process, set when it starts
+_maker: MixtureMaker | ResponseMaker  # of a worker process, set when it starts
 
 
-def _start_worker(maker: Mixtures | Responses) -> None:
+def _start_worker(maker: MixtureMaker | ResponseMaker) -> None:
     global _maker
     _maker = maker
 
@@ -41,7 +41,7 @@ def _make_item(split: Path, index: int) -> dict[Path, str]:
         return _maker.make(split.name, index, folder)
 
 
-def _make_items(maker: Mixtures | Responses, missing: Sequence[tuple[Path, int]], workers: int | None) -> None:
+def _make_items(maker: MixtureMaker | ResponseMaker, missing: Sequence[tuple[Path, int]], workers: int | None) -> None:
     """Make items in worker processes, and warn of the broken files that were left out.
 
     Raises:
@@ -55,7 +55,7 @@ def _make_items(maker: Mixtures | Responses, missing: Sequence[tuple[Path, int]]
         workers,
         start=_start_worker,
         arguments=(maker,),
-        after_death="the same command goes on from here",
+        crash_advice="the same command goes on from here",
     ):
         broken |= found
     warn_of_broken(broken)
@@ -87,13 +87,13 @@ def check_root(root: Path, parameters: Mapping[str, object]) -> None:
         old = made_with.get(name)
         if old != new and (name in made_with or new):
             flag = "--" + name.replace("_", "-")
-            how = f"without {flag}" if old is None else f"with {flag} {_told(old)}"
+            how = f"without {flag}" if old is None else f"with {flag} {_flag_values(old)}"
             if "sha256:" in str(old) and "sha256:" in str(new):
                 how = f"from other {flag} files"
             raise InputError(f"{root}: was made {how}; give another --output, or the same flags to go on with it")
 
 
-def _told(value: object) -> str:
+def _flag_values(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -131,12 +131,12 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def make_missing(
+def make_missing_items(
     root: Path,
     parameters: Mapping[str, object],
     counts: Mapping[str, int],
     item_bytes: int,
-    prepare: Callable[[], Mixtures | Responses],
+    prepare: Callable[[], MixtureMaker | ResponseMaker],
     workers: int | None,
 ) -> None:
     """Make what is missing of ``counts`` items a split, after saying what that takes."""

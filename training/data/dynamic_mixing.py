@@ -21,11 +21,11 @@ from knowledge_boosting.training.data.corpus import (
     BrokenFile,
     Samples,
     Segment,
-    find_clips,
+    find_noise,
     find_speech,
-    read_names,
     read_noise,
     read_segment,
+    read_speaker_names,
     read_speech,
 )
 from knowledge_boosting.training.data.loading import Address, Batch
@@ -58,7 +58,7 @@ class DynamicMixing:
             warn(f"skipped: {line}")
         speakers = select_speakers(corpus, self._segment, self._enrollment)
         if data.excluded_speakers is not None:
-            excluded = read_names(Path(data.excluded_speakers))
+            excluded = read_speaker_names(Path(data.excluded_speakers))
             speakers = {name: speaker for name, speaker in speakers.items() if name not in excluded}
         self.speakers = frozenset(speakers)
         self._speakers = list(speakers.values())
@@ -66,13 +66,15 @@ class DynamicMixing:
             raise InputError(f"{data.speech}: has {len(self._speakers)} speakers with enough speech, two are needed")
         self._bank = read_bank(Path(data.responses))
         # Noise has a room of its own, with the same listener.
-        self._alike = {number: np.flatnonzero(self._bank.listeners == number) for number in set(self._bank.listeners)}
-        self._noise = find_clips(Path(data.noise)) if data.noise is not None else ()
+        self._rooms_by_listener = {
+            number: np.flatnonzero(self._bank.listeners == number) for number in set(self._bank.listeners)
+        }
+        self._noise = find_noise(Path(data.noise)) if data.noise is not None else ()
         self._embeddings: dict[tuple[Segment, float], torch.Tensor] = {}
         if data.candidates > 1:
             if not model.needs_speaker or data.candidates >= len(self._speakers):
                 raise InputError(f"train.candidates: must be 1 for separation, and less than {len(self._speakers)}")
-            self._voices = self.speaker_embeddings()
+            self._speaker_embeddings = self.speaker_embeddings()
 
     def __len__(self) -> int:
         return self._data.items
@@ -101,15 +103,15 @@ class DynamicMixing:
         first, *others = rng.choice(len(self._speakers), 1 + self._data.candidates, replace=False)
         second = others[0]
         if len(others) > 1:
-            likeness = self._voices @ self._voices[first]
-            second = min(others, key=lambda index: float(likeness[index]))
+            similarity = self._speaker_embeddings @ self._speaker_embeddings[first]
+            second = min(others, key=lambda index: float(similarity[index]))
         speakers = [self._speakers[first], self._speakers[second]]
         segments = [draw_segments(rng, speaker, self._segment, self._enrollment) for speaker in speakers]
         # Speech that plays faster is another voice, and so its enrollment must play as fast.
         speeds = (1 + self._data.speed * rng.integers(-_SPEEDS, _SPEEDS + 1, size=2) / _SPEEDS).tolist()
         speech = []
         for (mixed, _), speed in zip(segments, speeds, strict=True):
-            samples = _at_speed(read_speech(mixed), speed)
+            samples = _change_speed(read_speech(mixed), speed)
             speech.append(np.pad(samples, (0, max(0, self._length - len(samples))))[: self._length])
         room = rng.integers(len(self._bank.responses))
         example: dict[str, Any] = {
@@ -121,7 +123,7 @@ class DynamicMixing:
         example["level_dbfs"] = torch.tensor(rng.uniform(*self._data.level_dbfs))
         example |= self._draw_conditions(rng, int(self._bank.listeners[room]))
         if rng.uniform() < self._data.pauses:
-            _pause(rng, example["speech"])
+            _insert_pause(rng, example["speech"])
         if self._model.needs_speaker:
             example["speaker_embedding"] = torch.stack(
                 [self._embedding(*pair, speed) for pair, speed in zip(segments, speeds, strict=True)]
@@ -137,9 +139,9 @@ class DynamicMixing:
         if data.level_change_db:
             drawn["level_change_db"] = torch.tensor(data.level_change_db * rng.uniform(-1, 1))
         if self._noise:
-            clip = self._noise[rng.integers(len(self._noise))]
-            places = [read_noise(rng, clip, self._length) for _ in range(2)]
-            room = rng.choice(self._alike[listener])
+            recording = self._noise[rng.integers(len(self._noise))]
+            places = [read_noise(rng, recording, self._length) for _ in range(2)]
+            room = rng.choice(self._rooms_by_listener[listener])
             drawn["noise"] = torch.from_numpy(np.stack(places))
             drawn["noise_responses"] = torch.from_numpy(self._bank.responses[room])
             drawn["noise_db"] = torch.tensor(rng.uniform(*data.noise_db))
@@ -170,18 +172,18 @@ class DynamicMixing:
         ):
             enrollment = whole
         if (enrollment, speed) not in self._embeddings:
-            speech = _at_speed(read_segment(enrollment), speed)[: _ENROLLMENT_SECONDS * SAMPLE_RATE]
+            speech = _change_speed(read_segment(enrollment), speed)[: _ENROLLMENT_SECONDS * SAMPLE_RATE]
             self._embeddings[enrollment, speed] = torch.from_numpy(speaker_embedding(speech))
         return self._embeddings[enrollment, speed]
 
 
-_LEAST_SPEECH = 0.3  # share of a mixture that a speaker speaks for, however long the pause
+_MIN_SPEECH = 0.3  # share of a mixture that a speaker speaks for, however long the pause
 
 
-def _pause(rng: np.random.Generator, speech: Tensor) -> None:
+def _insert_pause(rng: np.random.Generator, speech: Tensor) -> None:
     """Silence one speaker's speech ``[2, N]`` for a while, or that of both at first, in place."""
     length = speech.shape[-1]
-    pause = round(rng.uniform(0, 1 - _LEAST_SPEECH) * length)
+    pause = round(rng.uniform(0, 1 - _MIN_SPEECH) * length)
     if rng.uniform() < 0.25:
         speech[:, :pause] = 0
         return
@@ -189,19 +191,19 @@ def _pause(rng: np.random.Generator, speech: Tensor) -> None:
     speech[int(rng.integers(2)), max(start, 0) : start + pause] = 0
 
 
-def _at_speed(samples: Samples, speed: float) -> Samples:
+def _change_speed(samples: Samples, speed: float) -> Samples:
     return soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE) if speed != 1 else samples
 
 
 _HEADROOM = 0.99
 
 
-def _gain(decibels: Tensor) -> Tensor:
+def _to_gain(decibels: Tensor) -> Tensor:
     gain: Tensor = 10 ** (decibels / 20)
     return gain
 
 
-def _heard(signals: Tensor, responses: Tensor) -> Tensor:
+def _convolve(signals: Tensor, responses: Tensor) -> Tensor:
     """Signals ``[B, 2, N]`` through responses ``[B, 2, M, K]``: ``[B, 2, M, N]``."""
     length = signals.shape[-1]
     # A transform of any other length takes several times as long.
@@ -218,24 +220,24 @@ def render(batch: Batch) -> Batch:
     """
     if "speech" not in batch:
         return batch
-    heard = _heard(batch["speech"], batch["responses"])  # [B, 2, M, N]
+    heard = _convolve(batch["speech"], batch["responses"])  # [B, 2, M, N]
     level = heard.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-8)
     signs = torch.tensor([1.0, -1.0], device=heard.device)
-    sources = heard / level * _gain(batch["level_difference_db"][:, None] / 2 * signs)[..., None, None]
+    sources = heard / level * _to_gain(batch["level_difference_db"][:, None] / 2 * signs)[..., None, None]
     if "ear_difference_db" in batch:
-        sources = sources * _gain(batch["ear_difference_db"][:, None] / 2 * signs)[:, None, :, None]
+        sources = sources * _to_gain(batch["ear_difference_db"][:, None] / 2 * signs)[:, None, :, None]
     mixture = sources.sum(1)
     if "noise" in batch:
-        noise = _heard(batch["noise"], batch["noise_responses"]).sum(1)
+        noise = _convolve(batch["noise"], batch["noise_responses"]).sum(1)
         if "ear_difference_db" in batch:
-            noise = noise * _gain(batch["ear_difference_db"][:, None] / 2 * signs)[..., None]
+            noise = noise * _to_gain(batch["ear_difference_db"][:, None] / 2 * signs)[..., None]
         ratio = mixture.square().mean((-2, -1)) / noise.square().mean((-2, -1)).clamp_min(1e-16)
-        mixture = mixture + noise * (ratio.sqrt() * _gain(-batch["noise_db"]))[:, None, None]
+        mixture = mixture + noise * (ratio.sqrt() * _to_gain(-batch["noise_db"]))[:, None, None]
     if "level_change_db" in batch:
         way = torch.linspace(-0.5, 0.5, mixture.shape[-1], device=mixture.device)
-        change = _gain(batch["level_change_db"][:, None] * way)[:, None]
+        change = _to_gain(batch["level_change_db"][:, None] * way)[:, None]
         mixture, sources = mixture * change, sources * change[:, None]
-    gain = _gain(batch["level_dbfs"]) / mixture.square().mean((-2, -1)).sqrt()
+    gain = _to_gain(batch["level_dbfs"]) / mixture.square().mean((-2, -1)).sqrt()
     peak = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1)))
     gain = torch.minimum(gain, _HEADROOM / peak)[:, None, None]
     sources, mixture = (sources * gain[:, None]).float(), (mixture * gain).float()

@@ -17,17 +17,17 @@ from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples, Uttera
 from knowledge_boosting.training.data.layout import NOISE_FILE, SPLITS
 from knowledge_boosting.training.data.responses import HEADROOM, RESPONSE_LENGTH, Renderer, level_gains, render
 from knowledge_boosting.training.data.rooms import Listener, Range, RoomRanges, draw_room
-from knowledge_boosting.training.data.speakers import Speaker, draw_voices
+from knowledge_boosting.training.data.speakers import Speaker, draw_sources
 
 ITEM_FILE = "metadata.json"
 RESPONSE_FILE = "responses.npy"
-BANK = "rooms"  # where the rooms of a bank wait until all are there
-SPLIT_NUMBERS = {split: number for number, split in enumerate((*SPLITS, BANK))}
+BANK_SPLIT = "rooms"  # where the rooms of a bank wait until all are there
+SPLIT_NUMBERS = {split: number for number, split in enumerate((*SPLITS, BANK_SPLIT))}
 _BLOCK = 4096  # bytes; a file takes whole blocks of a disk
 
 
 @dataclass(frozen=True)
-class Mixtures:
+class MixtureMaker:
     """What a worker needs to make mixtures. Lengths are samples at 16 kHz."""
 
     renderer: Renderer
@@ -47,26 +47,26 @@ class Mixtures:
         rng = np.random.default_rng([self.seed, SPLIT_NUMBERS[split], index])
         room = draw_room(rng, self.rooms, self.renderer.heads)
         difference, level = rng.uniform(*self.difference), rng.uniform(*self.level)
-        voices, broken = draw_voices(
+        dry_sources, broken = draw_sources(
             rng, self.speakers[split], self.length, self.enrollment, skip_broken=self.skip_broken
         )
         responses = self.renderer.responses(room)
-        sources = [render(voice.speech, own) for voice, own in zip(voices, responses, strict=True)]
+        sources = [render(dry.speech, response) for dry, response in zip(dry_sources, responses, strict=True)]
         gains = level_gains(sources, difference, level)
-        heard = [gain * source for gain, source in zip(gains, sources, strict=True)]
+        sources = [gain * source for gain, source in zip(gains, sources, strict=True)]
         record: dict[str, object] = {"item": item_name(index), **room.record()}
         if self.noise:
-            noise, drawn = self._noise(rng, heard[0] + heard[1], room.listener)
-            factor = min(1.0, HEADROOM / float(np.abs(heard[0] + heard[1] + noise).max()))
-            heard = [factor * source for source in heard]
+            noise, drawn = self._noise(rng, sources[0] + sources[1], room.listener)
+            factor = min(1.0, HEADROOM / float(np.abs(sources[0] + sources[1] + noise).max()))
+            sources = [factor * source for source in sources]
             gains = (factor * gains[0], factor * gains[1])
             _write_wav(folder / NOISE_FILE, factor * noise)
             record |= drawn
-        for number, voice, source, gain in zip(("00", "01"), voices, heard, gains, strict=True):
+        for number, dry, source, gain in zip(("00", "01"), dry_sources, sources, gains, strict=True):
             _write_wav(folder / f"source{number}.wav", source)
-            if voice.embedding is not None:
-                _write_embedding(folder / f"spk_id{number}.pt", voice.embedding)
-            record |= {**voice.record(number), f"gain{number}": gain}
+            if dry.embedding is not None:
+                _write_embedding(folder / f"spk_id{number}.pt", dry.embedding)
+            record |= {**dry.record(number), f"gain{number}": gain}
         _write_record(folder, {**record, "level_difference_db": difference, "mixture_level_dbfs": level})
         return broken
 
@@ -74,18 +74,18 @@ class Mixtures:
         self, rng: np.random.Generator, mixture: Samples, listener: Listener
     ) -> tuple[Samples, dict[str, object]]:
         """Noise ``[2, N]`` from two places in a room of its own, as the same listener hears it, and its record."""
-        clip = self.noise[rng.integers(len(self.noise))]
+        recording = self.noise[rng.integers(len(self.noise))]
         ratio = rng.uniform(*self.noise_ratio)
-        places = [read_noise(rng, clip, mixture.shape[1]) for _ in range(2)]
+        places = [read_noise(rng, recording, mixture.shape[1]) for _ in range(2)]
         room = replace(draw_room(rng, self.rooms, self.renderer.heads), listener=listener)
         noise = np.sum([render(*pair) for pair in zip(places, self.renderer.responses(room), strict=True)], axis=0)
         power = max(float(np.mean(np.square(noise))), 1e-16)
         gain = math.sqrt(float(np.mean(np.square(mixture))) / power) * 10 ** (-ratio / 20)
-        return gain * noise, {"noise": clip.name, "noise_ratio_db": ratio}
+        return gain * noise, {"noise": recording.name, "noise_ratio_db": ratio}
 
 
 @dataclass(frozen=True)
-class Responses:
+class ResponseMaker:
     """What a worker needs to make the rooms of a bank."""
 
     renderer: Renderer

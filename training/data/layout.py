@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from knowledge_boosting.common.errors import InputError, reason
-from knowledge_boosting.training.data.corpus import DERIVED
+from knowledge_boosting.training.data.corpus import VOICE_SEPARATOR
 
 SPLITS = ("train", "val", "test")
 NOISE_FILE = "noise.wav"  # of an item, beside its sources
@@ -35,8 +35,10 @@ def refuse_shared_speakers(trained: Collection[str], split: Path) -> None:
         InputError: a speaker of the split is among those ``trained``.
     """
     # A voice made of a speaker's recordings is that speaker, on either side.
-    heard, learned = ({name.partition(DERIVED)[0] for name in names} for names in (mixture_speakers(split), trained))
-    shared = sorted(heard & learned)
+    measured, learned = (
+        {name.partition(VOICE_SEPARATOR)[0] for name in names} for names in (mixture_speakers(split), trained)
+    )
+    shared = sorted(measured & learned)
     if shared:
         others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise InputError(

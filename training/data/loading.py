@@ -139,7 +139,7 @@ class EpochOrder(Sampler[list[Address]]):
             yield [(self._epoch, int(index)) for index in (own if len(own) else batch[:1])]
 
 
-class _Signals:
+class _WorkerSignals:
     """What a worker does with the signals that its whole group gets: it leaves them to the trainer, which ends it.
 
     A trainer that leaves while an epoch is under way ends it by SIGTERM, and waits until it has ended.
@@ -169,7 +169,7 @@ class Loader(DataLoader[Any]):
             sampler=order,
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=_Signals() if workers else None,
+            worker_init_fn=_WorkerSignals() if workers else None,
             persistent_workers=workers > 0,  # which keep the d-vectors they have made
             pin_memory=torch.cuda.is_available(),
         )

@@ -38,11 +38,11 @@ def check_sofa(path: Path) -> None:
     """
     existing_file(path, "a SOFA file of head-related responses")
     call = [sys.executable, "-m", sofa_check.__name__, str(path)]
-    looked = subprocess.run(call, capture_output=True, text=True, check=False)
+    result = subprocess.run(call, capture_output=True, text=True, check=False)
     try:
-        fault: str = json.loads(looked.stdout.splitlines()[-1])
+        fault: str = json.loads(result.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        fault = sofa_check.unusable("it is damaged: reading it crashes, or does not end")
+        fault = sofa_check.unusable_message("it is damaged: reading it crashes, or does not end")
     if fault:
         raise InputError(f"{path}: {fault}")
 
@@ -84,8 +84,8 @@ class Renderer:
         )
         # Both ears at the head's centre: the measured responses hold the time between them.
         left = math.radians(room.facing + 90)
-        apart = listener.spacing / 2 * np.array([math.cos(left), math.sin(left), 0])
-        places = np.array([room.head + apart, room.head - apart]).T
+        offset = listener.spacing / 2 * np.array([math.cos(left), math.sin(left), 0])
+        places = np.array([room.head + offset, room.head - offset]).T
         shoebox.add_microphone_array(pyroomacoustics.MicrophoneArray(places, SAMPLE_RATE, directivity=ears))
         for speaker in room.speakers:
             shoebox.add_source(speaker.position)
@@ -112,7 +112,7 @@ def _read_ears(sofa: Path) -> list[Any]:
     try:
         responses = MeasuredDirectivityFile(sofa, fs=SAMPLE_RATE)
     except Exception as error:  # whatever python-sofa and pyroomacoustics say of a strange file
-        raise InputError(f"{sofa}: {sofa_check.unusable(reason(error, sofa))}") from None
+        raise InputError(f"{sofa}: {sofa_check.unusable_message(reason(error, sofa))}") from None
     # Single precision halves the time, and is 139 dB below the response.
     responses.impulse_responses = responses.impulse_responses.astype(np.float32)
     # SOFA leaves it to the file which ear comes first; y points to the listener's left.
@@ -148,7 +148,7 @@ def level_gains(sources: Sequence[Samples], difference: float, level: float) -> 
 
 
 @dataclass(frozen=True)
-class Bank:
+class ResponseBank:
     """Room responses for dynamic mixing."""
 
     responses: Samples  # [rooms, 2 speakers, 2 ears, K] at 16 kHz
@@ -163,7 +163,7 @@ def write_bank(path: Path, responses: Samples, listeners: Sequence[str]) -> None
     save_file({"responses": responses, "listeners": numbers}, path)
 
 
-def read_bank(path: Path) -> Bank:
+def read_bank(path: Path) -> ResponseBank:
     """A bank of room responses that ``--responses-only`` made.
 
     Raises:
@@ -187,4 +187,4 @@ def read_bank(path: Path) -> Bank:
     listeners = content.get("listeners", np.zeros(len(responses), np.int64))
     if listeners.dtype != np.int64 or listeners.shape != responses.shape[:1]:
         raise InputError(f"{path}: does not tell every room's listener; make it again")
-    return Bank(responses, listeners)
+    return ResponseBank(responses, listeners)

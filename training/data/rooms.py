@@ -57,20 +57,20 @@ class RoomRanges:
             )
 
 
-def check_range(flag: str, values: Range, least: float, most: float) -> None:
+def check_range(flag: str, values: Range, lowest: float, highest: float) -> None:
     """Whether a flag's two values are a range within bounds.
 
     Raises:
         InputError: they are not, which a NaN is not either.
     """
-    if not least <= values[0] <= values[1] <= most:
-        raise InputError(f"{flag} {values[0]:g} {values[1]:g}: give LOW HIGH, {least:g} <= LOW <= HIGH <= {most:g}")
+    if not lowest <= values[0] <= values[1] <= highest:
+        raise InputError(f"{flag} {values[0]:g} {values[1]:g}: give LOW HIGH, {lowest:g} <= LOW <= HIGH <= {highest:g}")
 
 
 MICROPHONES, MONO = "microphones", "mono"
 _SPACING = (0.03, 0.2)  # m, of two microphones
-_UNEQUAL_DB = 6.0  # most that one of them is more sensitive than the other
-_WEAK_DB = 20.0  # as when one of two microphones is covered
+_MAX_SENSITIVITY_DIFFERENCE_DB = 6.0  # most that one of them is more sensitive than the other
+_COVERED_MICROPHONE_DB = 20.0  # as when one of two microphones is covered
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,24 @@ class Listener:
 
 
 def _draw_listener(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
-    listener = _draw_kind(rng, ranges, heads)
+    listener = _draw_listener_kind(rng, ranges, heads)
     if ranges.unequal and rng.uniform() < ranges.unequal and listener.kind != MONO:
-        return replace(listener, difference=_WEAK_DB * float(rng.choice((-1, 1))))
+        return replace(listener, difference=_COVERED_MICROPHONE_DB * float(rng.choice((-1, 1))))
     return listener
 
 
-def _draw_kind(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
+def _draw_listener_kind(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
     # Where only one head is possible nothing is drawn.
     if ranges.microphones or ranges.mono:
         share = rng.uniform()
         if share < ranges.mono:
             return Listener(MONO)
         if share < ranges.mono + ranges.microphones:
-            return Listener(MICROPHONES, rng.uniform(*_SPACING), rng.uniform(-_UNEQUAL_DB, _UNEQUAL_DB))
+            return Listener(
+                MICROPHONES,
+                rng.uniform(*_SPACING),
+                rng.uniform(-_MAX_SENSITIVITY_DIFFERENCE_DB, _MAX_SENSITIVITY_DIFFERENCE_DB),
+            )
     return Listener(heads[int(rng.integers(len(heads)))] if len(heads) > 1 else heads[0])
 
 
@@ -185,8 +189,8 @@ def draw_room(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]
             for speaker in speakers
             for x, side in zip(speaker.position, size, strict=True)
         )
-        apart = abs((speakers[0].azimuth - speakers[1].azimuth + 180) % 360 - 180)
-        if inside and apart >= ranges.separation:
+        separation = abs((speakers[0].azimuth - speakers[1].azimuth + 180) % 360 - 180)
+        if inside and separation >= ranges.separation:
             return Room(size, absorption, head, facing, speakers, _draw_listener(rng, ranges, heads))
     raise InputError(
         f"--distance, --azimuth, --elevation: no place for two speakers in a room of "

@@ -16,7 +16,7 @@ _FIELDS = ("Data.IR", "Data.SamplingRate", "Data.Delay", "SourcePosition", "Rece
 _SECONDS = 20  # of a processor; a file of ten thousand directions takes two
 
 
-def fault_of(path: Path) -> str:
+def find_fault(path: Path) -> str:
     """Why pyroomacoustics cannot read a file right, and what to do; empty if it can."""
     import netCDF4
 
@@ -24,15 +24,15 @@ def fault_of(path: Path) -> str:
         with netCDF4.Dataset(path) as file:
             missing = [name for name in _FIELDS if name not in file.variables]
             if missing:
-                return unusable(f"lacks {', '.join(missing)}")
+                return unusable_message(f"lacks {', '.join(missing)}")
             responses, delay, position = (file[name][:] for name in ("Data.IR", "Data.Delay", "SourcePosition"))
             spherical = getattr(file["SourcePosition"], "Type", "") == "spherical"
     except Exception as error:  # HDF5's of damaged files are of many kinds
-        return unusable(reason(error))
+        return unusable_message(reason(error))
     if responses.ndim != 3 or responses.shape[1] != 2:
         return f"Data.IR is {list(responses.shape)}; give [directions, 2 ears, samples]"
     if not np.issubdtype(responses.dtype, np.floating) or position.ndim != 2 or position.shape[1] != 3:
-        return unusable("Data.IR or SourcePosition is of another kind or shape")
+        return unusable_message("Data.IR or SourcePosition is of another kind or shape")
     if not np.isfinite(responses).all() or not responses.any():
         return "Data.IR is zero, NaN or infinite; give another file"
     if delay.any():
@@ -43,7 +43,7 @@ def fault_of(path: Path) -> str:
     return ""
 
 
-def unusable(why: str) -> str:
+def unusable_message(why: str) -> str:
     """That a file is no SOFA file, or a damaged one."""
     return f"not usable as head-related responses ({why}); give a SOFA file (SimpleFreeFieldHRIR)"
 
@@ -53,4 +53,4 @@ if __name__ == "__main__":
         import resource
 
         resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-    print(json.dumps(fault_of(Path(sys.argv[1]))))
+    print(json.dumps(find_fault(Path(sys.argv[1]))))

@@ -91,33 +91,33 @@ def draw_segments(rng: np.random.Generator, speaker: Speaker, length: int, enrol
 
 
 @dataclass(frozen=True)
-class Voice:
+class DrySource:
     """What one speaker of a mixture says."""
 
     speaker: str
-    mixed: Segment
-    other: Segment
+    segment: Segment
+    enrollment: Segment
     speech: Samples  # [N]
-    embedding: Samples | None  # [1, 256], of the other segment
+    embedding: Samples | None  # [1, 256], of the enrollment
 
     def record(self, number: str) -> dict[str, object]:
         """Where it comes from, the columns of ``metadata.csv`` for the source of that number."""
         record: dict[str, object] = {
             f"speaker{number}": self.speaker,
-            f"utterance{number}": self.mixed.utterance.name,
-            f"offset{number}_samples": self.mixed.start,
+            f"utterance{number}": self.segment.utterance.name,
+            f"offset{number}_samples": self.segment.start,
         }
         if self.embedding is not None:
             record |= {
-                f"enrollment{number}": self.other.utterance.name,
-                f"enrollment_offset{number}_samples": self.other.start,
+                f"enrollment{number}": self.enrollment.utterance.name,
+                f"enrollment_offset{number}_samples": self.enrollment.start,
             }
         return record
 
 
-def draw_voices(
+def draw_sources(
     rng: np.random.Generator, speakers: Sequence[Speaker], length: int, enrollment: int, *, skip_broken: bool
-) -> tuple[list[Voice], dict[Path, str]]:
+) -> tuple[list[DrySource], dict[Path, str]]:
     """Two different speakers' speech, with embeddings if ``enrollment`` is not 0.
 
     Silence is drawn again, and broken files are if ``skip_broken``.
@@ -136,7 +136,7 @@ def draw_voices(
         segments = [draw_segments(rng, speaker, length, enrollment) for speaker in chosen]
         try:
             return [
-                Voice(
+                DrySource(
                     speaker.name,
                     mixed,
                     other,

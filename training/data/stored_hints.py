@@ -29,9 +29,9 @@ from knowledge_boosting.models.pair import BoostedPair
 from knowledge_boosting.training.config import StoredData
 
 RECORD_FILE = "hints.json"
-SHARD = 32  # examples
+SHARD_SIZE = 32  # examples
 STORED_LARGE = "stored_large"  # what a run's checkpoint keeps of the digest
-_AT_ONCE = 8  # examples that the large network hears at once
+_LARGE_BATCH_SIZE = 8  # examples that the large network hears at once
 
 
 class Record(Strict):
@@ -74,7 +74,7 @@ class StoredHints:
                 f"{self._root}: has hints of another large network than the configuration's; make them again with "
                 "kb-store-hints"
             )
-        missing = first_missing(self._root, record)
+        missing = first_missing_shard(self._root, record)
         if missing < record.shards:
             path = shard_path(self._root, missing)
             raise InputError(f"{path}: no such file; the same kb-store-hints command makes what is missing")
@@ -91,7 +91,7 @@ class StoredHints:
         Raises:
             InputError: its file cannot be used.
         """
-        shard, number = divmod(address[1], SHARD)
+        shard, number = divmod(address[1], SHARD_SIZE)
         path = shard_path(self._root, shard)
         names = ["mixture", "sources", "embedding", "scale", *(["speaker_embedding"] if self._needs_speaker else [])]
         try:
@@ -145,7 +145,7 @@ def open_folder(root: Path, record: Record) -> None:
         temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def first_missing(root: Path, record: Record) -> int:
+def first_missing_shard(root: Path, record: Record) -> int:
     """The first shard that is not there; those before it are."""
     return next((shard for shard in range(record.shards) if not shard_path(root, shard).is_file()), record.shards)
 
@@ -156,17 +156,17 @@ def write_shard(path: Path, pair: BoostedPair, batch: Mapping[str, Any]) -> None
     Raises:
         InputError: the folder cannot be written.
     """
-    packed = _packed(pair, batch)
+    packed = _pack(pair, batch)
     with atomic_file(path) as temporary:
         temporary.write_bytes(save(packed))
 
 
 @torch.no_grad()
-def _packed(pair: BoostedPair, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _pack(pair: BoostedPair, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     mixture, sources, speakers = batch["mixture"], batch["sources"], batch.get("speaker_embedding")
     embeddings = [
         pair.large.embed(mixture[some], None if speakers is None else speakers[some]).half()
-        for some in torch.arange(len(mixture)).split(_AT_ONCE)
+        for some in torch.arange(len(mixture)).split(_LARGE_BATCH_SIZE)
     ]
     scale = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1))).clamp_min(1e-8)
     packed = {

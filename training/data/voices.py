@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from knowledge_boosting.training.data.corpus import DERIVED, SAMPLE_RATE, Corpus, Samples
+from knowledge_boosting.training.data.corpus import SAMPLE_RATE, VOICE_SEPARATOR, Corpus, Samples
 
 _LOWEST_PITCH, _HIGHEST_PITCH = 65.0, 500.0  # Hz, of recorded speech
 _FULL_SCALE = 0.99
 
 
 @dataclass(frozen=True)
-class Change:
+class VoiceTransformation:
     """What makes a speaker's recordings another voice."""
 
     voice: str  # its name
@@ -29,7 +29,7 @@ class Change:
     formants: float  # factor
 
 
-def change_voice(speech: Samples, changes: Sequence[Change]) -> list[Samples]:
+def transform_voice(speech: Samples, changes: Sequence[VoiceTransformation]) -> list[Samples]:
     """Speech ``[N]`` at 16 kHz in other voices, each ``[N]`` and as loud.
 
     Factors of 1 give what the vocoder makes of the voice itself, which sounds like it but has other samples.
@@ -63,16 +63,16 @@ def _stretched(envelope: npt.NDArray[np.float64], factor: float) -> npt.NDArray[
     return np.ascontiguousarray(np.exp((1 - share) * logarithm[:, lower] + share * logarithm[:, lower + 1]))
 
 
-def draw_changes(
+def draw_transformations(
     corpus: Corpus, count: int, pitch: tuple[float, float], formants: tuple[float, float], seed: int
-) -> dict[str, tuple[Change, ...]]:
+) -> dict[str, tuple[VoiceTransformation, ...]]:
     """``count`` voices of every speaker, factors drawn evenly on a logarithmic scale, for each speaker by itself."""
     drawn = {}
     for index, speaker in enumerate(corpus.speakers):
         rng = np.random.default_rng([seed, index])
         factors = np.exp(rng.uniform(np.log([pitch[0], formants[0]]), np.log([pitch[1], formants[1]]), (count, 2)))
         drawn[speaker] = tuple(
-            Change(f"{speaker}{DERIVED}{number}", round(float(first), 4), round(float(second), 4))
+            VoiceTransformation(f"{speaker}{VOICE_SEPARATOR}{number}", round(float(first), 4), round(float(second), 4))
             for number, (first, second) in enumerate(factors, 1)
         )
     return drawn

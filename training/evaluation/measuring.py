@@ -33,9 +33,9 @@ from knowledge_boosting.training.evaluation.results import (
     compare,
 )
 from knowledge_boosting.training.evaluation.scores import Scores, quick_figures
-from knowledge_boosting.training.evaluation.systems import MIXTURE, Key, Model, listen, load_models, milliseconds
+from knowledge_boosting.training.evaluation.systems import MIXTURE, Key, Model, load_models, milliseconds, run_systems
 
-_SHORTEST = 0.5  # s; in less, STOI and PESQ find no speech
+_MIN_SECONDS = 0.5  # s; in less, STOI and PESQ find no speech
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ def _check_items(data: MixtureFolder, metrics: Sequence[MetricName]) -> int:
         length = sources.shape[-1]
         if not bool((sources.amax(-1) > sources.amin(-1)).all()):
             raise InputError(f"{item}: a source is silent at a microphone, nothing can be measured against it")
-        if length < _SHORTEST * SAMPLE_RATE and any(METRICS[metric].slow for metric in metrics):
+        if length < _MIN_SECONDS * SAMPLE_RATE and any(METRICS[metric].slow for metric in metrics):
             raise InputError(
-                f"{item}: is shorter than {_SHORTEST:g} s, too short for STOI and PESQ; leave them out of --metrics"
+                f"{item}: is shorter than {_MIN_SECONDS:g} s, too short for STOI and PESQ; leave them out of --metrics"
             )
         total += length
     return total
@@ -158,16 +158,16 @@ def _measure_all(
         for model in models:
             own = model.record.delay_frames
             wanted = [] if own is None else sorted({own, *delays})
-            asked = listen(model, data, wanted, device, streaming=streaming)
-            whole = listen(model, data, wanted, device, streaming=False) if streaming else repeat(None)
-            for index, ((heard, estimates), offline) in enumerate(zip(asked, whole, strict=False)):
+            measured = run_systems(model, data, wanted, device, streaming=streaming)
+            whole = run_systems(model, data, wanted, device, streaming=False) if streaming else repeat(None)
+            for index, ((item, estimates), offline) in enumerate(zip(measured, whole, strict=False)):
                 if model is models[0]:
-                    scores.add(MIXTURE, index, heard.mixture[:, None].expand_as(heard.sources), heard)
+                    scores.add(MIXTURE, index, item.mixture[:, None].expand_as(item.sources), item)
                 for key, estimate in estimates.items():
-                    decibels = scores.add(key, index, estimate, heard)
+                    decibels = scores.add(key, index, estimate, item)
                     if offline is None:
                         continue
-                    reference = quick_figures(offline[1][key], heard)
+                    reference = quick_figures(offline[1][key], item)
                     difference = max(abs(decibels[metric] - reference[metric]) for metric in decibels)
                     if worst is None or difference > worst.largest_difference_db:
                         worst = StreamingRecord(

@@ -30,9 +30,9 @@ def snr_improvement(estimates: "Tensor", references: "Tensor", mixture: "Tensor"
     """SNR of matched estimates over that of the mixture, dB, mean over sources and microphones, ``[B]``."""
     from torchmetrics.functional.audio import signal_noise_ratio
 
-    from knowledge_boosting.training.evaluation.si_sdr import match
+    from knowledge_boosting.training.evaluation.si_sdr import match_sources
 
-    after = signal_noise_ratio(match(estimates, references), references)
+    after = signal_noise_ratio(match_sources(estimates, references), references)
     before = signal_noise_ratio(mixture[:, None].expand_as(references), references)
     improvement: Tensor = (after - before).mean((1, 2))
     return improvement
@@ -42,9 +42,9 @@ def stoi(estimates: "Tensor", references: "Tensor") -> "Tensor":
     """Short-time objective intelligibility of matched estimates, 0 to 1, mean over sources and microphones, ``[B]``."""
     from torchmetrics.functional.audio import short_time_objective_intelligibility
 
-    from knowledge_boosting.training.evaluation.si_sdr import match
+    from knowledge_boosting.training.evaluation.si_sdr import match_sources
 
-    score: Tensor = short_time_objective_intelligibility(match(estimates, references), references, SAMPLE_RATE)
+    score: Tensor = short_time_objective_intelligibility(match_sources(estimates, references), references, SAMPLE_RATE)
     return score.mean((1, 2))
 
 
@@ -52,9 +52,9 @@ def pesq(estimates: "Tensor", references: "Tensor") -> "Tensor":
     """Wide-band PESQ of matched estimates, mean over sources and microphones, ``[B]``; NaN where it cannot judge."""
     import torch
 
-    from knowledge_boosting.training.evaluation.si_sdr import match
+    from knowledge_boosting.training.evaluation.si_sdr import match_sources
 
-    matched = match(estimates, references).cpu()
+    matched = match_sources(estimates, references).cpu()
     scores = [
         _pesq(estimate, reference)
         for estimate, reference in zip(matched.flatten(0, 2), references.cpu().flatten(0, 2), strict=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_boosting.common.pictures import any_words
-from knowledge_boosting.training.evaluation.results import RETIMED, SYSTEMS, Results, Row, System
+from knowledge_boosting.training.evaluation.results import OTHER_DELAY_NOTE, SYSTEMS, Results, Row, System
 
 _COLOURS: dict[System, str] = {  # Okabe and Ito: told apart by everybody
     "mixture": "#999999",
@@ -63,7 +63,7 @@ def _draw_systems(axis: Any, results: Results) -> None:
         headings.append(labels[name])
         for row in rows:
             line -= 1
-            late = f", {row.lateness}" if row.delay_ms is not None else ""
+            late = f", {row.delay_label}" if row.delay_ms is not None else ""
             ticks.append((line, SYSTEMS[row.system] + late))
             figure = row.figures["si_sdri"]
             _draw_point(axis, row, line, horizontal=True)
@@ -81,8 +81,8 @@ def _draw_systems(axis: Any, results: Results) -> None:
     axis.margins(x=0.1)
     axis.annotate("mixture", (0, 1), (0, 2), ("data", "axes fraction"), "offset points", ha="center", fontsize=8)
     retimed = any(row.trained_delay is False for row in results.rows)
-    axis.set_xlabel(f"SI-SDRi, dB (mean, 95 % interval){f'{chr(10)}{RETIMED}' if retimed else ''}")
-    _plain(axis, "x")
+    axis.set_xlabel(f"SI-SDRi, dB (mean, 95 % interval){f'{chr(10)}{OTHER_DELAY_NOTE}' if retimed else ''}")
+    _style_axes(axis, "x")
 
 
 def _draw_point(axis: Any, row: Row, place: float, *, horizontal: bool, label: str | None = None) -> None:
@@ -141,11 +141,11 @@ def _draw_delays(axis: Any, results: Results) -> None:
     axis.set_xticks(sorted(set(places.values())))
     axis.set_xlabel("hints late by, ms")
     axis.set_ylabel("SI-SDRi, dB")
-    _plain(axis, "both")
+    _style_axes(axis, "both")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8.5, frameon=False)
 
 
-def _plain(axis: Any, grid: str) -> None:
+def _style_axes(axis: Any, grid: str) -> None:
     axis.grid(axis=grid, color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

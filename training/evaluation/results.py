@@ -26,7 +26,7 @@ SYSTEMS: dict[System, str] = {
     "boosted_wrong_hints": "wrong hints",
     "large": "large",
 }
-RETIMED = "* The weights were trained for another delay"
+OTHER_DELAY_NOTE = "* The weights were trained for another delay"
 
 
 class Figure(Strict):
@@ -50,7 +50,7 @@ class Row(Strict):
     figures: dict[MetricName, Figure]
 
     @property
-    def lateness(self) -> str:
+    def delay_label(self) -> str:
         """How late hints were, for a person; a star marks weights of another delay."""
         if self.delay_ms is None:
             return ""

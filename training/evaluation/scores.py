@@ -19,17 +19,17 @@ from knowledge_boosting.training.evaluation.results import SYSTEMS, Values
 from knowledge_boosting.training.workers import end_with_parent
 
 if TYPE_CHECKING:  # networks that a worker does without
-    from knowledge_boosting.training.evaluation.systems import Heard, Key
+    from knowledge_boosting.training.evaluation.systems import EvaluationItem, Key
 
-_QUEUE = 4  # estimates a worker that may wait
+_QUEUED_PER_WORKER = 4  # estimates a worker that may wait
 
 
 _QUICK = [name for name, metric in METRICS.items() if not metric.slow]  # all in dB
 
 
-def quick_figures(estimates: Tensor, heard: "Heard") -> dict[MetricName, float]:
+def quick_figures(estimates: Tensor, item: "EvaluationItem") -> dict[MetricName, float]:
     """The figures of a system's estimates of an item that take no time, in dB."""
-    return _figures(_QUICK, estimates, heard.sources, heard.mixture)
+    return _figures(_QUICK, estimates, item.sources, item.mixture)
 
 
 def _figures(
@@ -60,13 +60,13 @@ class Scores:
         self.figures: dict[Key, dict[MetricName, Values]] = {}
         self._metrics = metrics
         self._slow = [metric for metric in metrics if METRICS[metric].slow]
-        self._most = _QUEUE * workers
+        self._max_running = _QUEUED_PER_WORKER * workers
         self._running: dict[Future[dict[MetricName, float]], tuple[Key, int]] = {}
         self._pool: ProcessPoolExecutor | None = None
         if workers and self._slow:
             self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
 
-    def add(self, key: "Key", index: int, estimates: Tensor, heard: "Heard") -> dict[MetricName, float]:
+    def add(self, key: "Key", index: int, estimates: Tensor, item: "EvaluationItem") -> dict[MetricName, float]:
         """Measure a system's estimates of an item; returns the quick figures, in dB.
 
         Raises:
@@ -78,14 +78,14 @@ class Scores:
             )
         nothing = np.full(len(self.items), np.nan)
         self.figures.setdefault(key, {metric: nothing.copy() for metric in self._metrics})
-        quick = quick_figures(estimates, heard)
-        self._put(key, index, quick)
+        quick = quick_figures(estimates, item)
+        self._store(key, index, quick)
         if self._slow:
-            signals = estimates, heard.sources, heard.mixture
+            signals = estimates, item.sources, item.mixture
             if self._pool is None:
-                self._put(key, index, _figures(self._slow, *signals))
+                self._store(key, index, _figures(self._slow, *signals))
             else:
-                self._collect(self._most - 1)
+                self._collect(self._max_running - 1)
                 arrays = [signal.numpy() for signal in signals]
                 self._running[self._pool.submit(_figures_of_arrays, self._slow, *arrays)] = key, index
         return quick
@@ -99,18 +99,18 @@ class Scores:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _put(self, key: "Key", index: int, figures: Mapping[MetricName, float]) -> None:
+    def _store(self, key: "Key", index: int, figures: Mapping[MetricName, float]) -> None:
         for metric, value in figures.items():
             if metric in self._metrics:
                 self.figures[key][metric][index] = value
 
-    def _collect(self, most: int) -> None:
+    def _collect(self, limit: int) -> None:
         """Take what workers have done, until at most so many are left to do."""
-        while len(self._running) > most:
+        while len(self._running) > limit:
             done, _ = wait(self._running, return_when=FIRST_COMPLETED)
             for future in done:
                 try:
-                    self._put(*self._running.pop(future), future.result())
+                    self._store(*self._running.pop(future), future.result())
                 except BrokenProcessPool:
                     raise Failure("a worker process died (out of memory?); try fewer --workers") from None
 

@@ -37,11 +37,11 @@ def permuted_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutat
     return scores.gather(0, best)[0]
 
 
-def match(signals: Tensor, others: Tensor) -> Tensor:
-    """Signals ``[B, S, M, N]`` in the order of the others, one assignment for all microphones (best SI-SDR)."""
-    if others.shape[1] == 1:
+def match_sources(signals: Tensor, references: Tensor) -> Tensor:
+    """Signals ``[B, S, M, N]`` in the order of the references, one assignment for all microphones (best SI-SDR)."""
+    if references.shape[1] == 1:
         return signals
-    orders = [list(order) for order in permutations(range(others.shape[1]))]
-    scores = torch.stack([si_sdr(signals[:, order], others).mean((1, 2)) for order in orders])
+    orders = [list(order) for order in permutations(range(references.shape[1]))]
+    scores = torch.stack([si_sdr(signals[:, order], references).mean((1, 2)) for order in orders])
     best = torch.tensor(orders, device=signals.device)[scores.argmax(0)]  # [B, S]
     return signals.gather(1, best[:, :, None, None].expand_as(signals))

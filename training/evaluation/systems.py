@@ -150,8 +150,8 @@ def milliseconds(config: ModelConfig, frames: int) -> float:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """An item as the large network, if there is one, has heard it."""
+class EvaluationItem:
+    """An item as the large network, if there is one, has processed it."""
 
     mixture: Tensor  # [1, M, N]
     sources: Tensor  # [1, S, M, N]
@@ -161,9 +161,9 @@ class Heard:
     large: Tensor | None  # [1, S, M, N]
 
 
-def listen(
+def run_systems(
     model: Model, data: MixtureFolder, delays: Sequence[int], device: torch.device, *, streaming: bool
-) -> Iterator[tuple[Heard, dict[Key, Tensor]]]:
+) -> Iterator[tuple[EvaluationItem, dict[Key, Tensor]]]:
     """Every item in order, with what each system of the model makes of it, ``[1, S, M, N]``.
 
     Args:
@@ -190,7 +190,7 @@ def listen(
             yield slice(first, first + step), samples[..., first * chunk : (first + step) * chunk + lookahead]
 
     @torch.inference_mode()
-    def hear(index: int) -> Heard:
+    def run_large(index: int) -> EvaluationItem:
         example = data.example((0, index))
         mixture, speaker = example["mixture"][None], example.get("speaker_embedding")
         samples = pad_to_frames(mixture.to(device), config.framing)
@@ -205,35 +205,35 @@ def listen(
                 embeddings.append(embedding)
             hints = torch.cat(encoded, dim=1)
             estimate = large.estimate(torch.cat(embeddings, dim=1))[..., : mixture.shape[-1]].cpu()
-        return Heard(mixture, example["sources"][None], samples, speaker, hints, estimate)
+        return EvaluationItem(mixture, example["sources"][None], samples, speaker, hints, estimate)
 
-    def run(network: SmallModel, heard: Heard, late: Tensor | None) -> Tensor:
-        state = network.initial_state(1, heard.speaker)
+    def run_small(network: SmallModel, item: EvaluationItem, hints: Tensor | None) -> Tensor:
+        state = network.initial_state(1, item.speaker)
         estimates = []
-        for frames, stretch in calls(heard.samples):
-            estimate, state = network(stretch, state, late[:, frames] if late is not None else None)
+        for frames, stretch in calls(item.samples):
+            estimate, state = network(stretch, state, hints[:, frames] if hints is not None else None)
             estimates.append(estimate)
-        return torch.cat(estimates, dim=-1)[..., : heard.mixture.shape[-1]].cpu()
+        return torch.cat(estimates, dim=-1)[..., : item.mixture.shape[-1]].cpu()
 
     @torch.inference_mode()
-    def estimates(heard: Heard, other: Heard | None) -> dict[Key, Tensor]:
+    def run_all(item: EvaluationItem, other: EvaluationItem | None) -> dict[Key, Tensor]:
         """The systems of a model; ``other`` is the item whose hints serve as another mixture's."""
-        own, hints = config.delay, heard.hints
-        if hints is None or heard.large is None:
-            return {Key(name, "alone", None): run(small[own], heard, None)}
-        found = {Key(name, "small_without_hints", None): run(small[own], heard, torch.zeros_like(hints))}
+        own, hints = config.delay, item.hints
+        if hints is None or item.large is None:
+            return {Key(name, "alone", None): run_small(small[own], item, None)}
+        outputs = {Key(name, "small_without_hints", None): run_small(small[own], item, torch.zeros_like(hints))}
         for delay in delays:
-            found[Key(name, "boosted", delay)] = run(small[delay], heard, delay_hints(hints, delay))
+            outputs[Key(name, "boosted", delay)] = run_small(small[delay], item, delay_hints(hints, delay))
         if other is not None and other.hints is not None:
-            strange = torch.zeros_like(hints)
+            wrong_hints = torch.zeros_like(hints)
             shared = min(hints.shape[1], other.hints.shape[1])
-            strange[:, :shared] = other.hints[:, :shared]
-            found[Key(name, "boosted_wrong_hints", own)] = run(small[own], heard, delay_hints(strange, own))
-        found[Key(name, "large", None)] = heard.large
-        return found
+            wrong_hints[:, :shared] = other.hints[:, :shared]
+            outputs[Key(name, "boosted_wrong_hints", own)] = run_small(small[own], item, delay_hints(wrong_hints, own))
+        outputs[Key(name, "large", None)] = item.large
+        return outputs
 
-    first = current = hear(0)
+    first = current = run_large(0)
     for index in range(len(data)):
-        following = hear(index + 1) if index + 1 < len(data) else first
-        yield current, estimates(current, following if len(data) > 1 else None)
+        following = run_large(index + 1) if index + 1 < len(data) else first
+        yield current, run_all(current, following if len(data) > 1 else None)
         current = following

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
-from knowledge_boosting.training.evaluation.results import RETIMED, SYSTEMS, Results, Row
+from knowledge_boosting.training.evaluation.results import OTHER_DELAY_NOTE, SYSTEMS, Results, Row
 
 
 def table(results: Results, width: int) -> RenderableType:
@@ -54,7 +54,7 @@ def _comparisons(results: Results) -> list[RenderableType]:
 
 
 def _line(row: Row, metrics: Sequence[MetricName], interval: str) -> list[Text]:
-    cells = [Text(("  " if row.model else "") + SYSTEMS[row.system]), Text(row.lateness)]
+    cells = [Text(("  " if row.model else "") + SYSTEMS[row.system]), Text(row.delay_label)]
     for metric in metrics:
         figure, digits = row.figures[metric], METRICS[metric].digits
         cell = Text("-" if figure.mean is None else f"{figure.mean:.{digits}f}")
@@ -76,7 +76,7 @@ def _grid(lines: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
 def _notes(results: Results) -> list[str]:
     notes = [f"Means over items, with {100 * results.bootstrap.confidence:g} % bootstrap intervals."]
     if any(row.trained_delay is False for row in results.rows):
-        notes.append(f"{RETIMED}.")
+        notes.append(f"{OTHER_DELAY_NOTE}.")
     if any(row.system == "boosted_wrong_hints" for row in results.rows):
         notes.append("Wrong hints are those of the next item's mixture.")
     fewest = min(figure.items for row in results.rows for figure in row.figures.values())

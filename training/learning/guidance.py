@@ -50,28 +50,28 @@ class Guidance(nn.Module):
         super().__init__()
         config, network = model.config, model.network
         self._sources, self._microphones = config.sources, config.microphones
-        self._heard: list[Tensor] = []
-        listened = list(network.fusion) or list(network.blocks)[1:]
-        for module in listened:
+        self._features: list[Tensor] = []
+        guided = list(network.fusion) or list(network.blocks)[1:]
+        for module in guided:
             if isinstance(module, HintFusion):
-                module.merge.register_forward_hook(partial(self._hear_fusion, module))
+                module.merge.register_forward_hook(partial(self._record_fusion, module))
             else:
-                module.register_forward_hook(lambda m, _, output: self._hear(m, output[0]))
+                module.register_forward_hook(lambda m, _, output: self._record_features(m, output[0]))
         self.heads = nn.ModuleList(
-            nn.Linear(config.on_device.channels, config.sources * config.microphones) for _ in listened
+            nn.Linear(config.on_device.channels, config.sources * config.microphones) for _ in guided
         )
 
-    def _hear_fusion(self, fusion: HintFusion, merge: nn.Module, _: Any, merged: Tensor) -> None:
+    def _record_fusion(self, fusion: HintFusion, merge: nn.Module, _: Any, merged: Tensor) -> None:
         # What the normalisation gets that fusion ends with.
-        self._hear(merge, prelu(merged, fusion.slope_merge))
+        self._record_features(merge, prelu(merged, fusion.slope_merge))
 
-    def _hear(self, module: nn.Module, features: Tensor) -> None:
+    def _record_features(self, module: nn.Module, features: Tensor) -> None:
         if module.training:
-            self._heard.append(functional.layer_norm(features, features.shape[-2:]))
+            self._features.append(functional.layer_norm(features, features.shape[-2:]))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Call before the network runs."""
-        self._heard.clear()
+        self._features.clear()
 
     def loss(self, spectra: Tensor, mixture: Tensor) -> Tensor:
         """Cross-entropy of the sources' shares of each bin, loud bins counting for more; after the network has run.
@@ -85,7 +85,7 @@ class Guidance(nn.Module):
         weight = mixture.abs()[..., None, :]
         weight = weight / weight.mean((1, 2), keepdim=True).clamp_min(1e-8)
         total = spectra.new_zeros((), dtype=share.dtype)
-        for head, heard in zip(self.heads, self._heard, strict=True):
+        for head, heard in zip(self.heads, self._features, strict=True):
             found = head(heard).unflatten(-1, (self._sources, self._microphones))
             # The large network chooses which source comes first; the order that fits best is taken for its choice.
             losses = [

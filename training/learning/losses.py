@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from knowledge_boosting.training.config import Permutation
-from knowledge_boosting.training.evaluation.si_sdr import match, permuted_si_sdr
+from knowledge_boosting.training.evaluation.si_sdr import match_sources, permuted_si_sdr
 
 
 def negative_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutation) -> Tensor:
@@ -23,6 +23,6 @@ def level_error(estimates: Tensor, references: Tensor) -> Tensor:
         estimates, references: ``[B, S, M, N]``.
     """
     with torch.no_grad():
-        references = match(references, estimates)
+        references = match_sources(references, estimates)
     energies = [signal.square().sum(-1).clamp_min(1e-10) for signal in (estimates, references)]
     return (10 * torch.log10(energies[0] / energies[1])).abs().mean()

@@ -17,7 +17,7 @@ from knowledge_boosting.training.data.dynamic_mixing import render
 from knowledge_boosting.training.data.loading import Batch
 from knowledge_boosting.training.data.stored_hints import STORED_LARGE, large_digest
 from knowledge_boosting.training.evaluation.metrics import METRICS, si_sdr_improvement
-from knowledge_boosting.training.evaluation.si_sdr import match
+from knowledge_boosting.training.evaluation.si_sdr import match_sources
 from knowledge_boosting.training.learning.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
 from knowledge_boosting.training.learning.losses import level_error, negative_si_sdr
 from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
@@ -83,7 +83,7 @@ class TrainingModule(lightning.LightningModule):
         self.whitening.fit(embeddings, self.config.speaker_components)
         for part in self.model.children():
             assert isinstance(part, SmallModel | LargeModel)
-            self.whitening.enter(part.network)
+            self.whitening.compensate(part.network)
 
     def estimates(self, batch: Batch, hint_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Estimates ``[B, S, M, N]`` of the network that is trained (``small``) and, of a pair, of the ``large``.
@@ -111,7 +111,7 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         mask = self._hint_mask(len(batch["mixture"]))
         if self.guidance is not None:
-            self.guidance.forget()
+            self.guidance.reset()
         estimate = self._small_estimate(batch, mask)
         loss = negative_si_sdr(estimate.float(), batch["sources"], self.config.permutation)
         if not torch.isfinite(loss):
@@ -175,7 +175,7 @@ class TrainingModule(lightning.LightningModule):
             figure = si_sdr_improvement(estimate.float(), batch["sources"], batch["mixture"]).mean()
             key = MONITOR if name == "small" else f"{MONITOR}_{name}"
             self.log(key, figure, prog_bar=True, sync_dist=True, batch_size=len(estimate))
-            sources = match(batch["sources"], estimate.float())
+            sources = match_sources(batch["sources"], estimate.float())
             pairs = ((estimate, sources), (estimate, estimate), (sources, sources))
             products = torch.stack([(one * other).sum((0, 3)) for one, other in pairs])  # [3, S, M]
             self._products[name] = self._products.get(name, torch.zeros_like(products)) + products

@@ -29,11 +29,11 @@ from knowledge_boosting.training.data.layout import refuse_shared_speakers
 from knowledge_boosting.training.data.loading import EpochOrder, Examples, Loader
 from knowledge_boosting.training.data.mixture_folder import MixtureFolder
 from knowledge_boosting.training.data.stored_hints import (
-    SHARD,
+    SHARD_SIZE,
     STORED_LARGE,
     Record,
     StoredHints,
-    first_missing,
+    first_missing_shard,
     large_digest,
     open_folder,
     shard_path,
@@ -41,7 +41,13 @@ from knowledge_boosting.training.data.stored_hints import (
 )
 from knowledge_boosting.training.learning.memory import keep_freed_memory
 from knowledge_boosting.training.learning.module import MONITOR, TrainingModule
-from knowledge_boosting.training.learning.trainer import Devices, Interruption, make_loggers, make_trainer, quiet
+from knowledge_boosting.training.learning.trainer import (
+    Devices,
+    Interruption,
+    make_loggers,
+    make_trainer,
+    silence_lightning,
+)
 from knowledge_boosting.training.recipes import Recipe
 from knowledge_boosting.training.weights import LAST, best_checkpoint
 
@@ -99,13 +105,13 @@ def run_training(
         InputError: the configuration, the data or the checkpoint cannot be used.
         Failure: the loss is no number any more.
     """
-    quiet()
+    silence_lightning()
     if not torch.cuda.is_available():
         keep_freed_memory()
     lightning.seed_everything(settings.seed, verbose=False)
     done = _steps_of(start, settings) if start is not None else 0
     # A run that goes on has its weights from its own checkpoint; where they once came from may be gone.
-    module = TrainingModule(settings.without_sources() if start is not None else settings)
+    module = TrainingModule(settings.without_weight_sources() if start is not None else settings)
     if start is not None:
         module.stored_large = _content(start).get(STORED_LARGE)
     train = _examples(settings.train, settings, module.stored_large, training=True, skip_broken=skip_broken)
@@ -168,7 +174,7 @@ def run_training(
         ckpt_path=start,
         weights_only=True,
     )
-    if interruption.number is not None:
+    if interruption.signal_number is not None:
         print(f"kb-train: stopped at step {trainer.global_step}; --resume goes on from there", file=sys.stderr)
     else:
         trainer.save_checkpoint(run_dir / LAST)
@@ -181,7 +187,7 @@ def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
         InputError: the configuration is not of a pair with a frozen large network and dynamic mixing, its data or
             checkpoints cannot be used, or the folder holds something else.
     """
-    quiet()
+    silence_lightning()
     data = settings.train
     if not isinstance(data, DynamicData) or not settings.freeze_large:
         raise InputError("--config: give that of a pair with freeze_large, and with dynamic mixing for training")
@@ -193,13 +199,13 @@ def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
     record = Record(
         large=large_digest(settings.model, module.pair.large.network),
         mixtures=f"{items} of seed {settings.seed}, {data.model_dump_json(exclude={'items'})}",
-        shards=-(-items * targets // SHARD),
+        shards=-(-items * targets // SHARD_SIZE),
         examples=items * targets,
         speakers=sorted(examples.speakers | module.training_speakers),
     )
     open_folder(output, record)
-    order = EpochOrder(items, SHARD // targets, seed=settings.seed, shuffle=False)
-    order.first_batch = first_missing(output, record)
+    order = EpochOrder(items, SHARD_SIZE // targets, seed=settings.seed, shuffle=False)
+    order.first_batch = first_missing_shard(output, record)
     print(f"{output}: {record.shards - order.first_batch} of {record.shards} files to make", flush=True)
     for shard, batch in enumerate(Loader(examples, order, settings.workers), start=order.first_batch):
         write_shard(shard_path(output, shard), module.pair, render(move_data_to_device(batch, module.device)))
@@ -219,11 +225,11 @@ def run_test(
     Raises:
         InputError: no checkpoint, no test data, or either cannot be used.
     """
-    quiet()
+    silence_lightning()
     if settings.test is None:
         raise InputError("the configuration names no test data")
     path = checkpoint or best_checkpoint(run_dir)
-    module = TrainingModule(settings.without_sources().model_copy(update={"initial_checkpoint": str(path)}))
+    module = TrainingModule(settings.without_weight_sources().model_copy(update={"initial_checkpoint": str(path)}))
     refuse_shared_speakers(module.training_speakers, Path(settings.test.root) / settings.test.split)
     test = _examples(settings.test, settings, None, training=False, skip_broken=skip_broken)
     trainer = make_trainer(settings, run_dir, devices, frac, loggers=[], callbacks=[])

@@ -39,7 +39,7 @@ class SpeakerWhitening(nn.Module):
         return (embedding - self.mean) @ self.matrix.T
 
     @torch.no_grad()
-    def enter(self, network: TFGridNet) -> None:
+    def compensate(self, network: TFGridNet) -> None:
         """Let a network's speaker layers, which took embeddings as they are, take whitened ones."""
         for layer in cast("list[nn.Linear]", list(network.speaker)):
             layer.bias.add_(layer.weight @ self.mean)

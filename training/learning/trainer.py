@@ -67,7 +67,7 @@ def make_trainer(
             default_root_dir=run_dir,
             logger=loggers,
             callbacks=callbacks,
-            plugins=[_WholeCheckpoints()],
+            plugins=[_AtomicCheckpoints()],
             enable_progress_bar=sys.stderr.isatty(),
             enable_model_summary=sys.stderr.isatty(),
         )
@@ -92,7 +92,7 @@ def make_loggers(run_dir: Path, *, wandb: bool) -> list[Logger]:
     return loggers
 
 
-class _WholeCheckpoints(TorchCheckpointIO):
+class _AtomicCheckpoints(TorchCheckpointIO):
     """Checkpoints written beside their place and renamed: whoever is killed while writing leaves the one before."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -105,17 +105,17 @@ class Interruption(Callback):
     """On SIGTERM, SIGHUP or Ctrl-C: finish the step, save, end. A second signal ends at once."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.number: int | None = None
+        self.signal_number: int | None = None
         self._checkpoint = checkpoint
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, *end_signals())}
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, *end_signals())}
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
         # Every process must stop at the same step.
-        if trainer.strategy.reduce_boolean_decision(self.number is not None, all=False):
-            self.number = self.number or int(signal.SIGTERM)
+        if trainer.strategy.reduce_boolean_decision(self.signal_number is not None, all=False):
+            self.signal_number = self.signal_number or int(signal.SIGTERM)
             trainer.save_checkpoint(self._checkpoint)
             trainer.should_stop = True
             trainer.limit_val_batches = 0
@@ -124,12 +124,12 @@ class Interruption(Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.number = number
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_number = number
         signal.signal(number, self._handlers[number])
 
 
-def quiet() -> None:
+def silence_lightning() -> None:
     """Keep Lightning's own remarks off the terminal; what a user must know, this project says."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
