@@ -127,8 +127,8 @@ def _find(name_or_path: str) -> Path:
     if Path(name_or_path).is_dir():
         raise InputError(f"{name_or_path}: has no {MANIFEST_FILE}; make a bundle with kb-export")
     shipped = [path.parent.name for path in _shipped()]
-    there_are = f"shipped ones: {', '.join(shipped)}" if shipped else "none is shipped yet, make one with kb-export"
-    raise InputError(f"{name_or_path}: no bundle of that name or path ({there_are})")
+    advice = f"shipped ones: {', '.join(shipped)}" if shipped else "none is shipped yet, make one with kb-export"
+    raise InputError(f"{name_or_path}: no bundle of that name or path ({advice})")
 
 
 def _shipped() -> list[Path]:

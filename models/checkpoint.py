@@ -17,7 +17,7 @@ from knowledge_boosting.models.published import config_from_published, convert, 
 
 # What a training run's checkpoint tells besides weights.
 TRAINING_SPEAKERS = "training_speakers"
-_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OUTPUT_GAIN = "output_gain"  # by part, for every source and microphone
 # Tensors beside the model's, of a run that sees speaker embeddings whitened.
 WHITENING_MATRIX, WHITENING_MEAN = "whitening.matrix", "whitening.mean"
@@ -74,7 +74,7 @@ def read_training_speakers(path: Path) -> list[str]:
     return speakers
 
 
-def level_output(model: nn.Module, path: Path) -> None:
+def apply_output_gains(model: nn.Module, path: Path) -> None:
     """Bring a model's outputs to the energy and sign of the sources, by the gains its training run's checkpoint tells.
 
     The loss is blind to both, source by source and microphone by microphone, and so networks come out of training with
@@ -141,7 +141,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     # A training run's checkpoint holds the model beside what only training needs.
     model = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     if WHITENING_MATRIX in state and WHITENING_MEAN in state:
-        _take_whitening_in(model, state[WHITENING_MATRIX], state[WHITENING_MEAN], path)
+        _fold_in_whitening(model, state[WHITENING_MATRIX], state[WHITENING_MEAN], path)
     return model or state
 
 
@@ -153,15 +153,17 @@ def _check_plain(tensor: Tensor, name: str, source: Path) -> None:
     """
     plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise InputError(f"{source}: tensor {name} is no plain tensor ({_kind(tensor)}); save it dense, on a CPU")
+        raise InputError(
+            f"{source}: tensor {name} is no plain tensor ({_describe_type(tensor)}); save it dense, on a CPU"
+        )
 
 
-def _kind(tensor: Tensor) -> str:
+def _describe_type(tensor: Tensor) -> str:
     words = [str(kind).removeprefix("torch.") for kind in (tensor.dtype, tensor.layout)]
     return " ".join(word for word in (*words, tensor.device.type) if word not in ("strided", "cpu"))
 
 
-def _take_whitening_in(model: dict[str, Tensor], matrix: Tensor, mean: Tensor, path: Path) -> None:
+def _fold_in_whitening(model: dict[str, Tensor], matrix: Tensor, mean: Tensor, path: Path) -> None:
     """Let the speaker layers, trained on ``matrix (e - mean)``, take embeddings ``e`` as they are."""
     for name in [name for name in model if ".network.speaker." in name and name.endswith(".weight")]:
         bias = name.removesuffix("weight") + "bias"
@@ -209,8 +211,10 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
     check_shapes(model, {name: tensor.shape for name, tensor in state.items()}, source)
     for name, tensor in state.items():
         _check_plain(tensor, name, source)
-        if tensor.dtype not in _WEIGHTS:
-            raise InputError(f"{source}: tensor {name} is of {_kind(tensor)}; weights are float16, 32, 64 or bfloat16")
+        if tensor.dtype not in _WEIGHT_DTYPES:
+            raise InputError(
+                f"{source}: tensor {name} is of {_describe_type(tensor)}; weights are float16, 32, 64 or bfloat16"
+            )
         if not torch.isfinite(tensor).all():
             raise InputError(f"{source}: tensor {name} has values that are not finite")
     model.load_state_dict(state)

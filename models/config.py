@@ -20,7 +20,7 @@ from pydantic import (
 from knowledge_boosting.models.tasks import TASKS, TaskName
 
 SPEAKER_EMBEDDING_SIZE = 256
-_MOST_VALUES = 2**27  # of a network's weights and state: half a gibibyte; the largest published one has 2**23
+_MAX_VALUES = 2**27  # of a network's weights and state: half a gibibyte; the largest published one has 2**23
 
 
 class Strict(BaseModel):
@@ -81,7 +81,7 @@ class NetworkSize(Strict):
     ] = 50
 
     @model_validator(mode="after")
-    def _heads_share_channels(self) -> Self:
+    def _heads_divide_channels(self) -> Self:
         if self.self_attention and self.channels % self.heads:
             raise ValueError(f"channels ({self.channels}) must be a multiple of heads ({self.heads})")
         return self
@@ -106,7 +106,7 @@ class _Model(Strict):
     ] = False
 
     @model_serializer(mode="wrap")
-    def _leave_out_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_disabled_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A bundle's id is a digest of this: what came later must not change the ids of bundles that do without it.
         document: dict[str, Any] = handler(self)
         if not self.running_level:
@@ -149,13 +149,13 @@ class _Model(Strict):
         return 0
 
     @model_validator(mode="after")
-    def _fits_a_machine(self) -> Self:
+    def _size_is_feasible(self) -> Self:
         for name, size in self.networks.items():
-            if (values := self._most_values(size)) > _MOST_VALUES:
-                raise ValueError(f"{name} would have some {values:.0e} values, more than {_MOST_VALUES:.0e}")
+            if (values := self._estimated_values(size)) > _MAX_VALUES:
+                raise ValueError(f"{name} would have some {values:.0e} values, more than {_MAX_VALUES:.0e}")
         return self
 
-    def _most_values(self, size: NetworkSize) -> int:
+    def _estimated_values(self, size: NetworkSize) -> int:
         """About as many values as the weights of a network have, or more, with the state of one stream."""
         bins, channels, hidden = self.framing.bins, size.channels, size.hidden
         lstms = 3 * 4 * hidden * (channels + hidden + 2) + 3 * hidden * channels
@@ -191,7 +191,7 @@ class Pair(_Model):
     boosting: Boosting
 
     @model_validator(mode="after")
-    def _hints_fit(self) -> Self:
+    def _sizes_fit_hints(self) -> Self:
         if self.small.channels % self.small.heads:
             raise ValueError(
                 f"small.channels ({self.small.channels}) must be a multiple of small.heads ({self.small.heads})"
@@ -231,7 +231,7 @@ class Pair(_Model):
         )
 
 
-def _as_written_now(document: object) -> object:
+def _upgrade_version_1(document: object) -> object:
     """A model of schema version 1, which called the one network ``small``, in today's words."""
     if not isinstance(document, dict) or "small" not in document or "network" in document:
         return document
@@ -244,16 +244,16 @@ def _as_written_now(document: object) -> object:
     return document
 
 
-def _kind(model: object) -> str:
-    pair = isinstance(model, Pair) or (isinstance(model, dict) and not _PAIR.isdisjoint(model))
+def _model_kind(model: object) -> str:
+    pair = isinstance(model, Pair) or (isinstance(model, dict) and not _PAIR_KEYS.isdisjoint(model))
     return "pair" if pair else "alone"
 
 
-_PAIR = frozenset({"small", "large", "boosting"})
+_PAIR_KEYS = frozenset({"small", "large", "boosting"})
 # A model is one or the other; its keys tell which.
 ModelConfig = Annotated[
     Annotated[Alone, Tag("alone")] | Annotated[Pair, Tag("pair")],
-    Discriminator(_kind),
-    BeforeValidator(_as_written_now),
+    Discriminator(_model_kind),
+    BeforeValidator(_upgrade_version_1),
 ]
 MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)  # reads and checks one

@@ -8,11 +8,11 @@
 #include "vectors.h"
 
 constexpr float EPSILON = 1e-5f;  // of torch's layer normalisation
-constexpr int MOST_SECTIONS = 3, MOST_COLUMNS = 1024;
+constexpr int MAX_SECTIONS = 3, MAX_COLUMNS = 1024;
 
 // Projections [frames, bins, columns] of `batch` times `steps` frames; a section of the columns is heads, each of a size.
 struct Projection {
-    int64_t batch, steps, bins, columns, sections, heads[MOST_SECTIONS], size[MOST_SECTIONS];
+    int64_t batch, steps, bins, columns, sections, heads[MAX_SECTIONS], size[MAX_SECTIONS];
     int32_t threads;
 };
 
@@ -42,7 +42,7 @@ static int64_t frame_of(const Projection& p, const Section& s, int64_t frame) {
 static int64_t head_stride(const Projection& p, const Section& s) { return p.steps * p.bins * s.size; }
 
 // Sums of columns become, for every column, its head's mean.
-static void spread(const Section& s, int64_t bins, float* __restrict columns) {
+static void average_heads(const Section& s, int64_t bins, float* __restrict columns) {
     for (int64_t h = 0; h < s.heads; h++) {
         float total = 0;
         for (int64_t c = 0; c < s.size; c++) total += columns[h * s.size + c];
@@ -69,7 +69,7 @@ extern "C" void norm_forward(const Projection* projection, const float* x, const
     {
         const Buffer buffer(p.bins * C);
         float* __restrict rows = buffer;
-        float sums[MOST_COLUMNS], squares[MOST_COLUMNS];
+        float sums[MAX_COLUMNS], squares[MAX_COLUMNS];
 #pragma omp for schedule(static)
         for (int64_t frame = 0; frame < p.batch * p.steps; frame++)
             for (int64_t index = 0; index < p.sections; index++) {
@@ -83,14 +83,14 @@ extern "C" void norm_forward(const Projection* projection, const float* x, const
                         rows[f * s.columns + c] = y;
                         sums[c] += y;
                     }
-                spread(s, p.bins, sums);
+                average_heads(s, p.bins, sums);
                 for (int64_t f = 0; f < p.bins; f++)
                     for (int64_t c = 0; c < s.columns; c++) {
                         const float difference = rows[f * s.columns + c] - sums[c];
                         rows[f * s.columns + c] = difference;
                         squares[c] += difference * difference;
                     }
-                spread(s, p.bins, squares);
+                average_heads(s, p.bins, squares);
                 for (int64_t c = 0; c < s.columns; c++) squares[c] = 1 / __builtin_sqrtf(squares[c] + EPSILON);
                 float* kept = statistics + frame * 2 * heads + s.heads_before;
                 for (int64_t h = 0; h < s.heads; h++) kept[h] = sums[h * s.size], kept[heads + h] = squares[h * s.size];
@@ -123,7 +123,7 @@ extern "C" void norm_backward(const Projection* projection, const float* x, cons
     {
         const Buffer buffer(2 * p.bins * C);
         float *__restrict rows = buffer, *__restrict normal = buffer + p.bins * C;
-        float mean[MOST_COLUMNS], deviation[MOST_COLUMNS], sums[MOST_COLUMNS], along[MOST_COLUMNS];
+        float mean[MAX_COLUMNS], deviation[MAX_COLUMNS], sums[MAX_COLUMNS], along[MAX_COLUMNS];
         float* __restrict dslope = weights + omp_get_thread_num() * (1 + 2 * p.bins) * C;
         float *__restrict dscale = dslope + C, *__restrict dshift = dscale + p.bins * C;
 #pragma omp for schedule(static)
@@ -149,8 +149,8 @@ extern "C" void norm_backward(const Projection* projection, const float* x, cons
                         sums[c] += d;
                         along[c] += d * n;
                     }
-                spread(s, p.bins, sums);
-                spread(s, p.bins, along);
+                average_heads(s, p.bins, sums);
+                average_heads(s, p.bins, along);
                 float* to = dx + frame * p.bins * C + s.first;
                 for (int64_t f = 0; f < p.bins; f++)
                     for (int64_t c = 0; c < s.columns; c++) {
@@ -308,8 +308,8 @@ extern "C" void attention_forward(const Attention* attention, const float* query
 
 // [ROWS, columns] of keys from row `first` on: what of [steps, columns] of the queries belongs to each of them, by query
 // from `lowest` on.
-static void turn(const Shape& shape, int64_t window, int64_t first, int64_t lowest, int64_t count, const float* from,
-                 float* to) {
+static void transpose_block(const Shape& shape, int64_t window, int64_t first, int64_t lowest, int64_t count,
+                            const float* from, float* to) {
     for (int64_t r = 0; r < ROWS; r++)
         for (int64_t q = 0; q < count; q++) {
             const int64_t step = lowest + q, column = first + r - (step / ROWS * ROWS + 1);
@@ -329,7 +329,7 @@ extern "C" void attention_backward(const Attention* attention, const float* quer
     {
         const Buffer queries(shape.steps * shape.key), keys(shape.keys * shape.key), values(shape.keys * shape.value);
         const Buffer outputs(shape.steps * shape.value), scores(shape.steps * shape.columns);
-        const Buffer turned(ROWS * shape.columns), mixed(ROWS * std::max(shape.key, shape.value));
+        const Buffer transposed(ROWS * shape.columns), mixed(ROWS * std::max(shape.key, shape.value));
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < a.batch * a.heads; unit++) {
             const int64_t stream = unit / a.heads, head = unit % a.heads;
@@ -372,11 +372,11 @@ extern "C" void attention_backward(const Attention* attention, const float* quer
                 const int64_t lowest = std::max<int64_t>(0, first - a.window);
                 const int64_t count = std::max<int64_t>(0, std::min(a.steps, first + ROWS - 1) - lowest);
                 const int64_t rows = std::min<int64_t>(ROWS, a.window + a.steps - first);
-                turn(shape, a.window, first, lowest, count, scores, turned);
-                combine(turned, shape.columns, queries + lowest * shape.key, count, shape.key, mixed);
+                transpose_block(shape, a.window, first, lowest, count, scores, transposed);
+                combine(transposed, shape.columns, queries + lowest * shape.key, count, shape.key, mixed);
                 for (int64_t r = 0; r < rows; r++) put(first + r, a.key, mixed + r * shape.key, dpast_key, dkey);
-                turn(shape, a.window, first, lowest, count, own, turned);
-                combine(turned, shape.columns, outputs + lowest * shape.value, count, shape.value, mixed);
+                transpose_block(shape, a.window, first, lowest, count, own, transposed);
+                combine(transposed, shape.columns, outputs + lowest * shape.value, count, shape.value, mixed);
                 for (int64_t r = 0; r < rows; r++) put(first + r, a.value, mixed + r * shape.value, dpast_value, dvalue);
             }
         }

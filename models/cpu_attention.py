@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from knowledge_boosting.models.compiled import library, pointer, required_library
 
-_MOST_SECTIONS, _MOST_COLUMNS = 3, 1024  # that cpu_attention.cpp is made for
+_MAX_SECTIONS, _MAX_COLUMNS = 3, 1024  # that cpu_attention.cpp is made for
 
 Sections = Sequence[tuple[int, int]]  # heads, and the size of each
 
@@ -22,7 +22,7 @@ Sections = Sequence[tuple[int, int]]  # heads, and the size of each
 class _Projection(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "steps", "bins", "columns", "sections")),
-        *((name, ctypes.c_int64 * _MOST_SECTIONS) for name in ("heads", "size")),
+        *((name, ctypes.c_int64 * _MAX_SECTIONS) for name in ("heads", "size")),
         ("threads", ctypes.c_int32),
     ]
 
@@ -41,7 +41,7 @@ def fits(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and x.shape[-1] <= _MOST_COLUMNS
+        and x.shape[-1] <= _MAX_COLUMNS
         and library() is not None
     )
 
@@ -70,7 +70,7 @@ class _NormalisedHeads(torch.autograd.Function):
         x, slope, scale, shift = (tensor.contiguous() for tensor in tensors)
         batch, steps, bins, columns = x.shape
         heads, sizes = zip(*sections, strict=True)
-        counts = ctypes.c_int64 * _MOST_SECTIONS
+        counts = ctypes.c_int64 * _MAX_SECTIONS
         projection = _Projection(
             batch, steps, bins, columns, len(sections), counts(*heads), counts(*sizes), torch.get_num_threads()
         )

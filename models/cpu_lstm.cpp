@@ -8,7 +8,7 @@
 
 #include "vectors.h"
 
-constexpr int MOST = 256;        // channels, and units
+constexpr int MAX_SIZE = 256;     // channels, and units
 constexpr int64_t CHUNK = 96;    // rows whose gradients stay in the cache until the weights' are made of them
 constexpr float EPSILON = 1e-5f;  // of torch's layer normalisation
 
@@ -134,7 +134,7 @@ static void backward_rows(const Sizes& sizes, int64_t first, const float* const*
     rows_of(sizes, first, base);
     const float *normal = kept.normal + first * S * D, *deviation = kept.deviation + first * S;
     float* const linear_bias = gradients.weights + sizes.directions * (4 * H * (D + H) + 4 * H + D * H);
-    alignas(64) float dh[R][MOST], dc[R][MOST], dnormal[R][MOST];
+    alignas(64) float dh[R][MAX_SIZE], dc[R][MAX_SIZE], dnormal[R][MAX_SIZE];
     for (int64_t direction = 0; direction < sizes.directions; direction++) {
         const float* gates = kept.gates + (direction * N + first) * S * 4 * H;
         const float* hidden = kept.hidden + (direction * N + first) * (S + 1) * H;

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from knowledge_boosting.models.compiled import library, pointer, required_library
 
-_MULTIPLE, _MOST = 16, 256  # channels and units that cpu_lstm.cpp is made for
+_MULTIPLE, _MAX_SIZE = 16, 256  # channels and units that cpu_lstm.cpp is made for
 
 TIME, FREQUENCY = 1, 2  # axes of features [B, T, F, D]
 
@@ -44,7 +44,7 @@ def fits(x: Tensor, lstm: nn.LSTM) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and all(size % _MULTIPLE == 0 and size <= _MOST for size in (lstm.input_size, lstm.hidden_size))
+        and all(size % _MULTIPLE == 0 and size <= _MAX_SIZE for size in (lstm.input_size, lstm.hidden_size))
         and library() is not None
     )
 

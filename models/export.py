@@ -47,8 +47,8 @@ def export(
     import torch
 
     from knowledge_boosting.models.checkpoint import (
+        apply_output_gains,
         build,
-        level_output,
         read_checkpoint,
         read_config,
         read_training_speakers,
@@ -65,7 +65,7 @@ def export(
         model, source = build(sizes), f"random, seed {seed}"
     else:
         model = read_checkpoint(checkpoint, sizes)
-        level_output(model, checkpoint)
+        apply_output_gains(model, checkpoint)
         source, speakers = f"{checkpoint.name}, {file_digest(checkpoint)}", read_training_speakers(checkpoint)
     manifest = write_bundle(
         output,

@@ -13,7 +13,7 @@ from knowledge_boosting.models.config import MODEL, Alone, ModelConfig, Pair, St
 
 SCHEMA_VERSION: Final = 2
 _OLD_VERSIONS = (1,)  # that are read as well: one network alone was called "small", as the device's of a pair
-_LARGEST_JSON = 4 * 2**20  # bytes; a list of ten thousand training speakers takes a fifth of a MiB
+_MAX_JSON_BYTES = 4 * 2**20  # bytes; a list of ten thousand training speakers takes a fifth of a MiB
 MANIFEST_FILE = "bundle.json"
 GRAPH_FILE = "small.onnx"
 UNTRAINED_NOTICE = "UNTRAINED: random weights, nothing here says how a trained model sounds"
@@ -110,9 +110,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST_JSON + 1)
-        if len(content) > _LARGEST_JSON:
-            raise InputError(f"{path}: is larger than the {_LARGEST_JSON >> 20} MiB that such a file may have")
+            content = file.read(_MAX_JSON_BYTES + 1)
+        if len(content) > _MAX_JSON_BYTES:
+            raise InputError(f"{path}: is larger than the {_MAX_JSON_BYTES >> 20} MiB that such a file may have")
         document = json.loads(content.decode())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({reason(error)})") from None

@@ -16,7 +16,7 @@ from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.models.config import ModelConfig
 
 Samples = NDArray[np.float32]
-_MOST_VALUES = 2**24  # of an input or output
+_MAX_VALUES = 2**24  # of an input or output
 
 
 def load_graph(source: Path | bytes) -> onnxruntime.InferenceSession:
@@ -46,7 +46,7 @@ def check_sizes(graph: onnxruntime.InferenceSession) -> None:
         sizes = value.shape
         if value.type != "tensor(float)" or not all(isinstance(size, int) and size >= 0 for size in sizes):
             raise ValueError(f"{value.name} is {value.type} of {sizes}")
-        if math.prod(sizes) > _MOST_VALUES:
+        if math.prod(sizes) > _MAX_VALUES:
             raise ValueError(f"{value.name} has {sizes} values")
 
 

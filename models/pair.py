@@ -47,7 +47,7 @@ def _network(config: ModelConfig, size: NetworkSize, *, hints: bool) -> TFGridNe
     )
 
 
-def _at_one_level(
+def _apply_running_level(
     running: RunningLevel | None, spectrum: Tensor, past: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The spectrum that a network gets, the gain of its estimate, and the state of the level, if there is one."""
@@ -85,9 +85,9 @@ class SmallModel(nn.Module):
         Returns:
             Estimates ``[B, S, M, chunk T]``, and the state after the last frame.
         """
-        late = hints.transpose(2, 3) if hints is not None else None
-        spectrum, gain, level = _at_one_level(self.level, self.stft.analyse(samples), state.level)
-        embedding, network = self.network(spectrum, state.network, late)
+        channels_last = hints.transpose(2, 3) if hints is not None else None
+        spectrum, gain, level = _apply_running_level(self.level, self.stft.analyse(samples), state.level)
+        embedding, network = self.network(spectrum, state.network, channels_last)
         estimate, overlap = self.stft.synthesise(embedding if gain is None else embedding * gain, state.overlap)
         estimate = estimate.view(len(estimate), self.config.sources, self.config.microphones, -1)
         return estimate, SmallState(network, overlap, level)
@@ -129,7 +129,7 @@ class LargeModel(nn.Module):
     def _embed(self, samples: Tensor, state: LargeState) -> tuple[Tensor, Tensor | None, LargeState]:
         # A frozen network (joint training may freeze it) runs several times as fast without autograd's records.
         frozen = not self.network.output_conv.conv.weight.requires_grad
-        spectrum, gain, level = _at_one_level(self.level, self.stft.analyse(samples), state.level)
+        spectrum, gain, level = _apply_running_level(self.level, self.stft.analyse(samples), state.level)
         with torch.no_grad() if frozen else nullcontext():
             embedding, network = self.network(spectrum, state.network)
         return embedding, gain, replace(state, network=network, level=level)
@@ -182,10 +182,10 @@ class BoostedPair(nn.Module):
         """
         samples = pad_to_frames(mixture, self.config.framing)
         hints, embedding, _ = self.large(samples, self.large.initial_state(len(mixture), speaker_embedding))
-        small = self.hear(mixture, hints, speaker_embedding, hint_mask)
+        small = self.estimate_small(mixture, hints, speaker_embedding, hint_mask)
         return PairOutput(small, self.large.estimate(embedding)[..., : mixture.shape[-1]], hints, embedding)
 
-    def hear(
+    def estimate_small(
         self, mixture: Tensor, hints: Tensor, speaker_embedding: Tensor | None = None, hint_mask: Tensor | None = None
     ) -> Tensor:
         """What the small network makes, ``[B, S, M, N]``, of a mixture and hints ``[B, T, hint channels, F]``.

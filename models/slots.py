@@ -47,7 +47,7 @@ class StateSlots:
         """
         if self._tensors[0].device.type != "cpu":
             return
-        framing, slots = self._model.config.framing, torch.arange(_TRACED).clamp(max=self._count)
+        framing, slots = self._model.config.framing, torch.arange(_TRACED_STREAMS).clamp(max=self._count)
         step = _Step(self._model, self._stacked)
         # Of what stays as it was traced: nothing that depends on the streams. Not for a while only, as the filters are
         # the process's, and what another thread takes back would not be its own.
@@ -56,18 +56,18 @@ class StateSlots:
         with torch.no_grad():
             for frames in lengths:
                 samples = torch.zeros(
-                    _TRACED, self._model.config.microphones, framing.chunk * frames + framing.lookahead
+                    _TRACED_STREAMS, self._model.config.microphones, framing.chunk * frames + framing.lookahead
                 )
                 trace: Any = torch.jit.trace(step, (samples, slots), check_trace=False)
                 # The first calls make it faster, and take their time for that.
-                for streams in (1, _TRACED, 2):
+                for streams in (1, _TRACED_STREAMS, 2):
                     trace(samples[:streams], slots[:streams])
                 self._traces[frames] = trace
                 for size in sorted({step_size(streams + 1) for streams in range(self._count)}):
                     samples = samples[:1].expand(size, -1, -1).contiguous()
                     began = time.perf_counter()
                     trace(samples, torch.full((size,), self._count))
-                    if time.perf_counter() - began > _TOO_LONG:
+                    if time.perf_counter() - began > _MAX_STEP_SECONDS:
                         break
 
     def step(self, samples: Tensor, slots: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ def step_size(streams: int) -> int:
 
     Few sizes, since each costs memory and a slow first time, and close enough that little is computed for nobody.
     """
-    apart = max(1, 1 << (streams - 1).bit_length() >> 3)
-    return -(-streams // apart) * apart
+    spacing = max(1, 1 << (streams - 1).bit_length() >> 3)
+    return -(-streams // spacing) * spacing
 
 
-_TOO_LONG = 0.1  # seconds; a step that takes them is of no use in real time, and no larger one is made ready
-_TRACED = 3  # streams that a trace is made with; it serves any number
+_MAX_STEP_SECONDS = 0.1  # seconds; a step that takes them is of no use in real time, and no larger one is made ready
+_TRACED_STREAMS = 3  # streams that a trace is made with; it serves any number
 
 
 class _Step(nn.Module):

@@ -124,8 +124,8 @@ def describe_lstms(model: nn.Module) -> str:
     """By what the LSTMs of a model are trained on this CPU, as one line."""
     blocks = (block for block in model.modules() if isinstance(block, GridNetBlock))
     lstms = [block.intra_lstm for block in blocks if block.intra_lstm.weight_ih_l0.requires_grad]
-    told = (f"LSTMs of {lstm.hidden_size} units by {residual_lstm.describe(lstm)}" for lstm in lstms)
-    return "; ".join(dict.fromkeys(told))
+    descriptions = (f"LSTMs of {lstm.hidden_size} units by {residual_lstm.describe(lstm)}" for lstm in lstms)
+    return "; ".join(dict.fromkeys(descriptions))
 
 
 class TFGridNet(nn.Module):

@@ -221,9 +221,9 @@ def _mutate_checkpoint(content: bytes, rng: random.Random) -> bytes:
 
 
 def _read_checkpoint(path: Path) -> None:
-    from knowledge_boosting.models.checkpoint import level_output, read_checkpoint, read_training_speakers
+    from knowledge_boosting.models.checkpoint import apply_output_gains, read_checkpoint, read_training_speakers
 
-    level_output(read_checkpoint(path, _model_config()), path)
+    apply_output_gains(read_checkpoint(path, _model_config()), path)
     read_training_speakers(path)
 
 

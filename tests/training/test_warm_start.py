@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.models.checkpoint import build, level_output
+from knowledge_boosting.models.checkpoint import apply_output_gains, build
 from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
@@ -100,7 +100,7 @@ def test_only_weights_that_fit_are_averaged(separation: Path, tmp_path: Path) ->
 def test_damaged_output_gains_are_refused(gains: object, separation: Path) -> None:
     torch.save({"state_dict": torch.load(separation, weights_only=True), "output_gain": gains}, separation)
     with pytest.raises(InputError, match=r"ss\.pt: its output gains are damaged"):
-        level_output(build(SS), separation)
+        apply_output_gains(build(SS), separation)
 
 
 def test_a_frozen_large_network_computes_the_same() -> None:

@@ -138,7 +138,7 @@ class TrainingModule(lightning.LightningModule):
         else:
             return self.estimates(batch, mask)["small"]
         hints = self.pair.large.encode(embedding)
-        return self.pair.hear(batch["mixture"], hints, batch.get("speaker_embedding"), mask)
+        return self.pair.estimate_small(batch["mixture"], hints, batch.get("speaker_embedding"), mask)
 
     def _ideal_embedding(self, batch: Batch) -> Tensor:
         """What a large network that makes no mistakes would give."""
