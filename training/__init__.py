@@ -1,1 +1,1 @@
-"""Data, losses, training and evaluation."""
+"""Data, losses, training and evaluation of the networks."""

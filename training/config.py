@@ -1,4 +1,4 @@
-"""A training run, in numbers: our own schema, and the published JSON files as they are."""
+"""The configuration of a training run, in the schema of this project or as a published JSON file."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,48 +15,52 @@ Permutation = Literal["per_channel", "joint"]
 
 
 class FolderData(Strict):
-    """Mixtures rendered beforehand, in the published layout (``kb-make-dataset``)."""
+    """Rendered mixtures in the published layout, which ``kb-make-dataset`` makes."""
 
     kind: Literal["folder"] = "folder"
     root: Annotated[str, Field(min_length=1)]
     split: Annotated[str, Field(min_length=1)]
-    items: Annotated[int | None, Field(ge=1, description="use only the first ones")] = None
+    items: Annotated[int | None, Field(ge=1, description="use only the first items")] = None
 
 
 class DynamicData(Strict):
-    """Mixtures made anew every epoch from speech and a bank of binaural room responses."""
+    """Dynamic mixing: new mixtures in every epoch, from speech and a bank of binaural room responses."""
 
     kind: Literal["dynamic"] = "dynamic"
     speech: Annotated[str, Field(min_length=1)]
     responses: Annotated[
         str, Field(min_length=1, description="responses.safetensors of kb-make-dataset --responses-only")
     ]
-    items: Annotated[int, Field(ge=1, description="mixtures an epoch")]
+    items: Annotated[int, Field(ge=1, description="mixtures in an epoch")]
     seconds: PositiveFloat = 4.0
-    level_difference_db: Annotated[float, Field(ge=0, description="drawn within plus or minus")] = 5.0
+    level_difference_db: Annotated[float, Field(ge=0, description="drawn from plus or minus this value")] = 5.0
     level_dbfs: Annotated[
-        tuple[float, float], Field(description="RMS of the mixture, drawn between the two; lowered where it would clip")
+        tuple[float, float], Field(description="RMS of the mixture, drawn between the two; reduced if it would clip")
     ] = (-35.0, -20.0)
-    speed: Annotated[float, Field(ge=0, lt=0.5, description="playback speed drawn within 1 plus or minus")] = 0.0
+    speed: Annotated[
+        float, Field(ge=0, lt=0.5, description="playback speed is drawn from 1 plus or minus this value")
+    ] = 0.0
     candidates: Annotated[
-        int, Field(ge=1, description="TSE: speakers drawn, of whom the one least like the first is the second")
+        int,
+        Field(ge=1, description="TSE: candidates for the second speaker; the one least similar to the first is chosen"),
     ] = 1
 
     excluded_speakers: Annotated[
-        str | None, Field(description="file of names, a line each, of speakers who are kept for validation")
+        str | None, Field(description="file with the names of speakers who are kept for validation, one a line")
     ] = None
     noise: Annotated[str | None, Field(min_length=1, description="folder of recordings without voices")] = None
     noise_db: Annotated[
-        tuple[float, float], Field(description="of the mixture of voices over the noise, drawn between the two")
+        tuple[float, float], Field(description="level of the speech over the noise, drawn between the two")
     ] = (15.0, 40.0)
     pauses: Annotated[
-        float, Field(ge=0, le=1, description="share of mixtures in which one speaker, or both at first, are silent")
+        float, Field(ge=0, le=1, description="share of mixtures with a pause, of one speaker or of both at the start")
     ] = 0.0
     ear_difference_db: Annotated[
-        float, Field(ge=0, description="of the left ear over the right one, drawn within plus or minus, mostly small")
+        float,
+        Field(ge=0, description="left ear over right ear, drawn from plus or minus this value, small ones more often"),
     ] = 0.0
     level_change_db: Annotated[
-        float, Field(ge=0, description="from the start to the end of a mixture, drawn within plus or minus")
+        float, Field(ge=0, description="from the start to the end of a mixture, drawn from plus or minus this value")
     ] = 0.0
 
     @field_validator("level_dbfs")
@@ -75,21 +79,23 @@ class DynamicData(Strict):
 
 
 class StoredData(Strict):
-    """Mixtures with what the large network makes of them (``kb-store-hints``)."""
+    """Mixtures with the outputs of the large network, which ``kb-store-hints`` makes."""
 
     kind: Literal["stored"] = "stored"
     root: Annotated[str, Field(min_length=1)]
-    items: Annotated[int | None, Field(ge=1, description="use only the first ones")] = None
+    items: Annotated[int | None, Field(ge=1, description="use only the first items")] = None
 
 
 Data = Annotated[FolderData | DynamicData | StoredData, Field(discriminator="kind")]
 
 
 class Schedule(Strict):
-    """How the learning rate falls."""
+    """How the learning rate decreases."""
 
     kind: Literal["plateau", "cosine"] = "plateau"
-    patience: Annotated[int, Field(ge=0, description="plateau: epochs without a better validation figure")] = 4
+    patience: Annotated[
+        int, Field(ge=0, description="plateau: epochs without a better validation figure before a decrease")
+    ] = 4
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     minimum: Annotated[float, Field(ge=0)] = 1e-6
 
@@ -98,7 +104,7 @@ WEIGHT_SOURCES = ("initial_checkpoint", "averaged_with", "warm_start", "large_ch
 
 
 class TrainingConfig(Strict):
-    """Everything that a run depends on, but for the files it reads."""
+    """Everything that a run depends on, except the content of the files that it reads."""
 
     model: ModelConfig
     train: Data
@@ -109,47 +115,55 @@ class TrainingConfig(Strict):
     schedule: Schedule = Schedule()
     gradient_clip: Annotated[float, Field(ge=0, description="norm; 0 does not clip")] = 1.0
     epochs: PositiveInt
-    batch_size: Annotated[int, Field(ge=1, description="over all devices together")] = 8
+    batch_size: Annotated[int, Field(ge=1, description="the sum over all devices")] = 8
     evaluation_batch_size: PositiveInt = 8
-    workers: Annotated[int, Field(ge=0, description="processes that read data, for each device")] = 4
+    workers: Annotated[int, Field(ge=0, description="processes that load data, for each device")] = 4
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     seed: Annotated[int, Field(ge=0)] = 42
     initial_checkpoint: Annotated[
-        str | None, Field(description="weights of the whole model to start from, a file or a bundle")
+        str | None, Field(description="initial weights of the whole model, a file or a bundle")
     ] = None
     averaged_with: Annotated[
         str | None,
-        Field(description="checkpoint that came from the same weights: to start at the mean of it and the initial one"),
+        Field(
+            description="checkpoint with the same origin; the initial weights are the mean of it and initial_checkpoint"
+        ),
     ] = None
-    large_checkpoint: Annotated[str | None, Field(description="weights of the large network to start from")] = None
+    large_checkpoint: Annotated[str | None, Field(description="initial weights of the large network")] = None
     freeze_large: bool = False
     warm_start: Annotated[
         str | None,
-        Field(description="checkpoint of a related model, of the other task or without hints: what fits is taken"),
+        Field(
+            description="checkpoint of a related model, of the other task or without hints; tensors that fit are loaded"
+        ),
     ] = None
-    hint_dropout: Annotated[float, Field(ge=0, le=1, description="share of examples without any hint")] = 0.0
+    hint_dropout: Annotated[float, Field(ge=0, le=1, description="share of examples without hints")] = 0.0
     guidance: Annotated[
-        float, Field(ge=0, description="weight of what tells fusion, or a network alone, what to listen for")
+        float, Field(ge=0, description="weight of the guidance loss, which trains fusion or a network alone directly")
     ] = 0.0
     level_weight: Annotated[
-        float, Field(ge=0, description="weight in the loss of what an estimate's level is wrong by, dB")
+        float, Field(ge=0, description="weight of the level error of the estimates (dB) in the loss")
     ] = 0.0
     averaging: Annotated[
         float,
-        Field(ge=0, lt=1, description="decay of a running mean of the weights, which is what a run gives; 0: none"),
+        Field(
+            ge=0, lt=1, description="decay of a running mean of the weights, which is the result of the run; 0: no mean"
+        ),
     ] = 0.0
     speaker_components: Annotated[
         int,
         Field(
-            ge=0, lt=SPEAKER_EMBEDDING_SIZE, description="differences of speakers that TSE learns by; 0: as they come"
+            ge=0,
+            lt=SPEAKER_EMBEDDING_SIZE,
+            description="TSE: principal components of the embeddings that are whitened; 0: no whitening",
         ),
     ] = 0
     speaker_noise: Annotated[
         float,
-        Field(ge=0, description="of these differences in training, in standard deviations of the speakers"),
+        Field(ge=0, description="noise on these components in training, in standard deviations of the speakers"),
     ] = 0.0
     ideal_hints: Annotated[
-        bool, Field(description="hints are made from the true sources, not by the large network")
+        bool, Field(description="hints are computed from the true sources, not by the large network")
     ] = False
 
     @model_validator(mode="after")
@@ -161,31 +175,32 @@ class TrainingConfig(Strict):
         if not self.model.needs_speaker and self.speaker_components:
             raise ValueError("speaker_components are for target speech extraction")
         if self.speaker_noise and not self.speaker_components:
-            raise ValueError("speaker_noise: set speaker_components too, it is noise of theirs")
+            raise ValueError("speaker_noise: set speaker_components too, because the noise is added to them")
         if isinstance(self.train, StoredData) and not self.freeze_large:
-            raise ValueError("train: stored hints are of a pair whose large network stays as it is; set freeze_large")
+            raise ValueError("train: stored hints need a large network that does not change; set freeze_large")
         if self.ideal_hints and not self.freeze_large:
             raise ValueError("ideal_hints: set freeze_large too, the large network learns nothing from them")
         if self.warm_start is not None and self.initial_checkpoint is not None:
-            raise ValueError("warm_start and initial_checkpoint: give one of them")
+            raise ValueError("warm_start and initial_checkpoint: give only one of them")
         if self.averaged_with is not None and self.initial_checkpoint is None:
             raise ValueError("averaged_with: give an initial_checkpoint too, to take the mean of the two")
         return self
 
     def weight_sources(self) -> list[str]:
-        """The checkpoints and bundles that weights start from."""
+        """Return the checkpoints and bundles that provide the initial weights."""
         return [source for name in WEIGHT_SOURCES if (source := getattr(self, name)) is not None]
 
     def without_weight_sources(self) -> Self:
-        """The same configuration for weights that come from elsewhere."""
+        """Return the same configuration without sources of initial weights."""
         return self.model_copy(update=dict.fromkeys(WEIGHT_SOURCES))
 
 
 def read_training_config(path: Path) -> TrainingConfig:
-    """A training configuration, ours or a published one.
+    """Read a training configuration, in the schema of this project or a published one.
 
     Raises:
-        InputError: it cannot be read, or a key is missing, unknown or impossible; it is named.
+        InputError: the file cannot be read, or a key is missing, unknown or has an impossible value. The message names
+            the key.
     """
     document = read_json(existing_file(path, "a training configuration"))
     if not is_published_config(document):
@@ -196,7 +211,7 @@ def read_training_config(path: Path) -> TrainingConfig:
         raise InputError(f"{path}: {first_fault(error)}") from None
 
 
-# Where a published file has what we call otherwise or keep elsewhere.
+# The place in a published file of values that have another name or another place in our schema.
 _ARGUMENTS = "pl_module_args"
 _DATA = {"train": "train_data_args", "validation": "val_data_args", "test": "test_data_args"}
 _PUBLISHED_KEYS = {
@@ -218,7 +233,7 @@ _PUBLISHED_KEYS = {
         for key, name in (("root", "mixtures_dir"), ("split", "dset"), ("items", "num_samples"))
     },
 }
-# What must be one of these values, because nothing else is implemented.
+# Only these values are implemented.
 _FIXED: dict[str, tuple[Any, ...]] = {
     f"{_ARGUMENTS}.sr": (16000,),
     f"{_ARGUMENTS}.optimizer": ("torch.optim.Adam",),
@@ -227,7 +242,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     **{f"{section}.sr": (16000,) for section in _DATA.values()},
     **{f"{section}.resample_rate": (None, 16000) for section in _DATA.values()},
 }
-# Import paths of code we do not need, and what `config_from_published` reads.
+# Import paths of code that is not needed, and keys that `config_from_published` reads.
 _IGNORED = {"pl_module", "pl_logger", "val_logger", "train_dataset", "val_dataset", "test_dataset"} | {
     f"{_ARGUMENTS}.{key}"
     for key in (

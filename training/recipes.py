@@ -1,8 +1,8 @@
-"""Recipes: the stages that make bundles, one after another, in one TOML file.
+"""Reads recipes. A recipe is a TOML file with the training stages that make bundles, one after another.
 
-``[stages.NAME]`` is a training configuration: the values of ``[common]``, on top of them those of the tables
-``[bases.NAME]`` that it lists as ``bases``, in their order, and on top of these its own. Weights may start from those
-of an earlier stage, ``{ stage = "NAME" }``.
+A table ``[stages.NAME]`` defines a training configuration. It starts with the values of ``[common]``. The tables
+``[bases.NAME]`` that the stage lists as ``bases`` override them in their order, and the values of the stage itself
+override these. ``{ stage = "NAME" }`` in place of a checkpoint takes the weights of an earlier stage.
 """
 
 import json
@@ -16,17 +16,17 @@ from knowledge_boosting.models.manifest import validate
 from knowledge_boosting.training.config import WEIGHT_SOURCES, TrainingConfig
 from knowledge_boosting.training.weights import LAST
 
-_MAX_BYTES = 2**20  # bytes
+_MAX_BYTES = 2**20
 
 
 class Recipe:
-    """A recipe file, read and checked."""
+    """The stages of a recipe file."""
 
     def __init__(self, path: Path) -> None:
-        """Read a recipe.
+        """Read and check a recipe.
 
         Raises:
-            InputError: the file cannot be read, or a base or a stage that is named is not there.
+            InputError: the file cannot be read, or a base or a stage that it names does not exist.
         """
         self._path = path
         document = _read_toml(existing_file(path, "a recipe"))
@@ -42,31 +42,33 @@ class Recipe:
                 raise InputError(f"{path}: stage {name}: bases must be a list of names")
             for base in listed:
                 if not isinstance(base, str) or base not in bases:
-                    raise InputError(f"{path}: stage {name}: there is no base {base!r}; write it below [bases.{base}]")
+                    raise InputError(f"{path}: stage {name}: there is no base {base!r}; define it as [bases.{base}]")
                 merged = _merge(merged, self._table(bases, base))
             merged = _merge(merged, stage)
             for key in WEIGHT_SOURCES:
                 source = _stage_of(merged.get(key))
                 if source is not None and source not in self._stages:
-                    raise InputError(f"{path}: stage {name}: {key}: there is no stage {source!r} before it")
+                    raise InputError(
+                        f"{path}: stage {name}: {key}: there is no stage {source!r} before it; name an earlier stage"
+                    )
             self._stages[name] = merged
         if not self._stages:
-            raise InputError(f"{path}: has no stages; write what is trained below [stages.NAME]")
+            raise InputError(f"{path}: has no stages; define each one as [stages.NAME]")
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The names of the stages, in their order."""
+        """The names of the stages in their order."""
         return tuple(self._stages)
 
     def stage(self, name: str, runs: Path) -> TrainingConfig:
-        """The training configuration of a stage.
+        """Return the training configuration of a stage.
 
         Args:
             name: one of :attr:`stages`.
-            runs: the folder in which every earlier stage has its run, under its name.
+            runs: the folder with the runs of the earlier stages, whose folders have the names of the stages.
 
         Raises:
-            InputError: there is no such stage, or it is no training configuration.
+            InputError: the stage does not exist, or it is no valid training configuration.
         """
         if name not in self._stages:
             raise InputError(f"{self._path}: has no stage {name!r}; choose one of {', '.join(self._stages)}")
@@ -74,7 +76,7 @@ class Recipe:
         for key in WEIGHT_SOURCES:
             if (source := _stage_of(document.get(key))) is not None:
                 document[key] = str(runs / source / LAST)
-        # What JSON has no word for, a date, is refused as the text that it becomes.
+        # A date has no equivalent in JSON. It becomes text, which the validation then refuses.
         plain = json.loads(json.dumps(document, default=str))
         return validate(TrainingConfig, plain, Path(f"{self._path}: stage {name}"))
 
@@ -86,13 +88,13 @@ class Recipe:
 
 
 def _stage_of(source: object) -> str | None:
-    """The stage that weights come from, if they come from one."""
+    """Return the name of the stage that provides the weights, or None if they come from elsewhere."""
     stage = source["stage"] if isinstance(source, dict) and source.keys() == {"stage"} else None
     return stage if isinstance(stage, str) else None
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``above`` changes in ``below``; tables within are merged too, but for the one that names a stage."""
+    """Return ``below`` with the values of ``above``. Nested tables are merged, except those that name a stage."""
     merged = dict(below)
     for key, value in above.items():
         within = merged.get(key)

@@ -1,4 +1,4 @@
-"""``python -m knowledge_boosting.training.trainer``: ``kb-train`` by the name that the published trainer has."""
+"""Runs ``kb-train`` under the name of the published trainer: ``python -m knowledge_boosting.training.trainer``."""
 
 from knowledge_boosting.training.commands.train import main
 

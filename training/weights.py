@@ -1,4 +1,4 @@
-"""Where the weights of a run start from, and which of its checkpoints is the best."""
+"""Loads the initial weights of a run, and finds its best checkpoint."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ LAST = "last.ckpt"
 
 
 def initial_model(config: TrainingConfig) -> nn.Module:
-    """The networks of a configuration with the weights that it names; what it names none for starts at random.
+    """Build the networks of a configuration and load the weights that it names. Other weights are random.
 
     Raises:
         InputError: a checkpoint or bundle cannot be used.
@@ -36,7 +36,10 @@ def initial_model(config: TrainingConfig) -> nn.Module:
         model = build(config.model)
     if config.warm_start is not None:
         left = warm_start(model, Path(config.warm_start), config.model)
-        print(f"{config.warm_start}: taken over, but for {len(left)} tensors that start anew", file=sys.stderr)
+        print(
+            f"{config.warm_start}: loaded, except for {len(left)} tensors, which keep their random values",
+            file=sys.stderr,
+        )
     if config.averaged_with is not None:
         average_with(model, Path(config.averaged_with))
     if config.large_checkpoint is not None:
@@ -46,7 +49,7 @@ def initial_model(config: TrainingConfig) -> nn.Module:
 
 
 def initial_speakers(config: TrainingConfig) -> set[str]:
-    """The speakers that the weights which a configuration names were trained on, as far as they tell.
+    """Return the training speakers of all weights that a configuration names, as far as they are recorded.
 
     Raises:
         InputError: a checkpoint or bundle cannot be used.
@@ -61,13 +64,13 @@ def _speakers(source: str) -> list[str]:
 
 
 def _read(source: str, config: ModelConfig) -> nn.Module:
-    """A model with the weights of a checkpoint file, or of a bundle by name or path."""
+    """Return a model with the weights of a checkpoint file, or of a bundle by name or path."""
     path = Path(source)
     return read_checkpoint(path, config) if path.is_file() or path.suffix else initial_weights(Bundle(source), config)
 
 
 def _start_large(pair: BoostedPair, source: str) -> None:
-    """Give the large network the weights of a bundle, by name or path, or of a checkpoint file."""
+    """Load the large network of a pair from a checkpoint file, or from a bundle by name or path."""
     path = Path(source)
     if path.is_file():
         _load_large_network(pair, path)
@@ -77,10 +80,10 @@ def _start_large(pair: BoostedPair, source: str) -> None:
 
 
 def _load_large_network(model: BoostedPair, path: Path) -> None:
-    """Give a pair's large network the weights of a checkpoint: of that network alone, or of another pair.
+    """Load the large network of a pair from a checkpoint of that network alone or of another pair.
 
     Raises:
-        InputError: the file is no checkpoint, or of a network of another size; a tensor is named.
+        InputError: the file is no checkpoint, or its network has another size. The message names a tensor.
     """
     state = read_weights(path)
     if is_published(state):
@@ -95,22 +98,22 @@ def _load_large_network(model: BoostedPair, path: Path) -> None:
 
 
 def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
-    """Give a model what fits it of a related one: of the other task, or of the small network without hints.
+    """Load those weights of a related model that fit: of the other task, or of the small network without hints.
 
     Args:
-        model: of :func:`build`.
-        path: a checkpoint of ours.
-        config: the model's.
+        model: the result of :func:`build`.
+        path: a checkpoint in the format of this project.
+        config: the configuration of the model.
 
     Returns:
-        The tensors that keep their own values, because the checkpoint has none of that name and shape.
+        The names of the tensors that are not loaded, because the checkpoint has none of that name and shape.
 
     Raises:
-        InputError: the file is no checkpoint, or has nothing that fits.
+        InputError: the file is no checkpoint, or none of its tensors fits.
     """
     state, own = read_weights(path), model.state_dict()
     for name in [name for name in state if ".network.output_conv.conv." in name and name in own]:
-        # Of two separated voices, the first one's output layer serves to extract one.
+        # A network that separates two sources gives the output layer of its first source to one that extracts one.
         axis = -own[name].dim()
         if config.sources == 1 and state[name].shape[axis] == 2 * config.spectrum_channels:
             state[name] = state[name].narrow(axis, 0, config.spectrum_channels)
@@ -122,18 +125,19 @@ def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
 
 
 def average_with(model: nn.Module, path: Path) -> None:
-    """Move a model's weights halfway to those of a checkpoint that came from the same ones, where that has them.
+    """Replace the weights of a model by the mean of them and those of a checkpoint.
 
-    Of networks that were trained further from the same weights, the mean is often better than each: Wortsman et al.,
-    "Model soups", ICML 2022. What the checkpoint lacks, as the small network alone lacks fusion, stays as it is.
+    If two networks were trained from the same weights, their mean is often better than either: Wortsman et al., "Model
+    soups", ICML 2022. Tensors that the checkpoint lacks do not change; the small network alone, for example, has no
+    fusion.
 
     Args:
-        model: with the weights of the one.
-        path: a checkpoint of ours with those of the other.
+        model: a model, whose weights change.
+        path: a checkpoint in the format of this project.
 
     Raises:
-        InputError: the file is no checkpoint, or has a tensor that the model lacks, or that differs in shape or is not
-            finite; it is named.
+        InputError: the file is no checkpoint, or one of its tensors is not finite, has another shape, or does not exist
+            in the model. The message names the tensor.
     """
     state, own = read_weights(path), model.state_dict()
     mean = {
@@ -146,14 +150,14 @@ def average_with(model: nn.Module, path: Path) -> None:
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of a run with the best validation figure, or else its last.
+    """Return the checkpoint of a run with the best validation figure, or its last one if no figure is recorded.
 
     Raises:
-        InputError: the run has none.
+        InputError: the run has no checkpoint.
     """
     scored = {float(path.stem.partition("_")[2].removesuffix("dB")): path for path in run_dir.glob("best/*dB.ckpt")}
     if scored:
         return scored[max(scored)]
     if (run_dir / LAST).is_file():
         return run_dir / LAST
-    raise InputError(f"{run_dir}: has no checkpoint; train first")
+    raise InputError(f"{run_dir}: has no checkpoint; run kb-train first")

@@ -1,4 +1,4 @@
-"""Worker processes: what many of them make, and how they end with the process that started them."""
+"""Runs calls in worker processes, which end with the process that started them."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from knowledge_boosting.common.errors import Failure
 
 Result = TypeVar("Result")
 
-_CALLS_PER_WORKER = 4  # calls a worker: enough to keep it busy, few enough to stop soon
+_CALLS_PER_WORKER = 4  # enough to keep a worker busy, and few enough to stop quickly
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -30,15 +30,21 @@ def run_in_workers(
     start: Callable[..., None] | None = None,
     arguments: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
-    """What a function returns for each of the calls' arguments, as it comes, with a bar on a terminal.
+    """Call a function in worker processes, and yield its results in the order in which the calls finish.
+
+    On a terminal, a progress bar is shown. If the function raises an exception, the calls that have not begun are
+    dropped and the exception is raised here.
 
     Args:
-        workers: processes, of one thread each; None for as many as cores.
-        crash_advice: what to tell a user when a worker was killed.
-        start: called with ``arguments`` in every process first.
+        function: the function.
+        calls: the arguments of every call.
+        workers: the number of processes, which have one thread each; None for one a core.
+        crash_advice: what a user can do if a worker is killed; the end of the error message.
+        start: called with ``arguments`` when a process starts.
+        arguments: see ``start``.
 
     Raises:
-        Failure: a worker process died. What the function raises comes as it is; the calls not begun are dropped.
+        Failure: a worker process died.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -80,7 +86,7 @@ def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> Non
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Processes started meanwhile use one thread, so that the order of a sum does not depend on the cores."""
+    """Let processes that start in this context use one thread, so the order of a sum does not depend on the cores."""
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:
@@ -94,8 +100,11 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Call first in a worker: it leaves Ctrl-C to its parent, and ends when the parent does, killed or not."""
-    # Ctrl-C reaches every process of a terminal; the first one ends its workers itself.
+    """Make a worker process ignore Ctrl-C and end when its parent ends, even if the parent is killed.
+
+    A worker must call this first.
+    """
+    # Ctrl-C reaches every process of the terminal. The parent handles it and ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -103,6 +112,6 @@ def end_with_parent() -> None:
 
 
 def _end_after(parent: int) -> None:
-    # A killed parent cannot end its workers, and they would wait for it for ever.
+    # A killed parent cannot end its workers, and they would wait for it indefinitely.
     connection.wait([parent])
     os._exit(1)

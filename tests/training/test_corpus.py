@@ -80,7 +80,7 @@ def test_what_is_not_speech_of_a_speaker_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no usable speech"):
         find_speech(tmp_path, skip_broken=False)
     write_noise(tmp_path / "nobody.wav")
-    with pytest.raises(InputError, match=r"nobody\.wav: does not tell its speaker"):
+    with pytest.raises(InputError, match=r"nobody\.wav: the name does not say who speaks"):
         find_speech(tmp_path, skip_broken=False)
 
 

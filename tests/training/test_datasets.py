@@ -536,7 +536,7 @@ def test_speakers_kept_for_validation_are_not_drawn(bank: Path, tmp_path: Path) 
     kept.write_text(f"# for validation\n{speakers[0]}\n\n{speakers[1]} # both\n")
     assert mixing(bank, excluded_speakers=str(kept)).speakers == set(speakers[2:])
     kept.write_text("# nobody\n")
-    with pytest.raises(InputError, match=r"kept\.txt: names no speaker"):
+    with pytest.raises(InputError, match=r"kept\.txt: contains no name of a speaker"):
         mixing(bank, excluded_speakers=str(kept))
     with pytest.raises(InputError, match="no such file"):
         mixing(bank, excluded_speakers=str(tmp_path / "none.txt"))
@@ -711,7 +711,7 @@ def test_the_second_speaker_is_the_least_like_the_first_of_the_candidates(bank: 
 def test_speech_of_one_speaker_or_without_a_bank_is_refused(bank: Path, tmp_path: Path) -> None:
     utterance = next(path for path in sorted(SPEECH.iterdir()) if path.suffix == ".ogg")
     shutil.copy(utterance, tmp_path)
-    with pytest.raises(InputError, match="has 1 speakers with enough speech, two are needed"):
+    with pytest.raises(InputError, match="has 1 speakers with enough speech; two are needed"):
         mixing(bank, speech=tmp_path)
     with pytest.raises(InputError, match="none: no such folder"):
         mixing(bank, speech=tmp_path / "none")

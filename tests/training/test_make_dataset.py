@@ -383,7 +383,7 @@ def test_a_bank_of_responses(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert 0 < sum(float(row["absorption"]) == 1 for row in rows(root)) < 8
     capsys.readouterr()
     assert make(*call, "-o", root) == 0
-    assert "made already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert tree(root) == files
     assert "was made with --rooms 8" in refusal(capsys, *call, "--rooms", 9, "-o", root)
 
@@ -400,7 +400,7 @@ def test_speech_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
     cases = {
         "none": "no such folder",
         "empty": "holds no usable speech",
-        "untold": "does not tell its speaker",
+        "untold": "does not say who speaks",
         "rate": "sampled at 8000 Hz",
         "stereo": "has 2 channels",
         "corrupt": "not readable as audio",

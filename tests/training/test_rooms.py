@@ -262,7 +262,7 @@ def test_banks_that_cannot_be_used(tmp_path: Path) -> None:
         read_bank(tmp_path / "shape.safetensors")
     rooms: dict[str, NDArray[Any]] = {"responses": np.zeros((3, 2, 2, 4), np.float32), "listeners": np.zeros(2)}
     save_file(rooms, tmp_path / "listeners.safetensors")
-    with pytest.raises(InputError, match="does not tell every room's listener"):
+    with pytest.raises(InputError, match="does not name the listener of every room"):
         read_bank(tmp_path / "listeners.safetensors")
 
 

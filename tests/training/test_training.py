@@ -149,7 +149,7 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(dataset: Path, tmp_path:
     config = write_config(first, dataset, epochs=1, warm_start=str(tmp_path / "small.pt"))
     result = run("kb-train", "--config", config, "--run_dir", first / "run")
     assert result.returncode == 0, result.stderr
-    assert "small.pt: taken over, but for" in result.stderr
+    assert "small.pt: loaded, except for" in result.stderr
     (tmp_path / "small.pt").unlink()
     other = tmp_path / "other"
     config = write_config(other, dataset, epochs=2, warm_start=str(tmp_path / "small.pt"))
@@ -167,7 +167,7 @@ def test_speakers_of_training_are_kept_and_never_measured_on(
     write_speakers(data / "val", "26", "27")
     config = write_config(tmp_path, data, epochs=1)
     line = refusal_here("kb-train", capsys, "--config", config, "--run_dir", tmp_path / "run")
-    assert "val: speaker 26 is in the training list too" in line
+    assert "val: speaker 26 was in the training data too" in line
     write_speakers(data / "val", "27", "28")
     train("--config", config, "--run_dir", tmp_path / "run")
     last = tmp_path / "run" / "last.ckpt"
@@ -189,9 +189,9 @@ def test_speakers_of_training_are_kept_and_never_measured_on(
     write_speakers(data / "val", "31", "32")
     for model in (bundle, tmp_path / "next" / "run"):
         line = refusal("kb-evaluate", model, "--data", data, "--split", "val", "-o", tmp_path / "out")
-        assert "val: speaker 31 is in the training list too" in line
+        assert "val: speaker 31 was in the training data too" in line
     line = refusal("kb-train", "--config", config, "--run_dir", tmp_path / "next" / "run", "--test")
-    assert "val: speaker 31 is in the training list too" in line
+    assert "val: speaker 31 was in the training data too" in line
 
 
 def write_speakers(split: Path, *speakers: str) -> None:

@@ -108,7 +108,7 @@ def test_a_voice_made_of_a_speaker_is_that_speaker_where_trained_and_measured_mu
     (tmp_path / "metadata.csv").write_text("speaker00,speaker01\n1034~1,anna~b\n")
     refuse_shared_speakers(["103", "b"], tmp_path)
     for trained in ("1034", "1034~2", "anna~b"):
-        with pytest.raises(InputError, match="is in the training list too"):
+        with pytest.raises(InputError, match="was in the training data too"):
             refuse_shared_speakers([trained], tmp_path)
 
 

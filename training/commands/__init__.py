@@ -1,1 +1,1 @@
-"""One file a command: its flags, its checks, its run."""
+"""The commands of the package, one module each, with their flags, checks and output."""

@@ -1,4 +1,4 @@
-"""The ``kb-evaluate`` command: what bundles and runs make of a dataset's mixtures, as a table."""
+"""The ``kb-evaluate`` command: measures bundles and runs on the mixtures of a dataset, and prints a table."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
 app = cli.Application()
 
 _MAX_DELAY = 1000  # frames, 8 s
-_FILE_WIDTH = 160  # of the table where it is no terminal's
+_FILE_WIDTH = 160  # of the table, if the output is no terminal
 
 
 @app.command()
@@ -26,34 +26,36 @@ def evaluate(
     delays: Annotated[
         str | None,
         typer.Option(
-            "--delays", help="Frames: run every pair at these delays too, besides the one it was trained for."
+            "--delays",
+            help="In frames, such as 0,1,3: run every pair also at these delays, which it was not trained for.",
         ),
     ] = None,
-    items: Annotated[int | None, typer.Option("--items", min=1, help="Use only the first ones.")] = None,
+    items: Annotated[int | None, typer.Option("--items", min=1, help="Use only the first items.")] = None,
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Run frame by frame, and tell how far that is from whole signals.")
+        bool,
+        typer.Option("--streaming", help="Run frame by frame, and report the largest difference from whole signals."),
     ] = False,
     metrics: Annotated[
-        str, typer.Option("--metrics", help="What to measure; STOI and PESQ take most of the time.")
+        str, typer.Option("--metrics", help="Figures to measure; STOI and PESQ take most of the time.")
     ] = ",".join(METRICS),
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="Processes for STOI and PESQ; 0: this one.")
+        int | None, typer.Option("--workers", min=0, help="Processes for STOI and PESQ; 0 uses this one.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,
     record: Annotated[
-        bool, typer.Option("--record", help="Write what was measured into the bundles: bundle.json and model card.")
+        bool, typer.Option("--record", help="Write the results into the bundles: into bundle.json and the model card.")
     ] = False,
 ) -> None:
-    """Measure what models make of a dataset's mixtures: alone, boosted, with wrong hints, and the large network.
+    """Measure the outputs of models for the mixtures of a dataset: alone, boosted, with wrong hints, large network.
 
-    Quality by delay takes several bundles, each trained for its delay; --delays runs each also at others.
+    To compare delays, give several bundles, each trained for its delay. --delays runs each of them also at others.
     """
     retimed = _parse_delays(delays) if delays is not None else []
     wanted = _parse_metrics(metrics)
     packages = [package for metric in wanted if (package := METRICS[metric].package) is not None]
     cli.check_installed("torchmetrics", "matplotlib", *packages)
-    # What measures is imported only now, so that --help and mistakes in the call answer at once.
+    # Importing torch takes seconds, so it happens only after the flags have been checked.
     from knowledge_boosting.training.evaluation.files import (
         RESULT_FILES,
         output_folder,
@@ -89,22 +91,24 @@ def evaluate(
 
 
 def _parse_metrics(text: str) -> list[MetricName]:
-    """The metrics named, in the order of the table; SI-SDRi is always among them.
+    """Return the metrics that a list names, in the order of the table. SI-SDRi is always included.
 
     Raises:
-        InputError: one is unknown.
+        InputError: a metric is unknown.
     """
     names = {name.strip() for name in text.split(",")}
     unknown = sorted(names - set(METRICS))
     if unknown:
-        raise InputError(f"--metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
+        raise InputError(f"--metrics: {unknown[0]!r} is unknown; choose from {', '.join(METRICS)}")
     return [metric for metric in METRICS if metric in names or metric == "si_sdri"]
 
 
 def _parse_delays(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and int(word) <= _MAX_DELAY for word in words):
-        raise InputError(f"--delays {text}: give frames, 0 to {_MAX_DELAY}, with commas between, such as 0,1,3,6")
+        raise InputError(
+            f"--delays {text}: give numbers of frames from 0 to {_MAX_DELAY}, separated by commas, such as 0,1,3,6"
+        )
     return [int(word) for word in words]
 
 

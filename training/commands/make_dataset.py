@@ -1,12 +1,13 @@
-"""The ``kb-make-dataset`` command: speech and head-related responses to a dataset in the published layout.
+"""The ``kb-make-dataset`` command: makes a dataset in the published layout from speech and head-related responses.
 
-``<output>/<split>/<item>/`` holds ``source00.wav`` and ``source01.wav`` (two ears, 16 kHz, 16-bit), with ``--noise``
-``noise.wav`` (the sum of all is the mixture), for TSE ``spk_id00.pt`` and ``spk_id01.pt`` (``[1, 256]``), and
-``metadata.json``; ``<output>/<split>/`` holds the items' records as ``metadata.csv``; ``<output>/dataset.json`` what it
-was made with. With ``--responses-only`` there is ``<output>/responses.safetensors`` instead, and its ``metadata.csv``.
+A folder ``<output>/<split>/<item>/`` has ``source00.wav`` and ``source01.wav`` (two ears, 16 kHz, 16-bit) and
+``metadata.json``. With ``--noise`` it also has ``noise.wav``; the mixture is the sum of all these signals. For TSE it
+also has ``spk_id00.pt`` and ``spk_id01.pt`` (``[1, 256]``). ``<output>/<split>/metadata.csv`` has the records of all
+items, and ``<output>/dataset.json`` the parameters of the dataset. With ``--responses-only`` the command makes
+``<output>/responses.safetensors`` and its ``metadata.csv`` instead.
 
-An item's bytes follow from the flags alone (:mod:`training.data.items`), and the same command makes what is missing of
-an interrupted run (:mod:`training.data.dataset_folder`).
+The bytes of an item depend only on the flags (:mod:`training.data.items`). If a run is interrupted, the same command
+makes the missing items (:mod:`training.data.dataset_folder`).
 """
 
 import shutil
@@ -51,7 +52,7 @@ _DEFAULT_RANGES = RoomRanges()
 
 
 class Task(StrEnum):
-    """What the dataset is for."""
+    """The task that the dataset is for."""
 
     SS = "ss"
     TSE = "tse"
@@ -59,37 +60,44 @@ class Task(StrEnum):
 
 @app.command()
 def make_dataset(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or to go on with.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or to continue.")],
     sofa: Annotated[
         list[Path],
-        typer.Option("--sofa", help="Head-related responses of two ears (SOFA file); several are drawn from."),
+        typer.Option("--sofa", help="Head-related responses of two ears (SOFA file). Give several for random heads."),
     ],
     speech: Annotated[
         Path | None,
         typer.Option("--speech", help="Mono speech of 16 kHz or more: <speaker>/… folders or <speaker>-… names."),
     ] = None,
     valid_speech: Annotated[
-        Path | None, typer.Option("--valid-speech", help="Speech of val and test; else --speech is divided by speaker.")
+        Path | None,
+        typer.Option(
+            "--valid-speech", help="Speech for val and test. By default, the speakers of --speech are divided."
+        ),
     ] = None,
-    task: Annotated[Task | None, typer.Option("--task", help="For tse every item has speaker embeddings.")] = None,
-    train: Annotated[int, typer.Option("--train", min=0, max=_MAX_COUNT, help="Items of train.")] = 0,
-    val: Annotated[int, typer.Option("--val", min=0, max=_MAX_COUNT, help="Items of val.")] = 0,
-    test: Annotated[int, typer.Option("--test", min=0, max=_MAX_COUNT, help="Items of test.")] = 0,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.5, max=60, help="Length of an item.")] = 4.0,
+    task: Annotated[Task | None, typer.Option("--task", help="With tse, every item has speaker embeddings.")] = None,
+    train: Annotated[int, typer.Option("--train", min=0, max=_MAX_COUNT, help="Number of items in train.")] = 0,
+    val: Annotated[int, typer.Option("--val", min=0, max=_MAX_COUNT, help="Number of items in val.")] = 0,
+    test: Annotated[int, typer.Option("--test", min=0, max=_MAX_COUNT, help="Number of items in test.")] = 0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.5, max=60, help="Length of an item, s.")] = 4.0,
     enrollment_seconds: Annotated[
-        float, typer.Option("--enrollment-seconds", min=1, max=60, help="tse: speech that an embedding is made of.")
+        float,
+        typer.Option("--enrollment-seconds", min=1, max=60, help="tse: length of the speech for an embedding, s."),
     ] = 4.0,
     level_difference: Annotated[
-        Range, typer.Option("--level-difference", metavar="LOW HIGH", help="dB, first speaker over the second.")
+        Range,
+        typer.Option("--level-difference", metavar="LOW HIGH", help="Level of the first speaker over the second, dB."),
     ] = (-5.0, 5.0),
     level: Annotated[
-        Range, typer.Option("--level", metavar="LOW HIGH", help="dBFS (RMS) of the mixture, lowered if it would clip.")
+        Range,
+        typer.Option("--level", metavar="LOW HIGH", help="Level (RMS) of the mixture, dBFS; reduced if it would clip."),
     ] = (-35.0, -20.0),
     noise: Annotated[
-        Path | None, typer.Option("--noise", help="Recordings without voices, mono, 16 kHz or more, at any depth.")
+        Path | None,
+        typer.Option("--noise", help="Folder of recordings without speech, mono, 16 kHz or more, at any depth."),
     ] = None,
     noise_ratio: Annotated[
-        Range, typer.Option("--noise-ratio", metavar="LOW HIGH", help="dB, both speakers over the noise.")
+        Range, typer.Option("--noise-ratio", metavar="LOW HIGH", help="Level of both speakers over the noise, dB.")
     ] = (15.0, 40.0),
     side: Annotated[
         Range, typer.Option("--side", metavar="LOW HIGH", help="Length and width of a room, m.")
@@ -98,49 +106,58 @@ def make_dataset(
         Range, typer.Option("--height", metavar="LOW HIGH", help="Height of a room, m.")
     ] = _DEFAULT_RANGES.height,
     absorption: Annotated[
-        Range, typer.Option("--absorption", metavar="LOW HIGH", help="Share of the energy that surfaces take.")
+        Range, typer.Option("--absorption", metavar="LOW HIGH", help="Share of the energy that surfaces absorb.")
     ] = _DEFAULT_RANGES.absorption,
     anechoic: Annotated[
         float, typer.Option("--anechoic", min=0, max=1, help="Share of rooms without reflections.")
     ] = _DEFAULT_RANGES.anechoic,
     distance: Annotated[
-        Range, typer.Option("--distance", metavar="LOW HIGH", help="Head to speaker, m.")
+        Range, typer.Option("--distance", metavar="LOW HIGH", help="Distance from the head to a speaker, m.")
     ] = _DEFAULT_RANGES.distance,
     azimuth: Annotated[
-        Range, typer.Option("--azimuth", metavar="LOW HIGH", help="Degrees from where the head faces; 90 is left.")
+        Range,
+        typer.Option(
+            "--azimuth", metavar="LOW HIGH", help="Azimuth from the direction the head faces, degrees; 90 is left."
+        ),
     ] = _DEFAULT_RANGES.azimuth,
     elevation: Annotated[
-        Range, typer.Option("--elevation", metavar="LOW HIGH", help="Degrees above the height of the head.")
+        Range, typer.Option("--elevation", metavar="LOW HIGH", help="Elevation above the height of the head, degrees.")
     ] = _DEFAULT_RANGES.elevation,
     separation: Annotated[
-        float, typer.Option("--separation", min=0, max=90, help="Least difference of the two azimuths, degrees.")
+        float, typer.Option("--separation", min=0, max=90, help="Minimum difference between the two azimuths, degrees.")
     ] = _DEFAULT_RANGES.separation,
     microphones: Annotated[
         float, typer.Option("--microphones", min=0, max=1, help="Share of rooms with two microphones and no head.")
     ] = _DEFAULT_RANGES.microphones,
     mono: Annotated[
         float,
-        typer.Option("--mono", min=0, max=1, help="Share of rooms with one microphone, whose signal comes twice."),
+        typer.Option("--mono", min=0, max=1, help="Share of rooms with one microphone, whose signal is used twice."),
     ] = _DEFAULT_RANGES.mono,
     unequal: Annotated[
         float,
         typer.Option(
-            "--unequal", min=0, max=1, help="Share of all rooms but mono: one ear or microphone 20 dB weaker."
+            "--unequal",
+            min=0,
+            max=1,
+            help="Share of the rooms that are not mono with one ear or microphone 20 dB weaker.",
         ),
     ] = _DEFAULT_RANGES.unequal,
     responses_only: Annotated[
-        bool, typer.Option("--responses-only", help="A bank of room responses for dynamic mixing, without speech.")
+        bool, typer.Option("--responses-only", help="Make a bank of room responses for dynamic mixing, without speech.")
     ] = False,
-    rooms: Annotated[int, typer.Option("--rooms", min=0, max=_MAX_COUNT, help="Rooms of the bank.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of every draw.")] = 0,
+    rooms: Annotated[int, typer.Option("--rooms", min=0, max=_MAX_COUNT, help="Number of rooms in the bank.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of all random values.")] = 0,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes, one a core if not given; changes no byte.")
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Number of processes; one a core by default. It does not affect the result."
+        ),
     ] = None,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave out speech that is unreadable, not mono or below 16 kHz.")
     ] = False,
 ) -> None:
-    """Mix two speakers in random rooms, as two ears hear them. The same command goes on with an interrupted run."""
+    """Mix two speakers in random rooms as two ears receive them. The same command continues an interrupted run."""
     shares = (microphones, mono, unequal)
     ranges = RoomRanges(side, height, absorption, anechoic, distance, azimuth, elevation, separation, *shares)
     counts = {split: count for split, count in (("train", train), ("val", val), ("test", test)) if count}
@@ -150,13 +167,13 @@ def make_dataset(
                 "--responses-only takes no --speech, --valid-speech, --noise, --task, --train, --val or --test"
             )
         if not rooms:
-            raise InputError("--responses-only needs --rooms, how many rooms the bank has")
+            raise InputError("--responses-only needs --rooms, the number of rooms in the bank")
         cli.check_installed("netCDF4", "pyroomacoustics", "safetensors", "sofa")
         _check_heads(sofa)
         _make_bank(output, sofa, ranges, rooms, seed, workers)
         return
     if rooms:
-        raise InputError("--rooms needs --responses-only; a dataset has a room for every item")
+        raise InputError("--rooms needs --responses-only; a dataset has one room for every item")
     if speech is None or task is None:
         raise InputError(f"give {'--speech DIR' if speech is None else '--task ss or tse'}, or --responses-only")
     if not counts:
@@ -230,7 +247,7 @@ def _make_bank(
     bank, items = root / BANK_FILE, root / BANK_SPLIT
     if bank.exists():
         check_root(root, parameters)
-        print(f"{bank}: made already")
+        print(f"{bank}: exists already")
     else:
         make_missing_items(
             root,
@@ -259,14 +276,18 @@ def _find_splits(
     *,
     skip_broken: bool,
 ) -> tuple[dict[str, tuple[Speaker, ...]], dict[str, object]]:
-    """Speakers of every split, and the digest of each corpus.
+    """Return the speakers of every split and the digest of each corpus.
 
     Args:
-        folders: by parameter, ``speech`` and perhaps ``valid_speech``.
-        counts: items of the splits that have any.
+        folders: the corpora by parameter, ``speech`` and optionally ``valid_speech``.
+        counts: the number of items of every split that has some.
+        length: the samples that a speaker needs to be mixed.
+        enrollment: the additional samples that a speaker needs to be enrolled; 0 for none.
+        seed: the seed of the division.
+        skip_broken: whether broken files are left out.
 
     Raises:
-        InputError: a corpus has too few speakers, or shares one with the other.
+        InputError: a corpus has too few speakers, or a speaker is in both.
     """
     corpora = {name: find_speech(folder, skip_broken=skip_broken) for name, folder in folders.items()}
     warn_of_broken({path: fault for corpus in corpora.values() for path, fault in corpus.broken.items()})
@@ -296,7 +317,7 @@ def _check_heads(files: Sequence[Path]) -> None:
     names = [head_name(sofa) for sofa in files]
     for name in names:
         if names.count(name) > 1 or name in (MICROPHONES, MONO):
-            raise InputError(f"--sofa: two listeners would be called {name}; rename the file")
+            raise InputError(f"--sofa: two listeners would have the name {name}; rename the file")
 
 
 def _digests(files: Sequence[Path]) -> str | list[str]:

@@ -1,7 +1,7 @@
-"""The ``kb-make-voices`` command: a corpus of speech with voices made of its speakers (:mod:`training.data.voices`).
+"""The ``kb-make-voices`` command: adds derived voices to a corpus of speech (:mod:`training.data.voices`).
 
-``<output>/<speaker>/`` holds a speaker's recordings, ``<output>/<speaker>~<number>/`` the same words in a voice made of
-it, 16 kHz FLAC; ``<output>/voices.json`` what was made with which factors.
+``<output>/<speaker>/`` has the recordings of a speaker. ``<output>/<speaker>~<number>/`` has the same words in a voice
+that is derived from the speaker. All files are 16 kHz FLAC. ``<output>/voices.json`` records the factors of all voices.
 """
 
 import json
@@ -23,7 +23,7 @@ from knowledge_boosting.training.workers import run_in_workers
 app = cli.Application()
 
 RECORD_FILE = "voices.json"
-_MIN_FACTOR, _MAX_FACTOR = 0.5, 2.0  # a factor beyond is no human voice any more
+_MIN_FACTOR, _MAX_FACTOR = 0.5, 2.0  # factors beyond these make no human voice
 
 
 def _make(root: Path, number: int, utterance: Utterance, speaker: str, changes: Sequence[VoiceTransformation]) -> None:
@@ -49,19 +49,21 @@ def _check_factors(flag: str, factors: tuple[float, float]) -> None:
 
 @app.command()
 def make_voices(
-    speech: Annotated[Path, typer.Option(help="Folder of speech, as kb-make-dataset takes it.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="New folder of speech with the voices.")],
-    voices: Annotated[int, typer.Option(min=1, max=100, help="Voices made of every speaker.")] = 4,
-    pitch: Annotated[tuple[float, float], typer.Option(help="Lowest and highest factor of pitch.")] = (0.75, 1.35),
-    formants: Annotated[tuple[float, float], typer.Option(help="Lowest and highest factor of formants.")] = (
+    speech: Annotated[Path, typer.Option(help="Folder of speech, as for kb-make-dataset.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="New folder for the speech with the additional voices.")
+    ],
+    voices: Annotated[int, typer.Option(min=1, max=100, help="Number of voices derived from every speaker.")] = 4,
+    pitch: Annotated[tuple[float, float], typer.Option(help="Range of the pitch factor.")] = (0.75, 1.35),
+    formants: Annotated[tuple[float, float], typer.Option(help="Range of the formant factor.")] = (
         0.86,
         1.16,
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random factors.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes; one a core by default.")] = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken files out.")] = False,
 ) -> None:
-    """Make more voices of a corpus of speech, for training: the same words at another pitch, with other formants."""
+    """Add voices to a corpus of speech, for training: the same words at another pitch, with other formants."""
     _check_factors("--pitch", pitch)
     _check_factors("--formants", formants)
     cli.check_installed("pyworld")
@@ -85,7 +87,9 @@ def make_voices(
             "voices": [asdict(change) for own in drawn.values() for change in own],
         }
         (root / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
-    typer.echo(f"{output}: {len(corpus.speakers)} speakers and {voices * len(corpus.speakers)} voices made of them")
+    typer.echo(
+        f"{output}: {len(corpus.speakers)} speakers and {voices * len(corpus.speakers)} voices derived from them"
+    )
 
 
 def main() -> None:

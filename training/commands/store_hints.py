@@ -1,4 +1,4 @@
-"""The ``kb-store-hints`` command."""
+"""The ``kb-store-hints`` command: stores mixtures with the outputs of a large network."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,20 +14,26 @@ app = cli.Application()
 def store_hints(
     config: Annotated[
         Path,
-        typer.Option("--config", help="Training configuration, or recipe, of a pair with a frozen large network."),
+        typer.Option("--config", help="Training configuration or recipe of a pair with a frozen large network."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or to go on with.")],
-    items: Annotated[int, typer.Option("--items", min=1, help="Mixtures; for TSE each is kept for both speakers.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or to continue.")],
+    items: Annotated[
+        int, typer.Option("--items", min=1, help="Number of mixtures; for TSE each is stored for both speakers.")
+    ],
     stage: Annotated[str | None, typer.Option("--stage", help="Stage of the recipe.")] = None,
     runs: Annotated[
-        Path, typer.Option("--runs", help="Folder with the runs of the recipe's stages, each under its name.")
+        Path,
+        typer.Option(
+            "--runs", help="Folder with the runs of the stages of the recipe, each under the name of its stage."
+        ),
     ] = Path("runs"),
     large: Annotated[
-        str | None, typer.Option("--large", help="Checkpoint or bundle of the large network, for the configuration's.")
+        str | None,
+        typer.Option("--large", help="Checkpoint or bundle of the large network; overrides that of the configuration."),
     ] = None,
 ) -> None:
-    """Keep mixtures and what a large network makes of them. The same command goes on with an interrupted run."""
-    # What trains is imported only now, so that --help and mistakes in the call answer at once.
+    """Store mixtures and the outputs of a large network. The same command continues an interrupted run."""
+    # Importing torch takes seconds, so it happens only after the flags have been checked.
     from knowledge_boosting.training.learning import run
 
     run.store_hints(run.read_settings(config, stage=stage, runs=runs, data=None, large=large), output, items)

@@ -1,4 +1,4 @@
-"""The ``kb-train`` command."""
+"""The ``kb-train`` command: trains or tests a network or a pair."""
 
 import os
 from pathlib import Path
@@ -17,44 +17,51 @@ app = cli.Application()
 def train(
     config: Annotated[
         Path,
-        typer.Option("--config", help="Training configuration (JSON), ours or a published one, or a recipe (TOML)."),
+        typer.Option("--config", help="Training configuration (JSON), also a published one, or recipe (TOML)."),
     ],
     run_dir: Annotated[
-        Path, typer.Option("--run-dir", "--run_dir", help="Folder of this run: checkpoints, logs, configuration.")
+        Path,
+        typer.Option("--run-dir", "--run_dir", help="Folder of this run, for checkpoints, logs and the configuration."),
     ],
     stage: Annotated[
         str | None,
-        typer.Option("--stage", help="Stage of the recipe; runs of those it starts from are beside RUN_DIR."),
+        typer.Option(
+            "--stage", help="Stage of the recipe. Runs of earlier stages must be in the parent folder of RUN_DIR."
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in run_dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN_DIR.")] = False,
     ckpt: Annotated[
-        Path | None, typer.Option("--ckpt", help="Checkpoint to go on from, or to test; else the last, or the best.")
+        Path | None,
+        typer.Option("--ckpt", help="Checkpoint to continue from or to test. The default is the last or the best."),
     ] = None,
     test: Annotated[bool, typer.Option("--test", help="Test instead of training.")] = False,
-    frac: Annotated[float, typer.Option("--frac", min=0.0, max=1.0, help="Share of every epoch that is used.")] = 1.0,
+    frac: Annotated[float, typer.Option("--frac", min=0.0, max=1.0, help="Share of every epoch to use.")] = 1.0,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Root of the rendered dataset, for the configuration's.")
+        Path | None, typer.Option("--data", help="Root of the rendered dataset; overrides that of the configuration.")
     ] = None,
     large: Annotated[
-        str | None, typer.Option("--large", help="Where the large network starts: a checkpoint or a bundle.")
+        str | None, typer.Option("--large", help="Initial weights of the large network: a checkpoint or a bundle.")
     ] = None,
     devices: Annotated[
-        int | None, typer.Option("--devices", min=1, help="GPUs, or processes on the CPU; else every GPU.")
+        int | None,
+        typer.Option("--devices", min=1, help="Number of GPUs, or of processes on the CPU. The default is every GPU."),
     ] = None,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines, each of which runs this command.")] = 1,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Pass over broken items, with a warning.")] = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too, where it is installed.")] = False,
+    nodes: Annotated[
+        int, typer.Option("--nodes", min=1, help="Number of machines. Each of them runs this command.")
+    ] = 1,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Skip broken items, with a warning.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too, if it is installed.")] = False,
 ) -> None:
-    """Train one network, or a pair for its small one. Figures and sounds go to RUN_DIR/tensorboard."""
+    """Train one network, or a pair for its small network. Figures and sounds are logged to RUN_DIR/tensorboard."""
     if frac == 0:
         raise InputError("--frac: must be more than 0")
     if test and resume:
-        raise InputError("--test and --resume: give one of them")
+        raise InputError("--test and --resume: give only one of them")
     last = run_dir / "last.ckpt"
-    # Processes that a first one or torchrun has started find the folder made.
+    # Only the first process checks the folder. Processes that it or torchrun started later find the folder in use.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if first and not resume and not test and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise InputError(f"{run_dir}: holds a run already; give --resume to go on with it, or another --run_dir")
+        raise InputError(f"{run_dir}: holds a run already; give --resume to continue it, or another --run_dir")
     if first and not test:
         check_folder(run_dir)
     if resume and ckpt is None and not last.is_file():
@@ -62,10 +69,10 @@ def train(
     if ckpt is not None and not ckpt.is_file():
         raise InputError(f"{ckpt}: no such file; give a checkpoint of this configuration")
 
-    # By default torch's threads wait for each other by turning round and round, for milliseconds: where anything else
-    # runs, that takes most of the processor's time. Read as torch is loaded.
+    # By default, the threads of torch busy-wait for each other for milliseconds. That takes most of the processor time
+    # if another program runs. The variable is read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # What trains is imported only now, so that --help and mistakes in the call answer at once.
+    # Importing torch takes seconds, so it happens only after the flags have been checked.
     from knowledge_boosting.training.learning.run import read_settings, run_test, run_training
     from knowledge_boosting.training.learning.trainer import Devices
 

@@ -1,1 +1,1 @@
-"""Speech, rooms, mixtures and examples: what there is to learn from."""
+"""Training data: speech, rooms, mixtures and the examples made of them."""

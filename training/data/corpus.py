@@ -1,10 +1,12 @@
-"""A folder of speech: whose utterance is whose, and segments of it at 16 kHz.
+"""A corpus is a folder of speech. This module finds its speakers and reads segments of their utterances at 16 kHz.
 
-How a speaker is told, the first rule that fits:
+The speaker of a file is determined by the first of these rules that applies:
 
-1. a file named as in LibriSpeech, ``<speaker>-<chapter>-<utterance>`` in digits, at any depth: by that name;
-2. a file in a folder: by the first folder below the corpus;
-3. a file in no folder, ``<speaker>-….ogg``: by what stands before the first hyphen.
+1. If the file is named as in LibriSpeech, ``<speaker>-<chapter>-<utterance>`` in digits, the name gives the speaker.
+   The file can lie at any depth.
+2. If the file lies in a folder, the first folder below the corpus is the speaker.
+3. If the file lies directly in the corpus and is called ``<speaker>-….ogg``, the part before the first hyphen is the
+   speaker.
 """
 
 import hashlib
@@ -27,37 +29,38 @@ if TYPE_CHECKING:
 
 Samples = npt.NDArray[np.float32]
 SAMPLE_RATE = 16000
-VOICE_SEPARATOR = "~"  # between a speaker's name and the number of a voice that kb-make-voices made of the recordings
+# kb-make-voices calls the voices that it derives from speaker 19 "19~1", "19~2" and so on.
+VOICE_SEPARATOR = "~"
 _SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"})
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-\d+-\d+")
 _LAYOUTS = "<speaker>/… folders or <speaker>-… file names"
-_FADE = SAMPLE_RATE // 50  # 20 ms: a cut in the middle of a word would click
+_FADE = SAMPLE_RATE // 50  # 20 ms; without a fade, a cut in the middle of a word would click
 _SILENCE = 1e-3  # RMS, -60 dBFS
 
 
 class BrokenFile(InputError):
-    """A speech file that cannot be used; ``--skip-broken`` leaves such files out."""
+    """A speech file that cannot be used. The flag ``--skip-broken`` leaves such files out."""
 
     def __init__(self, path: Path, fault: str) -> None:
-        super().__init__(f"{path}: {fault} (or leave such files out with --skip-broken)")
+        super().__init__(f"{path}: {fault}; --skip-broken leaves such files out")
         self.path, self.fault = path, fault
 
     def __reduce__(self) -> tuple[type["BrokenFile"], tuple[Path, str]]:
-        return type(self), (self.path, self.fault)  # as it comes out of another process
+        return type(self), (self.path, self.fault)  # how pickle sends it to another process
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One file of speech."""
+    """One file of speech or noise."""
 
     path: Path
-    name: str  # the path below the corpus's folder
+    name: str  # the path relative to the folder of the corpus
     length: int  # samples at 16 kHz
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of an utterance, in samples at 16 kHz."""
+    """A part of an utterance. Start and length are in samples at 16 kHz."""
 
     utterance: Utterance
     start: int
@@ -66,29 +69,31 @@ class Segment:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Speakers by name with their utterances, and what is wrong with the files that were left out."""
+    """The utterances of every speaker by name, and the faults of the files that were left out."""
 
     speakers: Mapping[str, tuple[Utterance, ...]]
     broken: Mapping[Path, str]
 
     @property
     def digest(self) -> str:
-        """A digest of the files' names and lengths, the same wherever the folder lies."""
+        """A digest of the names and lengths of the files. It does not depend on where the folder lies."""
         return recordings_digest([utterance for own in self.speakers.values() for utterance in own])
 
 
 def recordings_digest(recordings: Sequence[Utterance]) -> str:
-    """A digest of recordings' names and lengths."""
+    """Return a digest of the names and lengths of recordings."""
     lines = sorted(f"{recording.name} {recording.length}\n" for recording in recordings)
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
-    """The speech in a folder. Only headers are read; damage further on shows when a segment is read.
+    """Find the speech in a folder.
+
+    Only headers are read, so damage further inside a file is found only when a segment is read.
 
     Raises:
-        InputError: no folder, no speech in it, or a file that does not tell its speaker.
-        BrokenFile: a file is not readable, not mono, below 16 kHz or empty, and ``skip_broken`` is off.
+        InputError: the folder does not exist or has no speech, or the speaker of a file cannot be determined.
+        BrokenFile: a file is not readable, not mono, below 16 kHz or empty, and ``skip_broken`` is false.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a folder of speech ({_LAYOUTS})")
@@ -112,10 +117,10 @@ def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
 
 
 def find_noise(folder: Path) -> tuple[Utterance, ...]:
-    """Recordings of noise in a folder, at any depth.
+    """Find the recordings of noise in a folder, at any depth.
 
     Raises:
-        InputError: no folder, or nothing in it.
+        InputError: the folder does not exist or has no recordings.
         BrokenFile: a file is not readable, not mono, below 16 kHz or empty.
     """
     if not folder.is_dir():
@@ -131,10 +136,10 @@ def find_noise(folder: Path) -> tuple[Utterance, ...]:
 
 
 def read_noise(rng: np.random.Generator, recording: Utterance, length: int) -> Samples:
-    """Samples ``[length]`` of a recording from a place drawn in it; a shorter one is repeated.
+    """Read samples ``[length]`` of a recording from a random position. A shorter recording is repeated.
 
     Raises:
-        BrokenFile: as :func:`read_segment`.
+        BrokenFile: see :func:`read_segment`.
     """
     if recording.length >= length:
         return read_segment(Segment(recording, int(rng.integers(recording.length - length + 1)), length))
@@ -143,10 +148,10 @@ def read_noise(rng: np.random.Generator, recording: Utterance, length: int) -> S
 
 
 def read_speaker_names(path: Path) -> frozenset[str]:
-    """The names of speakers in a file, a line each; empty lines and those after # are passed over.
+    """Read the names of speakers from a text file, one name a line. Empty lines and text after ``#`` are ignored.
 
     Raises:
-        InputError: the file cannot be read, or holds none.
+        InputError: the file cannot be read or contains no name.
     """
     try:
         lines = existing_file(path, "a list of speakers").read_text(encoding="utf-8").splitlines()
@@ -154,7 +159,7 @@ def read_speaker_names(path: Path) -> frozenset[str]:
         raise InputError(f"{path}: not readable as text ({reason(error)})") from None
     names = frozenset(name for line in lines if (name := line.partition("#")[0].strip()))
     if not names:
-        raise InputError(f"{path}: names no speaker")
+        raise InputError(f"{path}: contains no name of a speaker; write one name a line")
     return names
 
 
@@ -166,7 +171,7 @@ def _speaker_of(folder: Path, name: Path) -> str:
         return name.parts[0]
     speaker, hyphen, _ = name.stem.partition("-")
     if not speaker or not hyphen:
-        raise InputError(f"{folder / name}: does not tell its speaker; use {_LAYOUTS}")
+        raise InputError(f"{folder / name}: the name does not say who speaks; use {_LAYOUTS}")
     return speaker
 
 
@@ -179,7 +184,7 @@ def _length(path: Path) -> int:
         if header.channels != 1:
             raise BrokenFile(path, f"has {header.channels} channels; speech must be mono")
         if not header.can_seek():
-            raise BrokenFile(path, f"is {header.subtype_info} sound, of which no part can be found; give it as FLAC")
+            raise BrokenFile(path, f"is {header.subtype_info} sound, which allows no seeking; convert it to FLAC")
         frames = sound_files.promised(header)
         if not frames:
             raise BrokenFile(path, "holds no samples")
@@ -188,7 +193,7 @@ def _length(path: Path) -> int:
 
 @contextmanager
 def _open_speech(path: Path) -> "Iterator[Sound]":
-    """A file of speech, open; what is wrong with it becomes a :class:`BrokenFile`."""
+    """Open a file of speech, and report every fault in it as a :class:`BrokenFile`."""
     from knowledge_boosting.common import sound_files
 
     try:
@@ -201,10 +206,10 @@ def _open_speech(path: Path) -> "Iterator[Sound]":
 
 
 def read_segment(segment: Segment) -> Samples:
-    """Samples ``[N]`` of a segment at 16 kHz, full scale 1; a file of a higher rate is resampled with soxr.
+    """Read samples ``[N]`` of a segment at 16 kHz, full scale 1. A file of a higher rate is resampled with soxr.
 
     Raises:
-        BrokenFile: the file is damaged, cut short, or has samples that are not finite.
+        BrokenFile: the file is damaged or truncated, or has samples that are not finite.
     """
     from knowledge_boosting.common import sound_files
 
@@ -222,15 +227,15 @@ def read_segment(segment: Segment) -> Samples:
         import soxr
 
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="VHQ")
-    # Resampling rounds the length to the nearest sample.
+    # The resampler rounds the length to the nearest sample, so it can be one sample short or long.
     return np.pad(samples, (0, max(0, segment.length - len(samples))))[: segment.length]
 
 
 def read_speech(segment: Segment) -> Samples:
-    """Samples ``[N]`` of a segment to be mixed, with 20 ms fades at both ends.
+    """Read samples ``[N]`` of a segment to be mixed, and fade 20 ms in at the start and out at the end.
 
     Raises:
-        BrokenFile: as :func:`read_segment`.
+        BrokenFile: see :func:`read_segment`.
         NoSpeech: the segment is silent (below -60 dBFS).
     """
     samples = read_segment(segment)

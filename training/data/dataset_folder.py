@@ -1,6 +1,7 @@
-"""The folder that ``kb-make-dataset`` makes, or goes on with: what is there, what is missing, and whether it fits.
+"""The output folder of ``kb-make-dataset``: which items are missing, and whether the folder fits the flags.
 
-Items are written under a temporary name and renamed: what is there is whole, and the same command makes the rest.
+Items are written under a temporary name and then renamed, so every item in the folder is complete. When a run is
+interrupted, the same command makes the remaining items.
 """
 
 import csv
@@ -25,10 +26,10 @@ from knowledge_boosting.training.data.layout import METADATA_FILE
 from knowledge_boosting.training.workers import run_in_workers
 
 _PARAMETERS_FILE = "dataset.json"
-_LEFTOVER = re.compile(r"\.(dataset|metadata|responses|\d{6})-")  # temporary names of what a killed run was writing
+_LEFTOVER = re.compile(r"\.(dataset|metadata|responses|\d{6})-")  # temporary names that a killed run leaves
 
 
-_maker: MixtureMaker | ResponseMaker  # of a worker process, set when it starts
+_maker: MixtureMaker | ResponseMaker  # set when a worker process starts
 
 
 def _start_worker(maker: MixtureMaker | ResponseMaker) -> None:
@@ -42,10 +43,10 @@ def _make_item(split: Path, index: int) -> dict[Path, str]:
 
 
 def _make_items(maker: MixtureMaker | ResponseMaker, missing: Sequence[tuple[Path, int]], workers: int | None) -> None:
-    """Make items in worker processes, and warn of the broken files that were left out.
+    """Make items in worker processes, and print a warning about broken files that were left out.
 
     Raises:
-        InputError: from a worker, of speech or disk.
+        InputError: a worker cannot read the speech or cannot write the item.
         Failure: a worker process died.
     """
     broken: dict[Path, str] = {}
@@ -55,24 +56,24 @@ def _make_items(maker: MixtureMaker | ResponseMaker, missing: Sequence[tuple[Pat
         workers,
         start=_start_worker,
         arguments=(maker,),
-        crash_advice="the same command goes on from here",
+        crash_advice="run the same command again to make the remaining items",
     ):
         broken |= found
     warn_of_broken(broken)
 
 
 def warn_of_broken(files: Mapping[Path, str]) -> None:
-    """Warn that broken files, given with what is wrong with each, were left out."""
+    """Print a warning that broken files were left out. ``files`` maps each path to its fault."""
     if files:
         path = min(files)
         cli.warn(f"broken files left out: {len(files)}, the first {path}: {files[path]}")
 
 
 def check_root(root: Path, parameters: Mapping[str, object]) -> None:
-    """Whether a dataset of these parameters can be made, or gone on with, in a folder.
+    """Check that a dataset with these parameters can be made or continued in a folder.
 
     Raises:
-        InputError: something else is there.
+        InputError: the folder contains something else, or a dataset with other parameters.
     """
     path = root / _PARAMETERS_FILE
     if not path.exists():
@@ -90,7 +91,7 @@ def check_root(root: Path, parameters: Mapping[str, object]) -> None:
             how = f"without {flag}" if old is None else f"with {flag} {_flag_values(old)}"
             if "sha256:" in str(old) and "sha256:" in str(new):
                 how = f"from other {flag} files"
-            raise InputError(f"{root}: was made {how}; give another --output, or the same flags to go on with it")
+            raise InputError(f"{root}: was made {how}; give another --output, or the same flags to continue it")
 
 
 def _flag_values(value: object) -> str:
@@ -98,7 +99,7 @@ def _flag_values(value: object) -> str:
 
 
 def _open_root(root: Path, parameters: Mapping[str, object]) -> None:
-    """Make the folder, or clear away what a killed run left half-written in it."""
+    """Make the folder, or delete the incomplete files that a killed run left in it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         for folder in (root, *(root / split for split in SPLIT_NUMBERS)):
@@ -113,10 +114,10 @@ def _open_root(root: Path, parameters: Mapping[str, object]) -> None:
 
 
 def _check_disk(root: Path, needed: int) -> str:
-    """A line that says how much will be written, and how much is free.
+    """Return a line that says how much space is needed and how much is free.
 
     Raises:
-        InputError: less is free.
+        InputError: the disk has too little free space.
     """
     folder = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(folder).free
@@ -139,7 +140,20 @@ def make_missing_items(
     prepare: Callable[[], MixtureMaker | ResponseMaker],
     workers: int | None,
 ) -> None:
-    """Make what is missing of ``counts`` items a split, after saying what that takes."""
+    """Print how much space the missing items need, and make them.
+
+    Args:
+        root: the output folder.
+        parameters: what the dataset is made with, by name of the flag.
+        counts: the number of items by split.
+        item_bytes: the disk space that one item needs.
+        prepare: called if an item is missing; returns the object that makes items.
+        workers: the number of processes; None for one a core.
+
+    Raises:
+        InputError: see :func:`check_root`; or the disk is too small, or a worker cannot read or write a file.
+        Failure: a worker process died.
+    """
     check_root(root, parameters)
     wanted = [(root / split, index) for split, count in counts.items() for index in range(count)]
     missing = [(split, index) for split, index in wanted if not (split / item_name(index) / ITEM_FILE).exists()]
@@ -152,7 +166,7 @@ def make_missing_items(
 
 
 def write_metadata(folder: Path, items: Path, count: int) -> None:
-    """Put the items' records together as ``metadata.csv``, a line an item."""
+    """Write the records of all items to ``metadata.csv``, one line an item."""
     records = [read_record(items / item_name(index)) for index in range(count)]
     with atomic_file(folder / METADATA_FILE) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Mixtures made anew for every example from speech and room responses, mixed on the training device."""
+"""Dynamic mixing: every example is a new mixture of speech and room responses, mixed on the training device."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -33,22 +33,22 @@ from knowledge_boosting.training.data.responses import read_bank
 from knowledge_boosting.training.data.speakers import draw_segments, select_speakers
 
 _ENROLLMENT_SECONDS = 3
-_SPEEDS = 8  # slower and faster ones that are drawn from
+_SPEEDS = 8  # the number of slower speeds, and of faster speeds
 _DRAWS = 20
 
 
 class DynamicMixing:
-    """Two speakers and a room drawn for every example; :func:`render` mixes them on the training device."""
+    """Examples with two random speakers in a random room. :func:`render` mixes them on the training device."""
 
     def __init__(self, data: DynamicData, model: ModelConfig, *, seed: int, skip_broken: bool) -> None:
         """List the speakers and read the bank.
 
         Raises:
-            InputError: no speech, fewer than two speakers with enough of it, or no bank of responses.
+            InputError: the speech or the bank of responses cannot be used, or fewer than two speakers have enough.
         """
         self._data, self._model, self._seed = data, model, seed
         self._length = round(data.seconds * SAMPLE_RATE)
-        # The fastest playback needs the most speech.
+        # At the fastest playback speed a mixture needs this much speech.
         self._segment = round(self._length * (1 + data.speed)) + 1
         enrollment = round(_ENROLLMENT_SECONDS * SAMPLE_RATE * (1 + data.speed))
         self._enrollment = enrollment if model.needs_speaker else 0
@@ -63,9 +63,11 @@ class DynamicMixing:
         self.speakers = frozenset(speakers)
         self._speakers = list(speakers.values())
         if len(self._speakers) < 2:
-            raise InputError(f"{data.speech}: has {len(self._speakers)} speakers with enough speech, two are needed")
+            raise InputError(
+                f"{data.speech}: has {len(self._speakers)} speakers with enough speech; two are needed, add speech"
+            )
         self._bank = read_bank(Path(data.responses))
-        # Noise has a room of its own, with the same listener.
+        # Noise comes from another room, but the listener must be the same.
         self._rooms_by_listener = {
             number: np.flatnonzero(self._bank.listeners == number) for number in set(self._bank.listeners)
         }
@@ -80,14 +82,14 @@ class DynamicMixing:
         return self._data.items
 
     def example(self, address: Address) -> dict[str, Any]:
-        """One example by epoch and index.
+        """Return one example by epoch and index.
 
         Raises:
-            InputError: a speech file is damaged (skipping broken ones, another is drawn), or there is only silence.
+            InputError: a speech file is damaged and broken files are not skipped, or twenty draws gave no speech.
         """
         rng = np.random.default_rng([self._seed, *address])
         why = ""
-        for _ in range(_DRAWS):  # the next draw is as reproducible as the one before
+        for _ in range(_DRAWS):  # every draw continues the same generator, so examples stay reproducible
             try:
                 return self._draw(rng)
             except NoSpeech as error:
@@ -97,7 +99,9 @@ class DynamicMixing:
                     raise
                 why = str(error)
                 warn(f"skipped: {why}")
-        raise InputError(f"{self._data.speech}: no usable speech in {_DRAWS} draws, at last {why}; give other speech")
+        raise InputError(
+            f"{self._data.speech}: no usable speech in {_DRAWS} draws (the last fault was: {why}); give other speech"
+        )
 
     def _draw(self, rng: np.random.Generator) -> dict[str, Any]:
         first, *others = rng.choice(len(self._speakers), 1 + self._data.candidates, replace=False)
@@ -107,7 +111,7 @@ class DynamicMixing:
             second = min(others, key=lambda index: float(similarity[index]))
         speakers = [self._speakers[first], self._speakers[second]]
         segments = [draw_segments(rng, speaker, self._segment, self._enrollment) for speaker in speakers]
-        # Speech that plays faster is another voice, and so its enrollment must play as fast.
+        # Another playback speed makes another voice, so the enrollment must have the same speed.
         speeds = (1 + self._data.speed * rng.integers(-_SPEEDS, _SPEEDS + 1, size=2) / _SPEEDS).tolist()
         speech = []
         for (mixed, _), speed in zip(segments, speeds, strict=True):
@@ -131,7 +135,7 @@ class DynamicMixing:
         return example
 
     def _draw_conditions(self, rng: np.random.Generator, listener: int) -> dict[str, Tensor]:
-        """What disturbs the mixture besides the room."""
+        """Draw noise and changes of level."""
         data = self._data
         drawn: dict[str, Tensor] = {}
         if data.ear_difference_db:
@@ -148,7 +152,13 @@ class DynamicMixing:
         return drawn
 
     def speaker_embeddings(self) -> Tensor:
-        """A d-vector of every speaker, ``[speakers, 256]``, always the same; the mean where one has no speech."""
+        """Return a d-vector of every speaker, ``[speakers, 256]``.
+
+        The result is always the same. A speaker whose drawn segment has no speech gets the mean of the others.
+
+        Raises:
+            InputError: no speaker has usable speech, or a file is damaged.
+        """
         rng = np.random.default_rng(0)
         found: dict[int, Tensor] = {}
         for index, speaker in enumerate(self._speakers):
@@ -160,9 +170,10 @@ class DynamicMixing:
         return torch.stack([found.get(index, mean) for index in range(len(self._speakers))])
 
     def _embedding(self, mixed: Segment, enrollment: Segment, speed: float) -> Tensor:
-        """The d-vector of an enrollment that begins with a whole second, unless what is mixed is in the way.
+        """Return the d-vector of an enrollment.
 
-        A d-vector takes longer than all else of an example, and so the same ones come again and are kept.
+        A d-vector takes longer than the rest of an example. So the enrollment is moved to the start of a second, unless
+        it would then overlap the segment that is mixed, and the d-vectors of these positions are cached.
         """
         whole = replace(enrollment, start=enrollment.start - enrollment.start % SAMPLE_RATE)
         if (
@@ -177,11 +188,11 @@ class DynamicMixing:
         return self._embeddings[enrollment, speed]
 
 
-_MIN_SPEECH = 0.3  # share of a mixture that a speaker speaks for, however long the pause
+_MIN_SPEECH = 0.3  # the share of a mixture that a pause leaves at least
 
 
 def _insert_pause(rng: np.random.Generator, speech: Tensor) -> None:
-    """Silence one speaker's speech ``[2, N]`` for a while, or that of both at first, in place."""
+    """Insert a pause into speech ``[2, N]`` in place: of one speaker anywhere, or of both at the start."""
     length = speech.shape[-1]
     pause = round(rng.uniform(0, 1 - _MIN_SPEECH) * length)
     if rng.uniform() < 0.25:
@@ -204,9 +215,9 @@ def _to_gain(decibels: Tensor) -> Tensor:
 
 
 def _convolve(signals: Tensor, responses: Tensor) -> Tensor:
-    """Signals ``[B, 2, N]`` through responses ``[B, 2, M, K]``: ``[B, 2, M, N]``."""
+    """Convolve signals ``[B, 2, N]`` with responses ``[B, 2, M, K]``. Returns ``[B, 2, M, N]``."""
     length = signals.shape[-1]
-    # A transform of any other length takes several times as long.
+    # A transform of an arbitrary length can take several times as long.
     size = scipy.fft.next_fast_len(length + responses.shape[-1] - 1, real=True)
     spectrum = torch.fft.rfft(signals, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
     heard: Tensor = torch.fft.irfft(spectrum, n=size)[..., :length]
@@ -214,9 +225,10 @@ def _convolve(signals: Tensor, responses: Tensor) -> Tensor:
 
 
 def render(batch: Batch) -> Batch:
-    """Mixture and sources of a batch of dynamic mixing, on the device the batch is on; other batches as they are.
+    """Make the mixture and the sources of a batch of dynamic mixing, on the device of the batch.
 
-    For TSE every mixture comes twice, with either speaker as the target: only whom to listen to tells the two apart.
+    For TSE every mixture appears twice, once with each speaker as the target, so that only the speaker embedding tells
+    the two examples apart. Batches from other kinds of data are returned unchanged.
     """
     if "speech" not in batch:
         return batch

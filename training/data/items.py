@@ -1,7 +1,7 @@
-"""What a worker of ``kb-make-dataset`` makes: the files of an item of a data set, or of a room of a bank.
+"""The work of one worker of ``kb-make-dataset``: it makes an item of a dataset, or a room of a response bank.
 
-Everything of item i of a split is drawn from ``default_rng([seed, split, i])`` and computed on one thread, so that an
-item's bytes follow from the flags alone, not from the number of workers or from what was made before.
+Every random value of item i of a split is drawn from ``default_rng([seed, split, i])``, and every item is computed on
+one thread. So the bytes of an item depend only on the flags, not on the number of workers or on earlier items.
 """
 
 import json
@@ -21,29 +21,29 @@ from knowledge_boosting.training.data.speakers import Speaker, draw_sources
 
 ITEM_FILE = "metadata.json"
 RESPONSE_FILE = "responses.npy"
-BANK_SPLIT = "rooms"  # where the rooms of a bank wait until all are there
+BANK_SPLIT = "rooms"  # the folder of the rooms of a bank until all are made
 SPLIT_NUMBERS = {split: number for number, split in enumerate((*SPLITS, BANK_SPLIT))}
-_BLOCK = 4096  # bytes; a file takes whole blocks of a disk
+_BLOCK = 4096  # bytes; a file occupies whole blocks of a disk
 
 
 @dataclass(frozen=True)
 class MixtureMaker:
-    """What a worker needs to make mixtures. Lengths are samples at 16 kHz."""
+    """Makes mixtures in a worker process. Lengths are in samples at 16 kHz."""
 
     renderer: Renderer
     rooms: RoomRanges
     seed: int
-    speakers: Mapping[str, tuple[Speaker, ...]]  # of every split
+    speakers: Mapping[str, tuple[Speaker, ...]]  # by split
     length: int
     enrollment: int  # 0 for SS
     difference: Range  # dB
     level: Range  # dBFS
-    noise: tuple[Utterance, ...]  # recordings, perhaps none
-    noise_ratio: Range  # dB, of the voices over the noise
+    noise: tuple[Utterance, ...]  # recordings of noise; empty for mixtures without noise
+    noise_ratio: Range  # dB, level of the speech over the noise
     skip_broken: bool
 
     def make(self, split: str, index: int, folder: Path) -> dict[Path, str]:
-        """Write one item; gives the broken files that were drawn and left out."""
+        """Write one item into a folder. Returns the broken files that were drawn and left out, with their faults."""
         rng = np.random.default_rng([self.seed, SPLIT_NUMBERS[split], index])
         room = draw_room(rng, self.rooms, self.renderer.heads)
         difference, level = rng.uniform(*self.difference), rng.uniform(*self.level)
@@ -73,7 +73,10 @@ class MixtureMaker:
     def _noise(
         self, rng: np.random.Generator, mixture: Samples, listener: Listener
     ) -> tuple[Samples, dict[str, object]]:
-        """Noise ``[2, N]`` from two places in a room of its own, as the same listener hears it, and its record."""
+        """Return noise ``[2, N]`` and its record.
+
+        The noise comes from two places in another room, received by the same listener.
+        """
         recording = self.noise[rng.integers(len(self.noise))]
         ratio = rng.uniform(*self.noise_ratio)
         places = [read_noise(rng, recording, mixture.shape[1]) for _ in range(2)]
@@ -86,14 +89,14 @@ class MixtureMaker:
 
 @dataclass(frozen=True)
 class ResponseMaker:
-    """What a worker needs to make the rooms of a bank."""
+    """Makes the rooms of a response bank in a worker process."""
 
     renderer: Renderer
     rooms: RoomRanges
     seed: int
 
     def make(self, split: str, index: int, folder: Path) -> dict[Path, str]:
-        """Write one room's responses; nothing can be broken."""
+        """Write the responses of one room into a folder. Returns no broken files, because it reads none."""
         rng = np.random.default_rng([self.seed, SPLIT_NUMBERS[split], index])
         room = draw_room(rng, self.rooms, self.renderer.heads)
         write_by_memory(folder / RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room)))
@@ -102,12 +105,12 @@ class ResponseMaker:
 
 
 def mixture_bytes(length: int, *, embeddings: bool, noise: bool) -> int:
-    """What an item of ``length`` samples takes of a disk: sources, record, folder, perhaps embeddings and noise."""
+    """Return the disk space of an item of ``length`` samples, in bytes, with its record and its folder."""
     return (3 if noise else 2) * _on_disk(44 + 4 * length) + (4 if embeddings else 2) * _BLOCK
 
 
 def room_bytes() -> int:
-    """What a room takes of a disk, where its responses lie twice while the bank is put together."""
+    """Return the disk space of a room, in bytes. Its responses exist twice while the bank is being written."""
     return 2 * _on_disk(4 * 4 * RESPONSE_LENGTH) + 3 * _BLOCK
 
 
@@ -116,12 +119,12 @@ def _on_disk(size: int) -> int:
 
 
 def item_name(index: int) -> str:
-    """The folder of an item, or of a room of a bank."""
+    """Return the folder name of an item, or of a room of a bank."""
     return f"{index:06d}"
 
 
 def _write_wav(path: Path, samples: Samples) -> None:
-    """Samples ``[2, N]`` below full scale."""
+    """Write samples ``[2, N]``, whose magnitude is below full scale, as 16-bit PCM."""
     import soundfile
 
     pcm = np.rint(samples.T * 32768).astype(np.int16)
@@ -140,5 +143,5 @@ def _write_record(folder: Path, record: Mapping[str, object]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, object]:
-    """What the folder of an item or of a room says of it."""
+    """Read the record of an item or of a room from its folder."""
     return dict(json.loads((folder / ITEM_FILE).read_text()))

@@ -1,4 +1,4 @@
-"""The published layout of a data set, ``<root>/<split>/<item>/…``: its names, and whose voices a split holds."""
+"""The published layout of a dataset, ``<root>/<split>/<item>/…``: its names, and the speakers of a split."""
 
 import csv
 from collections.abc import Collection
@@ -8,15 +8,17 @@ from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.training.data.corpus import VOICE_SEPARATOR
 
 SPLITS = ("train", "val", "test")
-NOISE_FILE = "noise.wav"  # of an item, beside its sources
-METADATA_FILE = "metadata.csv"  # of a rendered split: a line an item
+NOISE_FILE = "noise.wav"  # in the folder of an item, beside its sources
+METADATA_FILE = "metadata.csv"  # in the folder of a rendered split, one line an item
 
 
 def mixture_speakers(split: Path) -> frozenset[str]:
-    """Who speaks in the mixtures of a rendered split; nobody if it does not tell, as published data sets do not.
+    """Return the names of the speakers of a rendered split.
+
+    The result is empty if the split has no metadata, as in the published datasets.
 
     Raises:
-        InputError: its metadata cannot be read.
+        InputError: the metadata cannot be read.
     """
     path = split / METADATA_FILE
     if not path.is_file():
@@ -29,12 +31,12 @@ def mixture_speakers(split: Path) -> frozenset[str]:
 
 
 def refuse_shared_speakers(trained: Collection[str], split: Path) -> None:
-    """Refuse to measure on voices that were trained on.
+    """Check that no speaker of a split was in the training data.
 
     Raises:
-        InputError: a speaker of the split is among those ``trained``.
+        InputError: a speaker of the split is in ``trained``.
     """
-    # A voice made of a speaker's recordings is that speaker, on either side.
+    # A voice that was derived from a speaker counts as that speaker, in the split and in the training data.
     measured, learned = (
         {name.partition(VOICE_SEPARATOR)[0] for name in names} for names in (mixture_speakers(split), trained)
     )
@@ -42,5 +44,5 @@ def refuse_shared_speakers(trained: Collection[str], split: Path) -> None:
     if shared:
         others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise InputError(
-            f"{split}: speaker {shared[0]}{others} is in the training list too; measure on speakers of their own"
+            f"{split}: speaker {shared[0]}{others} was in the training data too; use a split with other speakers"
         )

@@ -1,7 +1,7 @@
-"""Training examples: how they are addressed, put in order and loaded in batches.
+"""Loads training examples in batches, in an order that can be reproduced.
 
-An example is addressed by (epoch, index), and every random draw follows from seed, epoch and index alone. A run can be
-interrupted, resumed and spread over any number of workers and devices without a change to what it sees.
+An example is addressed by (epoch, index), and every random value depends only on seed, epoch and index. So a run can be
+interrupted, resumed, and shared by any number of workers and devices, and still sees the same examples.
 """
 
 import atexit
@@ -25,7 +25,7 @@ Address = tuple[int, int]  # epoch, index
 
 
 class Examples(Protocol):
-    """Where examples come from."""
+    """A source of training examples."""
 
     speakers: frozenset[str]
 
@@ -37,20 +37,20 @@ class Examples(Protocol):
 
 
 class Batch(TypedDict):
-    """Examples, batch axis first. The sources of TSE are the target alone."""
+    """A batch of examples, with the batch axis first. For TSE ``sources`` has the target only."""
 
     names: list[str]
     mixture: NotRequired[Tensor]  # [B, M, N]
     sources: NotRequired[Tensor]  # [B, S, M, N]
-    embedding: NotRequired[Tensor]  # [B, T, F, 2S'], of stored hints
-    speaker_embedding: NotRequired[Tensor]  # [B, 256], TSE; of dynamic mixing [B, 2, 256], of both speakers
-    # Of dynamic mixing, before `render` makes mixture and sources of them:
+    embedding: NotRequired[Tensor]  # [B, T, F, 2S'], only from stored hints
+    speaker_embedding: NotRequired[Tensor]  # [B, 256], TSE; from dynamic mixing [B, 2, 256], of both speakers
+    # Only from dynamic mixing, before `render` makes the mixture and the sources:
     speech: NotRequired[Tensor]  # [B, 2, N], dry
     responses: NotRequired[Tensor]  # [B, 2, M, K]
-    noise: NotRequired[Tensor]  # [B, 2, N], from two places in a room of its own
+    noise: NotRequired[Tensor]  # [B, 2, N], from two places in another room
     noise_responses: NotRequired[Tensor]  # [B, 2, M, K]
-    noise_db: NotRequired[Tensor]  # [B], of the voices' mixture over it
-    level_difference_db: NotRequired[Tensor]  # [B], of speakers
+    noise_db: NotRequired[Tensor]  # [B], level of the speech over the noise
+    level_difference_db: NotRequired[Tensor]  # [B], speaker 1 over speaker 2
     ear_difference_db: NotRequired[Tensor]  # [B]
     level_change_db: NotRequired[Tensor]  # [B]
     level_dbfs: NotRequired[Tensor]  # [B]
@@ -58,13 +58,13 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class _Fault:
-    """What was wrong with an example."""
+    """The fault of an example."""
 
     message: str
 
 
 class _Batches(Dataset[Batch | _Fault]):
-    """Examples by lists of addresses, collated."""
+    """Maps lists of addresses to batches."""
 
     def __init__(self, examples: Examples) -> None:
         self._examples = examples
@@ -76,7 +76,7 @@ class _Batches(Dataset[Batch | _Fault]):
         try:
             return self._collate([self._examples.example(address) for address in addresses])
         except InputError as error:
-            # As a value: an exception would leave a worker process with its traceback for a message.
+            # An exception would leave the worker process with its traceback as its message.
             return _Fault(str(error))
 
     def _collate(self, examples: list[dict[str, Any]]) -> Batch:
@@ -84,7 +84,9 @@ class _Batches(Dataset[Batch | _Fault]):
         for key in examples[0].keys() - {"names"}:
             values = [example[key] for example in examples]
             if len({value.shape for value in values}) > 1:
-                raise InputError(f"{examples[0]['names']}: its length differs from others of its batch; cut all alike")
+                raise InputError(
+                    f"{examples[0]['names']}: its length differs from others in its batch; make all items equally long"
+                )
             batch[key] = torch.stack(values)
         return batch  # type: ignore[return-value]
 
@@ -92,8 +94,8 @@ class _Batches(Dataset[Batch | _Fault]):
 class EpochOrder(Sampler[list[Address]]):
     """The batches of one epoch for one of several devices, as lists of addresses.
 
-    Device r of R takes every R-th example of each batch, so that the batches are the same however many devices share
-    them. An epoch begun and interrupted can be gone on with at a later batch.
+    Device r of R takes every R-th example of each batch, so the batches do not depend on the number of devices. An
+    interrupted epoch can be continued at a later batch.
     """
 
     def __init__(
@@ -107,12 +109,17 @@ class EpochOrder(Sampler[list[Address]]):
         devices: int = 1,
         first_batch: int = 0,
     ) -> None:
-        """The order of ``items`` examples.
+        """Order ``items`` examples.
 
         Args:
-            batch_size: over all devices; the last batch of an epoch may be smaller unless shuffled, when what is left
-                over is for another epoch.
-            first_batch: of the first epoch that is gone through.
+            items: the number of examples.
+            batch_size: the size of a batch over all devices. If ``shuffle`` is true, the examples that do not fill a
+                batch are left out of the epoch; else the last batch is smaller.
+            seed: the seed of the order.
+            shuffle: whether every epoch has a random order.
+            rank: the index of this device.
+            devices: the number of devices.
+            first_batch: the batch at which the first epoch begins.
         """
         self._items, self._batch_size, self._seed, self._shuffle = items, batch_size, seed, shuffle
         self._rank, self._devices = rank, devices
@@ -120,7 +127,7 @@ class EpochOrder(Sampler[list[Address]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that is gone through next."""
+        """Set the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -135,14 +142,15 @@ class EpochOrder(Sampler[list[Address]]):
         for number in range(first, len(self)):
             batch = order[number * self._batch_size : (number + 1) * self._batch_size]
             own = batch[self._rank :: self._devices]
-            # A device left without one repeats the first, because all must take as many steps.
+            # All devices must take the same number of steps, so a device without an example repeats the first one.
             yield [(self._epoch, int(index)) for index in (own if len(own) else batch[:1])]
 
 
 class _WorkerSignals:
-    """What a worker does with the signals that its whole group gets: it leaves them to the trainer, which ends it.
+    """Sets how a worker process reacts to signals.
 
-    A trainer that leaves while an epoch is under way ends it by SIGTERM, and waits until it has ended.
+    A terminal or a service manager sends its signals to the whole process group. A worker ignores them, because the
+    trainer ends its workers itself: when it exits during an epoch, it sends SIGTERM and waits for them.
     """
 
     def __init__(self) -> None:
@@ -160,17 +168,20 @@ class _WorkerSignals:
 
 
 class Loader(DataLoader[Any]):
-    """Batches in an order that can be gone on with; the order's place is the trainer's step, so it keeps no state."""
+    """Loads batches in an order that can be continued.
+
+    It stores no state in checkpoints, because the position in the order follows from the trainer's step.
+    """
 
     def __init__(self, examples: Examples, order: EpochOrder, workers: int) -> None:
-        """Batches of examples, read by ``workers`` processes (0: by this one)."""
+        """Load batches of examples with ``workers`` processes; 0 loads them in this process."""
         super().__init__(
             _Batches(examples),
             sampler=order,
             batch_size=None,
             num_workers=workers,
             worker_init_fn=_WorkerSignals() if workers else None,
-            persistent_workers=workers > 0,  # which keep the d-vectors they have made
+            persistent_workers=workers > 0,  # keeps the d-vectors that they have cached
             pin_memory=torch.cuda.is_available(),
         )
         self.order = order

@@ -1,4 +1,4 @@
-"""Mixtures rendered beforehand, read from a folder in the published layout."""
+"""Reads rendered mixtures from a folder in the published layout."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,21 @@ from knowledge_boosting.training.data.loading import Address
 
 
 class MixtureFolder:
-    """A split in the published layout: ``<root>/<split>/<number>/source00.wav, source01.wav[, noise.wav, …]``."""
+    """The examples of a split in the published layout.
+
+    The files of an item are ``<root>/<split>/<number>/source00.wav``, ``source01.wav`` and, if it has noise,
+    ``noise.wav``.
+    """
 
     def __init__(self, data: FolderData, model: ModelConfig, *, seed: int, training: bool, skip_broken: bool) -> None:
         """List the items.
 
         Args:
-            training: whether the target of TSE is drawn anew every epoch; else it is fixed for each item.
-            skip_broken: whether the item after a broken one takes its place, with a warning; else it is an error.
+            data: the folder and the split.
+            model: the model that the examples are for.
+            seed: the seed of the targets of TSE.
+            training: whether the target of TSE is drawn again in every epoch; else it is fixed for each item.
+            skip_broken: whether the next item replaces a broken one, with a warning; else a broken item is an error.
 
         Raises:
             InputError: the folder does not exist or has no items.
@@ -44,10 +51,10 @@ class MixtureFolder:
         return len(self.items)
 
     def example(self, address: Address) -> dict[str, Any]:
-        """One example by epoch and index.
+        """Return one example by epoch and index.
 
         Raises:
-            InputError: a file of it is missing or cannot be used, or, skipping broken items, all are broken.
+            InputError: a file of the item is missing or cannot be used. If broken items are skipped: all are broken.
         """
         epoch, index = address
         for offset in range(len(self.items)):
@@ -58,13 +65,13 @@ class MixtureFolder:
                 if not self._skip_broken:
                     raise
                 warn(f"skipped: {error}")
-        raise InputError(f"{self.items[0].parent}: every item is broken")
+        raise InputError(f"{self.items[0].parent}: every item is broken; make the dataset again")
 
     def speaker_embeddings(self) -> Tensor:
-        """The d-vectors of the first 1000 items' speakers, ``[2 items, 256]``.
+        """Return the d-vectors of the speakers of the first 1000 items, ``[2 items, 256]``.
 
         Raises:
-            InputError: one is missing or cannot be used.
+            InputError: a d-vector is missing or cannot be used.
         """
         files = [item / f"spk_id{number:02d}.pt" for item in self.items[:1000] for number in (0, 1)]
         return torch.stack([_read_embedding(file) for file in files])
@@ -113,7 +120,7 @@ def _read_source(path: Path, microphones: int) -> Tensor:
 def _read_embedding(path: Path) -> Tensor:
     try:
         embedding = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything on files that are not its own
+    except Exception as error:  # torch raises exceptions of many types for files that it did not write
         raise InputError(f"{path}: not a readable speaker embedding ({reason(error).split('. ')[0]})") from None
     if not isinstance(embedding, Tensor) or embedding.numel() != SPEAKER_EMBEDDING_SIZE:
         raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} values")

@@ -1,7 +1,7 @@
-"""Room responses: what a listener's ears or microphones get from each speaker in a room, and banks of them.
+"""Room responses: the impulse responses from each speaker in a room to a listener's ears or microphones.
 
-Shoebox rooms by the image-source method, with pyroomacoustics. A head is heard through its measured head-related
-responses (a SOFA file).
+Rooms are shoeboxes, simulated by the image-source method of pyroomacoustics. A head is represented by its measured
+head-related responses, which come from a SOFA file. A bank is a file with the responses of many rooms.
 """
 
 import json
@@ -25,16 +25,16 @@ RESPONSE_LENGTH = 4096  # samples; 256 ms
 BANK_FILE = "responses.safetensors"
 _FADE = 512
 HEADROOM = 0.99  # of full scale
-# With the 186 samples of a KEMAR response at 16 kHz this fills an FFT of 256, which pyroomacoustics takes the next
-# power of two for: half the time of its default of 81, and 57 dB below the response.
+# With the 186 samples of a KEMAR response at 16 kHz, this length fills an FFT of 256. pyroomacoustics rounds up to a
+# power of two, so the default of 81 takes twice the time. The difference is 57 dB below the response.
 _FRACTIONAL_DELAY = 71
 
 
 def check_sofa(path: Path) -> None:
-    """Whether a file holds head-related responses that pyroomacoustics reads right.
+    """Check that a file has head-related responses that pyroomacoustics reads correctly.
 
     Raises:
-        InputError: no such file, not SOFA, without what is needed, or one of those it reads wrong.
+        InputError: the file does not exist, is no SOFA file, lacks a field, or is of a kind that is read incorrectly.
     """
     existing_file(path, "a SOFA file of head-related responses")
     call = [sys.executable, "-m", sofa_check.__name__, str(path)]
@@ -48,31 +48,32 @@ def check_sofa(path: Path) -> None:
 
 
 class Renderer:
-    """Room responses as heads and microphones get them. Can be sent to another process."""
+    """Computes room responses at heads and microphones. Its objects can be pickled for another process."""
 
     def __init__(self, heads: Sequence[Path]) -> None:
-        """Read SOFA files of two receivers (left ear, right ear) each, resampled to 16 kHz.
+        """Read SOFA files with two receivers each, the ears, and resample them to 16 kHz.
 
         Raises:
-            InputError: as :func:`check_sofa`.
+            InputError: see :func:`check_sofa`.
         """
         self._heads = {head_name(sofa): _read_ears(sofa) for sofa in heads}
 
     @property
     def heads(self) -> list[str]:
-        """Names of the heads."""
+        """The names of the heads."""
         return list(self._heads)
 
     def responses(self, room: Room) -> Samples:
-        """Responses ``[2 speakers, 2 ears, 4096]`` at 16 kHz, from the speaker's mouth to the ear.
+        """Return the responses ``[2 speakers, 2 ears, 4096]`` of a room at 16 kHz, from each mouth to each ear.
 
-        They begin when the sound leaves the speaker, so that a farther one comes later and is weaker, and are faded
-        out over the last 512 samples. Their scale is that of the SOFA file.
+        They begin when the sound leaves the speaker, so the response of a distant speaker is later and weaker. They are
+        faded out over the last 512 samples. Their scale is that of the SOFA file.
         """
         import pyroomacoustics
         from pyroomacoustics.directivities import Rotation3D
 
-        # These hold for the process. One thread, because the order of a sum must not depend on the machine's cores.
+        # These settings are global to the process. With one thread, the order of a sum does not depend on the number of
+        # cores.
         pyroomacoustics.constants.set("num_threads", 1)
         pyroomacoustics.constants.set("frac_delay_length", _FRACTIONAL_DELAY)
         listener = room.listener
@@ -82,7 +83,7 @@ class Renderer:
         shoebox = pyroomacoustics.ShoeBox(
             room.size, SAMPLE_RATE, materials=pyroomacoustics.Material(float(room.absorption)), max_order=room.order
         )
-        # Both ears at the head's centre: the measured responses hold the time between them.
+        # Both ears of a head are placed at its centre, because the measured responses include the time between them.
         left = math.radians(room.facing + 90)
         offset = listener.spacing / 2 * np.array([math.cos(left), math.sin(left), 0])
         places = np.array([room.head + offset, room.head - offset]).T
@@ -101,7 +102,7 @@ class Renderer:
 
 
 def head_name(sofa: Path) -> str:
-    """What the head of a SOFA file is called: the file's name."""
+    """Return the name of the head in a SOFA file, which is the name of the file."""
     return sofa.stem
 
 
@@ -111,32 +112,32 @@ def _read_ears(sofa: Path) -> list[Any]:
 
     try:
         responses = MeasuredDirectivityFile(sofa, fs=SAMPLE_RATE)
-    except Exception as error:  # whatever python-sofa and pyroomacoustics say of a strange file
+    except Exception as error:  # python-sofa and pyroomacoustics raise exceptions of many types
         raise InputError(f"{sofa}: {sofa_check.unusable_message(reason(error, sofa))}") from None
-    # Single precision halves the time, and is 139 dB below the response.
+    # Single precision halves the time. Its error is 139 dB below the response.
     responses.impulse_responses = responses.impulse_responses.astype(np.float32)
-    # SOFA leaves it to the file which ear comes first; y points to the listener's left.
+    # SOFA does not define the order of the ears. The y axis points to the left of the listener.
     order = np.argsort(-responses.mic_locs[1], kind="stable")
     return [responses.get_mic_directivity(int(ear), Rotation3D([0], "z")) for ear in order]
 
 
 def render(speech: Samples, responses: Samples) -> Samples:
-    """What two ears hear, ``[2, N]``, of speech ``[N]`` through a speaker's responses ``[2, K]``; cut at N samples."""
+    """Convolve speech ``[N]`` with the responses ``[2, K]`` of its speaker. Returns the first N samples, ``[2, N]``."""
     from scipy.signal import oaconvolve
 
     return np.asarray(oaconvolve(speech[None], responses, axes=-1)[:, : len(speech)], dtype=np.float32)
 
 
 def level_gains(sources: Sequence[Samples], difference: float, level: float) -> tuple[float, float]:
-    """Gains for two sources ``[2, N]`` that give the levels wanted.
+    """Return the gains that bring two sources ``[2, N]`` to the given levels.
 
-    A level is the mean square over both ears and all samples. If the mixture or a source would then exceed 0.99 of
-    full scale, both gains are lowered alike.
+    A level is the mean square over both ears and all samples. If the mixture or a source would exceed 0.99 of full
+    scale, both gains are reduced by the same factor.
 
     Args:
-        sources: of the two speakers; neither may be silent.
-        difference: dB, level of the first source over the second.
-        level: dBFS, level of the mixture.
+        sources: the signals of the two speakers; neither is silent.
+        difference: the level of the first source over the second, dB.
+        level: the level of the mixture, dBFS.
     """
     power = [float(np.mean(np.square(source, dtype=np.float64))) for source in sources]
     ratio = math.sqrt(power[0] / power[1]) * 10 ** (-difference / 20)
@@ -149,14 +150,14 @@ def level_gains(sources: Sequence[Samples], difference: float, level: float) -> 
 
 @dataclass(frozen=True)
 class ResponseBank:
-    """Room responses for dynamic mixing."""
+    """The room responses for dynamic mixing."""
 
     responses: Samples  # [rooms, 2 speakers, 2 ears, K] at 16 kHz
-    listeners: NDArray[np.int64]  # [rooms], a number for each kind of listener
+    listeners: NDArray[np.int64]  # [rooms], the number of the kind of listener
 
 
 def write_bank(path: Path, responses: Samples, listeners: Sequence[str]) -> None:
-    """Write a bank of ``[rooms, 2, 2, K]`` responses as :func:`read_bank` reads it, with each room's listener."""
+    """Write a bank of responses ``[rooms, 2, 2, K]`` for :func:`read_bank`, with the kind of listener of each room."""
     from safetensors.numpy import save_file
 
     numbers = np.unique(np.array(listeners), return_inverse=True)[1].astype(np.int64)
@@ -164,10 +165,10 @@ def write_bank(path: Path, responses: Samples, listeners: Sequence[str]) -> None
 
 
 def read_bank(path: Path) -> ResponseBank:
-    """A bank of room responses that ``--responses-only`` made.
+    """Read a bank of room responses, which ``kb-make-dataset --responses-only`` makes.
 
     Raises:
-        InputError: no such file, or not one of these.
+        InputError: the file does not exist or is no such bank.
     """
     existing_file(path, "a bank of room responses")
     from safetensors import SafetensorError
@@ -182,9 +183,12 @@ def read_bank(path: Path) -> ResponseBank:
             "kb-make-dataset --responses-only"
         ) from None
     if responses.dtype != np.float32 or responses.ndim != 4 or responses.shape[1:3] != (2, 2):
-        raise InputError(f"{path}: holds {responses.dtype} {list(responses.shape)}, not float32 [rooms, 2, 2, samples]")
-    # Banks made before there were other listeners have one head.
+        raise InputError(
+            f"{path}: holds {responses.dtype} {list(responses.shape)}, not float32 [rooms, 2, 2, samples]; "
+            "make it again"
+        )
+    # Older banks have no list of listeners, because all of their rooms have the same head.
     listeners = content.get("listeners", np.zeros(len(responses), np.int64))
     if listeners.dtype != np.int64 or listeners.shape != responses.shape[:1]:
-        raise InputError(f"{path}: does not tell every room's listener; make it again")
+        raise InputError(f"{path}: does not name the listener of every room; make it again")
     return ResponseBank(responses, listeners)

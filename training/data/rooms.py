@@ -1,8 +1,8 @@
-"""Rooms with a listener and two speakers, drawn at random.
+"""Draws random rooms with a listener and two speakers.
 
-The listener is a head, two microphones a few centimetres apart as laptops and tablets have them, or one microphone,
-whose signal comes twice. Angles are degrees: azimuth counterclockwise from where the head faces (90 is left), elevation
-from the horizontal. Ear 0 is the left one.
+The listener is a head, a pair of microphones a few centimetres apart, as in laptops and tablets, or one microphone,
+whose signal is used for both channels. Angles are in degrees. Azimuth is counterclockwise from the direction that the
+head faces, so 90 is left; elevation is measured from the horizontal. Ear 0 is the left one.
 """
 
 import math
@@ -14,8 +14,8 @@ import numpy as np
 
 from knowledge_boosting.common.errors import InputError
 
-_MAX_ORDER = 15  # an order of 15 has 4991 images, and takes about 0.1 s
-_HEAD_HEIGHT = (1.2, 1.8)  # m, ears of a listener who sits or stands
+_MAX_ORDER = 15  # order 15 has 4991 images and takes about 0.1 s
+_HEAD_HEIGHT = (1.2, 1.8)  # m, the ears of a person who sits or stands
 _HEAD_MARGIN = 0.5  # m to the walls
 _SPEAKER_MARGIN = 0.3  # m to walls, floor and ceiling
 _TRIES = 10_000
@@ -25,19 +25,19 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class RoomRanges:
-    """What rooms are drawn from, uniformly between two ends each."""
+    """The ranges that the values of rooms are drawn from, with a uniform distribution."""
 
     side: Range = (3.0, 8.0)  # m, length and width
     height: Range = (2.4, 3.5)  # m
-    absorption: Range = (0.2, 0.7)  # share of the energy that a surface takes
+    absorption: Range = (0.2, 0.7)  # share of the energy that a surface absorbs
     anechoic: float = 0.0  # share of rooms without reflections
     distance: Range = (0.5, 2.0)  # m from the head's centre to a speaker
     azimuth: Range = (-180.0, 180.0)
     elevation: Range = (-15.0, 15.0)
-    separation: float = 15.0  # least difference of the speakers' azimuths
+    separation: float = 15.0  # minimum difference between the azimuths of the speakers
     microphones: float = 0.0  # share of rooms with two microphones and no head
     mono: float = 0.0  # share of rooms with one microphone
-    unequal: float = 0.0  # share of other rooms in which one ear or microphone is 20 dB less sensitive
+    unequal: float = 0.0  # share of the other rooms with one ear or microphone that is 20 dB less sensitive
 
     def __post_init__(self) -> None:
         check_range("--side", self.side, 2, 50)
@@ -49,33 +49,33 @@ class RoomRanges:
         if self.azimuth[1] - self.azimuth[0] <= self.separation:
             raise InputError(f"--separation {self.separation:g}: does not fit into --azimuth; widen that range")
         if not 0 <= self.microphones + self.mono <= 1:
-            raise InputError("--microphones, --mono: are shares of the rooms, together at most 1")
+            raise InputError("--microphones, --mono: are shares of the rooms; give values whose sum is at most 1")
         if self.distance[0] > self.side[0] / 2 - _SPEAKER_MARGIN:
             raise InputError(
                 f"--distance {self.distance[0]:g} …: too far for a room with --side {self.side[0]:g}; "
-                f"begin at {self.side[0] / 2 - _SPEAKER_MARGIN:g} m or less, or make rooms larger"
+                f"give at most {self.side[0] / 2 - _SPEAKER_MARGIN:g} m as LOW, or make rooms larger"
             )
 
 
 def check_range(flag: str, values: Range, lowest: float, highest: float) -> None:
-    """Whether a flag's two values are a range within bounds.
+    """Check that the two values of a flag are a range within the bounds ``lowest`` and ``highest``.
 
     Raises:
-        InputError: they are not, which a NaN is not either.
+        InputError: they are no such range, or one of them is NaN.
     """
     if not lowest <= values[0] <= values[1] <= highest:
         raise InputError(f"{flag} {values[0]:g} {values[1]:g}: give LOW HIGH, {lowest:g} <= LOW <= HIGH <= {highest:g}")
 
 
 MICROPHONES, MONO = "microphones", "mono"
-_SPACING = (0.03, 0.2)  # m, of two microphones
-_MAX_SENSITIVITY_DIFFERENCE_DB = 6.0  # most that one of them is more sensitive than the other
-_COVERED_MICROPHONE_DB = 20.0  # as when one of two microphones is covered
+_SPACING = (0.03, 0.2)  # m, between two microphones
+_MAX_SENSITIVITY_DIFFERENCE_DB = 6.0  # between two microphones of the same device
+_COVERED_MICROPHONE_DB = 20.0  # by which a covered microphone is less sensitive
 
 
 @dataclass(frozen=True)
 class Listener:
-    """What hears a room."""
+    """The listener in a room: a head, two microphones or one."""
 
     kind: str  # the name of a head, or MICROPHONES or MONO
     spacing: float = 0.0  # m, between two microphones
@@ -90,7 +90,7 @@ def _draw_listener(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence
 
 
 def _draw_listener_kind(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Listener:
-    # Where only one head is possible nothing is drawn.
+    # If only one head is possible, no random number is drawn.
     if ranges.microphones or ranges.mono:
         share = rng.uniform()
         if share < ranges.mono:
@@ -105,7 +105,7 @@ def _draw_listener_kind(rng: np.random.Generator, ranges: RoomRanges, heads: Seq
 
 
 class SpeakerPosition(NamedTuple):
-    """Where a speaker is, seen from the head's centre (degrees, m), and in the room."""
+    """The position of a speaker, relative to the centre of the head (degrees, m) and in the room (m)."""
 
     azimuth: float
     elevation: float
@@ -115,10 +115,10 @@ class SpeakerPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class Room:
-    """A shoebox room with its origin in a corner, and who is where in it."""
+    """A shoebox room with its origin in a corner, and the positions of listener and speakers."""
 
     size: tuple[float, float, float]  # m
-    absorption: float  # the same for every surface; 1 is an anechoic room
+    absorption: float  # of every surface; 1 means an anechoic room
     head: tuple[float, float, float]  # m, the point between the ears
     facing: float  # degrees, counterclockwise from the room's x axis
     speakers: tuple[SpeakerPosition, SpeakerPosition]
@@ -126,14 +126,17 @@ class Room:
 
     @property
     def order(self) -> int:
-        """Reflections that are rendered: until the walls have taken 30 dB, 15 at most."""
+        """The maximum number of reflections of a path: as many as the walls need to absorb 30 dB, at most 15."""
         if self.absorption >= 1:
             return 0
         return min(_MAX_ORDER, math.ceil(-3 / math.log10(1 - self.absorption)))
 
     @property
     def rt60(self) -> float:
-        """Reverberation time in s by Eyring's formula; the rendered one is cut where order and length end."""
+        """The reverberation time by Eyring's formula, s.
+
+        The rendered reverberation is shorter if the order or the length of the responses limits it.
+        """
         if self.absorption >= 1:
             return 0.0
         length, width, height = self.size
@@ -141,7 +144,7 @@ class Room:
         return 0.161 * length * width * height / (-surface * math.log(1 - self.absorption))
 
     def record(self) -> dict[str, str | float]:
-        """Every value by name and unit, the columns of ``metadata.csv``."""
+        """Return all values as the columns of ``metadata.csv``, whose names give the units."""
         record: dict[str, str | float] = {
             "listener": self.listener.kind,
             "spacing_m": self.listener.spacing,
@@ -165,12 +168,18 @@ class Room:
 
 
 def draw_room(rng: np.random.Generator, ranges: RoomRanges, heads: Sequence[str]) -> Room:
-    """A room, its listener, which may be any of the heads, and two speakers.
+    """Draw a room, its listener and the positions of two speakers.
 
-    Places outside the room or too close together are drawn again, so that far speakers are rarer in small rooms.
+    Positions outside the room or too close together are drawn again. So distant speakers are less frequent in small
+    rooms.
+
+    Args:
+        rng: the generator of all random values.
+        ranges: the ranges of the values.
+        heads: the names of the heads that the listener is drawn from.
 
     Raises:
-        InputError: the ranges leave no place for two speakers.
+        InputError: the ranges leave no position for two speakers.
     """
     size = (rng.uniform(*ranges.side), rng.uniform(*ranges.side), rng.uniform(*ranges.height))
     absorption = rng.uniform(*ranges.absorption)

@@ -1,7 +1,7 @@
-"""Whether a SOFA file can be used: ``python -m knowledge_boosting.training.data.sofa_check FILE``.
+"""Checks that a SOFA file can be used: ``python -m knowledge_boosting.training.data.sofa_check FILE``.
 
-A process of its own looks, because HDF5 can read a damaged file for ever, or crash on it. It prints what is wrong, as a
-JSON string, which is empty for a good file.
+The check runs in a separate process, because a damaged file can make HDF5 crash or read endlessly. It prints the fault
+as a JSON string, which is empty for a good file.
 """
 
 import json
@@ -13,11 +13,11 @@ import numpy as np
 from knowledge_boosting.common.errors import reason
 
 _FIELDS = ("Data.IR", "Data.SamplingRate", "Data.Delay", "SourcePosition", "ReceiverPosition")
-_SECONDS = 20  # of a processor; a file of ten thousand directions takes two
+_SECONDS = 20  # of processor time; a file with ten thousand directions takes two
 
 
 def find_fault(path: Path) -> str:
-    """Why pyroomacoustics cannot read a file right, and what to do; empty if it can."""
+    """Return why pyroomacoustics cannot read a file correctly and what to do; an empty string if it can."""
     import netCDF4
 
     try:
@@ -27,24 +27,24 @@ def find_fault(path: Path) -> str:
                 return unusable_message(f"lacks {', '.join(missing)}")
             responses, delay, position = (file[name][:] for name in ("Data.IR", "Data.Delay", "SourcePosition"))
             spherical = getattr(file["SourcePosition"], "Type", "") == "spherical"
-    except Exception as error:  # HDF5's of damaged files are of many kinds
+    except Exception as error:  # HDF5 raises exceptions of many types for damaged files
         return unusable_message(reason(error))
     if responses.ndim != 3 or responses.shape[1] != 2:
         return f"Data.IR is {list(responses.shape)}; give [directions, 2 ears, samples]"
     if not np.issubdtype(responses.dtype, np.floating) or position.ndim != 2 or position.shape[1] != 3:
-        return unusable_message("Data.IR or SourcePosition is of another kind or shape")
+        return unusable_message("Data.IR or SourcePosition has another type or shape")
     if not np.isfinite(responses).all() or not responses.any():
         return "Data.IR is zero, NaN or infinite; give another file"
     if delay.any():
-        return "keeps the delay of the ears in Data.Delay; give a file that has it in Data.IR"
-    # pyroomacoustics takes elevations for colatitudes if none is negative.
+        return "stores the delay between the ears in Data.Delay; give a file that includes it in Data.IR"
+    # If no elevation is negative, pyroomacoustics interprets elevations as colatitudes.
     if not spherical or position[:, 1].min() >= 0:
-        return "give SourcePosition in spherical coordinates, some of them below the horizon"
+        return "needs SourcePosition in spherical coordinates, some of them below the horizon; give another file"
     return ""
 
 
 def unusable_message(why: str) -> str:
-    """That a file is no SOFA file, or a damaged one."""
+    """Return the message that a file is no usable SOFA file, for the reason ``why``."""
     return f"not usable as head-related responses ({why}); give a SOFA file (SimpleFreeFieldHRIR)"
 
 

@@ -1,4 +1,4 @@
-"""Who speaks in mixtures: speakers with enough speech, divided into splits, and what is drawn of what they say."""
+"""The speakers of mixtures: selects them, divides them into splits, and draws their speech."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _DRAWS = 20
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker whose utterances are long enough: some to be mixed, some to enroll with."""
+    """A speaker, with the utterances that are long enough to be mixed and those that are long enough to enroll with."""
 
     name: str
     mixable: tuple[Utterance, ...]
@@ -32,9 +32,10 @@ class Speaker:
 
 
 def select_speakers(corpus: Corpus, length: int, enrollment: int) -> dict[str, Speaker]:
-    """Speakers with ``length`` samples to mix and, apart from these, ``enrollment`` samples (0: no enrollment).
+    """Return the speakers who have ``length`` samples to mix and ``enrollment`` other samples to enroll with.
 
-    Speakers and utterances that are too short for that are left out.
+    An ``enrollment`` of 0 means that no enrollment is needed. Speakers and utterances with too little speech are left
+    out.
     """
     found = {}
     for name, utterances in corpus.speakers.items():
@@ -51,12 +52,13 @@ def select_speakers(corpus: Corpus, length: int, enrollment: int) -> dict[str, S
 
 
 def split_speakers(speakers: Mapping[str, Speaker], splits: Sequence[str], seed: int) -> dict[str, tuple[Speaker, ...]]:
-    """Speakers of every split, none of them in two splits.
+    """Divide the speakers among splits, so that no speaker is in two of them.
 
-    Train gets whoever is left when each other split has a tenth, at least two; without train all get equal shares.
+    If there is a train split, each other split gets a tenth of the speakers, at least two, and train gets the rest.
+    Without a train split all splits get equal shares.
 
     Raises:
-        ValueError: fewer than two speakers a split.
+        ValueError: there are fewer than two speakers a split.
     """
     if len(speakers) < 2 * len(splits):
         raise ValueError(f"{len(speakers)} speakers for {len(splits)} splits")
@@ -71,9 +73,9 @@ def split_speakers(speakers: Mapping[str, Speaker], splits: Sequence[str], seed:
 
 
 def draw_segments(rng: np.random.Generator, speaker: Speaker, length: int, enrollment: int) -> tuple[Segment, Segment]:
-    """A segment of ``length`` samples to mix, and another of ``enrollment`` samples that shares nothing with it.
+    """Draw a segment of ``length`` samples to mix, and a segment of ``enrollment`` samples that does not overlap it.
 
-    The other comes from another utterance if the speaker has one that is long enough. Its length is 0 for a task
+    The enrollment comes from another utterance if the speaker has one that is long enough. Its length is 0 for a task
     without enrollment.
     """
     mixed = speaker.mixable[rng.integers(len(speaker.mixable))]
@@ -92,16 +94,16 @@ def draw_segments(rng: np.random.Generator, speaker: Speaker, length: int, enrol
 
 @dataclass(frozen=True)
 class DrySource:
-    """What one speaker of a mixture says."""
+    """The speech of one speaker in a mixture, before the room is applied."""
 
     speaker: str
     segment: Segment
     enrollment: Segment
     speech: Samples  # [N]
-    embedding: Samples | None  # [1, 256], of the enrollment
+    embedding: Samples | None  # [1, 256], the d-vector of the enrollment
 
     def record(self, number: str) -> dict[str, object]:
-        """Where it comes from, the columns of ``metadata.csv`` for the source of that number."""
+        """Return where the speech comes from, as the columns of ``metadata.csv`` for source ``number``."""
         record: dict[str, object] = {
             f"speaker{number}": self.speaker,
             f"utterance{number}": self.segment.utterance.name,
@@ -118,16 +120,16 @@ class DrySource:
 def draw_sources(
     rng: np.random.Generator, speakers: Sequence[Speaker], length: int, enrollment: int, *, skip_broken: bool
 ) -> tuple[list[DrySource], dict[Path, str]]:
-    """Two different speakers' speech, with embeddings if ``enrollment`` is not 0.
+    """Draw the speech of two different speakers, with embeddings if ``enrollment`` is not 0.
 
-    Silence is drawn again, and broken files are if ``skip_broken``.
+    If a drawn segment is silent, both are drawn again. The same happens for a broken file if ``skip_broken`` is true.
 
     Returns:
-        The two, and what is wrong with the broken files that were drawn.
+        The two sources, and the broken files that were drawn, with the fault of each.
 
     Raises:
-        InputError: nothing usable in twenty draws.
-        BrokenFile: a broken file was drawn, and ``skip_broken`` is off.
+        InputError: twenty draws gave no usable speech.
+        BrokenFile: a broken file was drawn, and ``skip_broken`` is false.
     """
     broken: dict[Path, str] = {}
     why = ""
@@ -152,4 +154,4 @@ def draw_sources(
                 raise
             why = str(error)
             broken[error.path] = error.fault
-    raise InputError(f"no usable speech in {_DRAWS} draws, at last {why}; give other speech")
+    raise InputError(f"no usable speech in {_DRAWS} draws (the last fault was: {why}); give other speech")

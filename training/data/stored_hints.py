@@ -1,12 +1,13 @@
-"""Mixtures with what a large network makes of them, kept: training a pair then costs the small network only.
+"""Stored hints: mixtures with the outputs of a large network, so that training a pair costs the small network only.
 
-``kb-store-hints`` draws mixtures as a pair's configuration says, runs its large network, which must be frozen, and
-keeps both. ``"train": {"kind": "stored", "root": …}`` trains on them, as often as there are epochs.
+``kb-store-hints`` draws mixtures by the configuration of a pair, runs its large network, which must be frozen, and
+stores both. ``"train": {"kind": "stored", "root": …}`` trains on them for any number of epochs.
 
-A folder holds ``hints.json``, which says what it was made with, and shards ``000000.safetensors``, … of half-precision
-tensors with a leading axis of examples: ``mixture`` ``[B, M, N]``, ``sources`` ``[B, S, M, N]``, ``embedding``
-``[B, T, F, 2S']`` (what the hint encoder takes) and for TSE ``speaker_embedding`` ``[B, 256]``. The samples of an
-example are scaled to a peak of one; ``scale`` ``[B]``, in single precision, brings their level back.
+A folder has a file ``hints.json``, which describes its content, and shards ``000000.safetensors``, … A shard has
+tensors in half precision with a leading axis of examples: ``mixture`` ``[B, M, N]``, ``sources`` ``[B, S, M, N]``,
+``embedding`` ``[B, T, F, 2S']`` (the input of the hint encoder) and for TSE ``speaker_embedding`` ``[B, 256]``. The
+samples of an example are scaled to a peak of one; multiplying them by ``scale`` ``[B]``, in single precision, restores
+their level.
 """
 
 import hashlib
@@ -30,22 +31,22 @@ from knowledge_boosting.training.config import StoredData
 
 RECORD_FILE = "hints.json"
 SHARD_SIZE = 32  # examples
-STORED_LARGE = "stored_large"  # what a run's checkpoint keeps of the digest
-_LARGE_BATCH_SIZE = 8  # examples that the large network hears at once
+STORED_LARGE = "stored_large"  # the key of the digest of the large network in the checkpoint of a run
+_LARGE_BATCH_SIZE = 8  # examples in one call of the large network
 
 
 class Record(Strict):
     """The content of ``hints.json``."""
 
     large: Annotated[str, Field(description="digest of the large network")]
-    mixtures: Annotated[str, Field(description="how many there are, and how they are drawn")]
-    shards: Annotated[int, Field(ge=1, description="files, of which all but the last are full")]
+    mixtures: Annotated[str, Field(description="the number of mixtures, and how they are drawn")]
+    shards: Annotated[int, Field(ge=1, description="number of files; all but the last are full")]
     examples: Annotated[int, Field(ge=1)]
     speakers: list[str]
 
 
 def large_digest(model: ModelConfig, network: nn.Module) -> str:
-    """A digest of a pair's large network: of its weights, and of what it is given and gives."""
+    """Return a digest of the large network of a pair: of its weights and of the configuration that affects it."""
     hidden = {"small", "boosting"}
     text = json.dumps(model.model_dump(mode="json", exclude=hidden), sort_keys=True)
     digest = hashlib.sha256(text.encode())
@@ -56,16 +57,18 @@ def large_digest(model: ModelConfig, network: nn.Module) -> str:
 
 
 class StoredHints:
-    """The examples of a folder that ``kb-store-hints`` made."""
+    """The examples in a folder of ``kb-store-hints``."""
 
     def __init__(self, data: StoredData, model: ModelConfig, large: str | None) -> None:
         """Open a folder.
 
         Args:
-            large: digest of the large network whose hints they must be.
+            data: the folder.
+            model: the model that the examples are for.
+            large: the digest that the large network of the hints must have.
 
         Raises:
-            InputError: no such folder, it is not finished, or it is of another large network.
+            InputError: the folder does not exist, is incomplete, or has hints of another large network.
         """
         self._root = Path(data.root)
         record = read_record(self._root)
@@ -86,10 +89,10 @@ class StoredHints:
         return self._examples
 
     def example(self, address: tuple[int, int]) -> dict[str, Any]:
-        """One example by epoch and index.
+        """Return one example by epoch and index.
 
         Raises:
-            InputError: its file cannot be used.
+            InputError: the file of the example cannot be used.
         """
         shard, number = divmod(address[1], SHARD_SIZE)
         path = shard_path(self._root, shard)
@@ -105,31 +108,31 @@ class StoredHints:
         return {"names": f"{path.name}[{number}]", **found}
 
     def speaker_embeddings(self) -> Tensor:
-        """The d-vectors of the first 2000 examples, ``[N, 256]``."""
+        """Return the d-vectors of the first 2000 examples, ``[N, 256]``."""
         count = min(len(self), 2000)
         return torch.stack([self.example((0, index))["speaker_embedding"] for index in range(count)])
 
 
 def read_record(root: Path) -> Record:
-    """What a folder of stored hints says of itself.
+    """Read the record of a folder of stored hints.
 
     Raises:
-        InputError: the folder has no record, or it is damaged.
+        InputError: the folder has no record, or the record is damaged.
     """
     path = existing_file(root / RECORD_FILE, "the record of stored hints; kb-store-hints makes it")
     return validate(Record, read_json(path), path)
 
 
 def shard_path(root: Path, shard: int) -> Path:
-    """The file of a shard."""
+    """Return the path of a shard."""
     return root / f"{shard:06d}.safetensors"
 
 
 def open_folder(root: Path, record: Record) -> None:
-    """Make a folder of stored hints, or find that what is there is of the same kind.
+    """Make a folder of stored hints, or check that an existing one has the same record.
 
     Raises:
-        InputError: it holds something else, or cannot be written.
+        InputError: the folder has other content, or cannot be written.
     """
     if (root / RECORD_FILE).is_file():
         if read_record(root) != record:
@@ -146,7 +149,7 @@ def open_folder(root: Path, record: Record) -> None:
 
 
 def first_missing_shard(root: Path, record: Record) -> int:
-    """The first shard that is not there; those before it are."""
+    """Return the number of the first shard that does not exist; ``record.shards`` if all exist."""
     return next((shard for shard in range(record.shards) if not shard_path(root, shard).is_file()), record.shards)
 
 

@@ -1,8 +1,8 @@
-"""More voices than a corpus of speech has, by the WORLD vocoder.
+"""Makes additional voices from a corpus of speech with the WORLD vocoder.
 
-A network that learns few speakers by heart tells no others apart. Every recording is taken apart into pitch, spectral
-envelope and aperiodicity, and put together again with another pitch and with formants elsewhere, which is what tells
-most speakers apart.
+A network that was trained on few speakers memorises them and does not distinguish others. The vocoder analyses every
+recording into pitch, spectral envelope and aperiodicity, and synthesises it with another pitch and with shifted
+formants, which are the main differences between speakers.
 
 Source: Morise, Yokomori and Ozawa, "WORLD: a vocoder-based high-quality speech synthesis system", 2016.
 """
@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 from knowledge_boosting.training.data.corpus import SAMPLE_RATE, VOICE_SEPARATOR, Corpus, Samples
 
-_LOWEST_PITCH, _HIGHEST_PITCH = 65.0, 500.0  # Hz, of recorded speech
+_LOWEST_PITCH, _HIGHEST_PITCH = 65.0, 500.0  # Hz, in the recordings
 _FULL_SCALE = 0.99
 
 
 @dataclass(frozen=True)
 class VoiceTransformation:
-    """What makes a speaker's recordings another voice."""
+    """The factors that turn the recordings of a speaker into another voice."""
 
     voice: str  # its name
     pitch: float  # factor
@@ -30,12 +30,12 @@ class VoiceTransformation:
 
 
 def transform_voice(speech: Samples, changes: Sequence[VoiceTransformation]) -> list[Samples]:
-    """Speech ``[N]`` at 16 kHz in other voices, each ``[N]`` and as loud.
+    """Return speech ``[N]`` at 16 kHz in other voices, each ``[N]`` with the level of the original.
 
-    Factors of 1 give what the vocoder makes of the voice itself, which sounds like it but has other samples.
+    Factors of 1 give the vocoder's copy of the original voice, which sounds the same but has other samples.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the package about how it finds its version
+        warnings.simplefilter("ignore")  # the package warns about how it finds its own version
         import pyworld
     samples = speech.astype(np.float64)
     pitch, times = pyworld.dio(samples, SAMPLE_RATE, f0_floor=_LOWEST_PITCH, f0_ceil=_HIGHEST_PITCH)
@@ -54,7 +54,7 @@ def transform_voice(speech: Samples, changes: Sequence[VoiceTransformation]) -> 
 
 
 def _stretched(envelope: npt.NDArray[np.float64], factor: float) -> npt.NDArray[np.float64]:
-    """An envelope ``[frames, bins]`` whose formants lie at ``factor`` times their frequency."""
+    """Stretch an envelope ``[frames, bins]`` so that its formants move to ``factor`` times their frequency."""
     last = envelope.shape[1] - 1
     at = np.minimum(np.arange(last + 1) / factor, last)
     lower = np.minimum(at.astype(int), last - 1)
@@ -66,7 +66,10 @@ def _stretched(envelope: npt.NDArray[np.float64], factor: float) -> npt.NDArray[
 def draw_transformations(
     corpus: Corpus, count: int, pitch: tuple[float, float], formants: tuple[float, float], seed: int
 ) -> dict[str, tuple[VoiceTransformation, ...]]:
-    """``count`` voices of every speaker, factors drawn evenly on a logarithmic scale, for each speaker by itself."""
+    """Draw the factors of ``count`` voices of every speaker.
+
+    The factors have a uniform distribution on a logarithmic scale. Each speaker has a random generator of their own.
+    """
     drawn = {}
     for index, speaker in enumerate(corpus.speakers):
         rng = np.random.default_rng([seed, index])

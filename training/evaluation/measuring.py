@@ -1,4 +1,4 @@
-"""Measuring: every system of every model on every mixture of a data set, to results."""
+"""Measuring: every system of every model on every mixture of a dataset, to results."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
