@@ -467,7 +467,7 @@ def test_an_item_without_speech_has_no_stoi(dataset: Path, golden_bundle: Made, 
     stoi = [line["stoi"] for line in outcome.table("items.csv")]
     assert all(stoi[:5])
     assert not any(stoi[5:])
-    assert "of fewer items" in outcome.stdout
+    assert "over fewer items" in outcome.stdout
     assert not outcome.stderr
 
 

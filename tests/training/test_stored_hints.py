@@ -151,7 +151,7 @@ def test_the_digest_tells_what_the_large_network_is_given() -> None:
 def test_what_stored_hints_are_not_for(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set freeze_large"):
         from_stored(folder, tmp_path, "ss", freeze_large=False)
-    with pytest.raises(InputError, match="give that of a pair with freeze_large"):
+    with pytest.raises(InputError, match="give the configuration of a pair with freeze_large"):
         store_hints(settings(folder, "ss", freeze_large=False), tmp_path / "out", 4)
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()

@@ -1,1 +1,1 @@
-"""What bundles and runs make of a dataset: metrics, results, table, picture."""
+"""Evaluation of bundles and runs on a dataset: metrics, results, table and picture."""

@@ -1,4 +1,4 @@
-"""What an evaluation writes: a folder of results, and into bundles what was measured of them."""
+"""Writes the results of an evaluation into a folder and into the measured bundles."""
 
 import csv
 import io
@@ -21,10 +21,10 @@ RESULT_FILES = ("results.json", "results.csv", "items.csv", "results.png")
 
 @contextmanager
 def output_folder(path: Path) -> Iterator[None]:
-    """Makes the folder, and removes it again if it is left empty.
+    """Make a folder for results, and remove it at the end if it is empty.
 
     Raises:
-        InputError: it cannot be made or written to, or the results have no place in it.
+        InputError: the folder cannot be made or written to, or a folder has the name of a result file.
     """
     made = not path.exists()
     try:
@@ -35,7 +35,9 @@ def output_folder(path: Path) -> Iterator[None]:
         check_folder(path)
         for name in RESULT_FILES:
             if (path / name).is_dir():
-                raise InputError(f"{path / name}: is a folder, where a file is to be written; give another --output")
+                raise InputError(
+                    f"{path / name}: is a folder, but a file of that name must be written; give another --output"
+                )
         yield
     finally:
         if made and not any(path.iterdir()):
@@ -43,13 +45,13 @@ def output_folder(path: Path) -> Iterator[None]:
 
 
 def write_results(folder: Path, results: Results, items: Sequence[str], figures: Sequence[ItemFigures]) -> None:
-    """Write all four files, or none.
+    """Write all four result files, or none if one of them cannot be written.
 
     Raises:
-        InputError: they cannot be written.
+        InputError: a file cannot be written.
     """
     with ExitStack() as stack:
-        # They take their places in reverse order when all are written: whoever finds a new JSON finds the others too.
+        # The files are renamed in reverse order when all are complete. So when results.json is new, the others are too.
         paths = {name: stack.enter_context(atomic_file(folder / name)) for name in RESULT_FILES}
         paths["results.json"].write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
         paths["results.csv"].write_text(_summary_csv(results), encoding="utf-8")
@@ -107,7 +109,7 @@ def _csv(lines: Sequence[Mapping[str, object]]) -> str:
 
 
 def record_in_bundles(results: Results) -> None:
-    """Write every bundle's own figures into its manifest and its card."""
+    """Write the figures of every bundle into its manifest and its model card."""
     data = f"{results.data.items} mixtures of {Path(results.data.root).name}/{results.data.split}"
     for model in results.models:
         quality: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Measuring: every system of every model on every mixture of a dataset, to results."""
+"""Measures every system of every model on every mixture of a dataset."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,12 +35,12 @@ from knowledge_boosting.training.evaluation.results import (
 from knowledge_boosting.training.evaluation.scores import Scores, quick_figures
 from knowledge_boosting.training.evaluation.systems import MIXTURE, Key, Model, load_models, milliseconds, run_systems
 
-_MIN_SECONDS = 0.5  # s; in less, STOI and PESQ find no speech
+_MIN_SECONDS = 0.5  # STOI and PESQ find no speech in shorter signals
 
 
 @dataclass(frozen=True)
 class Options:
-    """The flags of ``kb-evaluate``, parsed; its help says what each means."""
+    """The parsed flags of ``kb-evaluate``. Its help describes them."""
 
     models: list[str]
     data: Path
@@ -56,21 +56,21 @@ class Options:
 
 
 def measure(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
-    """The results, the items' names, and every figure of every item.
+    """Return the results, the names of the items, and every figure of every item.
 
     Raises:
-        InputError: a model, the data or a flag is at fault; found before anything is measured.
-        Failure: an output is not finite, or a worker died.
+        InputError: a model, the data or a flag cannot be used. This is found before the first measurement.
+        Failure: an output is not finite, or a worker process died.
     """
     device = pick_device(options.device)
     if options.record:
         for given in options.models:
-            Bundle(given)  # runs are refused before anything is measured
-    # With its shorter mantissa a GPU would differ from a CPU by more than streaming differs from whole signals.
+            Bundle(given)  # raises for runs, which have no manifest to write to
+    # TF32 has a shorter mantissa. With it, a GPU and a CPU would differ by more than streaming and whole signals do.
     torch.backends.cudnn.allow_tf32 = False
     models = load_models(options.models)
     if options.delays and all(model.large is None for model in models):
-        raise InputError("--delays: is for pairs, and every model given is one network alone; leave it out")
+        raise InputError("--delays: is for pairs, but every given model is one network alone; leave out --delays")
     data = _open_data(options.data, options.split, options.items, models[0].config)
     for model in models:
         refuse_shared_speakers(model.training_speakers, options.data / options.split)
@@ -83,7 +83,7 @@ def measure(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
     elif workers is None:
         workers = min(len(names), max(1, cores // 2 if device.type == "cpu" else cores - 1))
     if workers:
-        # Networks and workers share the cores; threads beyond them make both slower.
+        # Networks and workers share the cores. More threads than cores would make both slower.
         torch.set_num_threads(max(1, cores - workers))
     with closing(Scores(options.metrics, names, workers)) as scores:
         worst = _measure_all(models, data, options.delays, device, scores, streaming=options.streaming)
@@ -124,7 +124,10 @@ def _open_data(root: Path, split: str, items: int | None, config: ModelConfig) -
 
 
 def _check_items(data: MixtureFolder, metrics: Sequence[MetricName]) -> int:
-    """Read every item once, so that a broken one is found before hours of work; their samples, all together.
+    """Read every item once, so that a broken one is found before hours of measurement.
+
+    Returns:
+        The total number of samples of all items.
 
     Raises:
         InputError: an item cannot be used.
@@ -134,7 +137,9 @@ def _check_items(data: MixtureFolder, metrics: Sequence[MetricName]) -> int:
         sources = data.example((0, index))["sources"]
         length = sources.shape[-1]
         if not bool((sources.amax(-1) > sources.amin(-1)).all()):
-            raise InputError(f"{item}: a source is silent at a microphone, nothing can be measured against it")
+            raise InputError(
+                f"{item}: a source is silent at a microphone, so nothing can be compared with it; make the item again"
+            )
         if length < _MIN_SECONDS * SAMPLE_RATE and any(METRICS[metric].slow for metric in metrics):
             raise InputError(
                 f"{item}: is shorter than {_MIN_SECONDS:g} s, too short for STOI and PESQ; leave them out of --metrics"
@@ -152,7 +157,11 @@ def _measure_all(
     *,
     streaming: bool,
 ) -> StreamingRecord | None:
-    """Measure every system of every model on every item; with ``streaming``, how far that is from whole signals."""
+    """Measure every system of every model on every item.
+
+    Returns:
+        With ``streaming``, the largest difference from whole signals.
+    """
     worst: StreamingRecord | None = None
     with _progress(len(models) * len(data)) as advance:
         for model in models:
@@ -183,7 +192,7 @@ def _measure_all(
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A function to call once an item and model; a bar appears on a terminal only."""
+    """Show a progress bar if the output is a terminal. Yields the function that advances it."""
     console = cli.console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -208,4 +217,4 @@ def _notice(models: Sequence[ModelRecord]) -> str | None:
     untrained = [model.name for model in models if model.untrained]
     if len(untrained) in (0, len(models)):
         return UNTRAINED_NOTICE if untrained else None
-    return f"UNTRAINED: {', '.join(untrained)} (random weights, whose figures say nothing of a trained model)"
+    return f"UNTRAINED: {', '.join(untrained)} (random weights; their figures say nothing about a trained model)"

@@ -1,6 +1,6 @@
-"""Figures of merit, by torchmetrics: what training watches and evaluation tabulates.
+"""The metrics of validation and evaluation, computed by torchmetrics.
 
-Nothing that computes is imported before a figure is computed, so that a command can name them all at once.
+The packages that compute a metric are imported when it is computed, so that a command can list all metrics quickly.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ MetricName = Literal["si_sdri", "snri", "stoi", "pesq"]
 
 
 def si_sdr_improvement(estimates: "Tensor", references: "Tensor", mixture: "Tensor") -> "Tensor":
-    """SI-SDR of matched estimates over that of the mixture, dB, mean over sources and microphones, ``[B]``."""
+    """Return the SI-SDR improvement of matched estimates, dB, mean over sources and microphones, ``[B]``."""
     from knowledge_boosting.training.evaluation.si_sdr import permuted_si_sdr, si_sdr
 
     return (
@@ -27,7 +27,7 @@ def si_sdr_improvement(estimates: "Tensor", references: "Tensor", mixture: "Tens
 
 
 def snr_improvement(estimates: "Tensor", references: "Tensor", mixture: "Tensor") -> "Tensor":
-    """SNR of matched estimates over that of the mixture, dB, mean over sources and microphones, ``[B]``."""
+    """Return the SNR improvement of matched estimates, dB, mean over sources and microphones, ``[B]``."""
     from torchmetrics.functional.audio import signal_noise_ratio
 
     from knowledge_boosting.training.evaluation.si_sdr import match_sources
@@ -39,7 +39,7 @@ def snr_improvement(estimates: "Tensor", references: "Tensor", mixture: "Tensor"
 
 
 def stoi(estimates: "Tensor", references: "Tensor") -> "Tensor":
-    """Short-time objective intelligibility of matched estimates, 0 to 1, mean over sources and microphones, ``[B]``."""
+    """Return the STOI of matched estimates, 0 to 1, mean over sources and microphones, ``[B]``."""
     from torchmetrics.functional.audio import short_time_objective_intelligibility
 
     from knowledge_boosting.training.evaluation.si_sdr import match_sources
@@ -49,7 +49,10 @@ def stoi(estimates: "Tensor", references: "Tensor") -> "Tensor":
 
 
 def pesq(estimates: "Tensor", references: "Tensor") -> "Tensor":
-    """Wide-band PESQ of matched estimates, mean over sources and microphones, ``[B]``; NaN where it cannot judge."""
+    """Return the wide-band PESQ of matched estimates, mean over sources and microphones, ``[B]``.
+
+    The result is NaN for items in which PESQ finds no speech.
+    """
     import torch
 
     from knowledge_boosting.training.evaluation.si_sdr import match_sources
@@ -69,21 +72,21 @@ def _pesq(estimate: "Tensor", reference: "Tensor") -> "Tensor":
 
     try:
         score: Tensor = perceptual_evaluation_speech_quality(estimate, reference, SAMPLE_RATE, "wb")
-    except (PesqError, ValueError):  # no speech, less than a quarter of a second, or a silent estimate
+    except (PesqError, ValueError):  # no speech, a signal below a quarter of a second, or a silent estimate
         return torch.tensor(float("nan"))
     return score
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of merit of estimates."""
+    """A metric of estimates."""
 
     heading: str
-    digits: int  # behind the point, where people read it
-    # Of estimates [B, S, M, N], references [B, S, M, N] and mixture [B, M, N]: [B].
+    digits: int  # digits after the decimal point in tables
+    # Maps estimates [B, S, M, N], references [B, S, M, N] and mixture [B, M, N] to values [B].
     measure: "Callable[[Tensor, Tensor, Tensor], Tensor]"
-    package: str | None = None  # needed besides torchmetrics
-    slow: bool = False  # takes so long that processes share the work; needs half a second of speech
+    package: str | None = None  # a package that is needed besides torchmetrics
+    slow: bool = False  # whether it is computed in several processes; slow metrics need half a second of speech
 
 
 METRICS: dict[MetricName, Metric] = {

@@ -1,4 +1,4 @@
-"""The results of an evaluation as a picture: a line a system and, of several delays, quality by delay."""
+"""Draws the results of an evaluation: one line for each system and, if there are several delays, quality by delay."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -8,7 +8,7 @@ from typing import Any
 from knowledge_boosting.common.pictures import any_words
 from knowledge_boosting.training.evaluation.results import OTHER_DELAY_NOTE, SYSTEMS, Results, Row, System
 
-_COLOURS: dict[System, str] = {  # Okabe and Ito: told apart by everybody
+_COLOURS: dict[System, str] = {  # the palette of Okabe and Ito, which color-blind people can distinguish
     "mixture": "#999999",
     "alone": "#CC79A7",
     "small_without_hints": "#E69F00",
@@ -39,7 +39,7 @@ def draw(path: Path, results: Results) -> None:
     figure = plt.figure(figsize=(13.0 if by_delay else 8.0, height), layout="constrained")
     try:
         if by_delay:
-            # The curve keeps its shape however many systems are listed beside it.
+            # The size of the curve does not depend on the number of systems beside it.
             grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1), height_ratios=(5.0, max(height - 5.0, 0.01)))
             _draw_systems(figure.add_subplot(grid[:, 0]), results)
             _draw_delays(figure.add_subplot(grid[0, 1] if height > 6 else grid[:, 1]), results)
@@ -52,7 +52,7 @@ def draw(path: Path, results: Results) -> None:
 
 
 def _draw_systems(axis: Any, results: Results) -> None:
-    """One line a system, grouped by model."""
+    """Draw one line for each system, grouped by model."""
     labels = {model.name: model.label for model in results.models}
     ticks: list[tuple[float, str]] = []
     headings: list[str] = []
@@ -63,8 +63,8 @@ def _draw_systems(axis: Any, results: Results) -> None:
         headings.append(labels[name])
         for row in rows:
             line -= 1
-            late = f", {row.delay_label}" if row.delay_ms is not None else ""
-            ticks.append((line, SYSTEMS[row.system] + late))
+            delay = f", {row.delay_label}" if row.delay_ms is not None else ""
+            ticks.append((line, SYSTEMS[row.system] + delay))
             figure = row.figures["si_sdri"]
             _draw_point(axis, row, line, horizontal=True)
             if figure.mean is not None:
@@ -91,7 +91,7 @@ def _draw_point(axis: Any, row: Row, place: float, *, horizontal: bool, label: s
         return
     spread = None
     if figure.low is not None and figure.high is not None:
-        # A quantile of the resampled means may lie on the far side of a mean by rounding.
+        # Rounding can move a quantile of the resampled means past the mean.
         spread = [[max(figure.mean - figure.low, 0)], [max(figure.high - figure.mean, 0)]]
     axis.errorbar(
         *((figure.mean, place) if horizontal else (place, figure.mean)),
@@ -108,11 +108,11 @@ def _draw_point(axis: Any, row: Row, place: float, *, horizontal: bool, label: s
 
 
 def _draw_delays(axis: Any, results: Results) -> None:
-    """Every system at its model's delay, and boosted ones also at those their weights were not trained for."""
+    """Draw every system at the delay of its model, and boosted systems also at delays they were not trained for."""
     trained = {model.name: model.delay_ms for model in results.models if model.delay_ms is not None}
     rows = [row for row in results.rows if row.model in trained]
     places = {id(row): trained[row.model or ""] if row.delay_ms is None else row.delay_ms for row in rows}
-    step = 0.012 * max(places.values())  # side by side, so that intervals can be told apart
+    step = 0.012 * max(places.values())  # systems stand side by side, so that their intervals do not overlap
     shift = {system: step * (number - 2) for number, system in enumerate(list(SYSTEMS)[1:])}
     named: set[str] = set()
     for row in rows:
@@ -139,7 +139,7 @@ def _draw_delays(axis: Any, results: Results) -> None:
         for system in SYSTEMS:
             join([row for row in rows if row.system == system and row.trained_delay is not False], "-")
     axis.set_xticks(sorted(set(places.values())))
-    axis.set_xlabel("hints late by, ms")
+    axis.set_xlabel("delay of hints, ms")
     axis.set_ylabel("SI-SDRi, dB")
     _style_axes(axis, "both")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8.5, frameon=False)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as records: systems, figures with their intervals, comparisons."""
+"""The records of an evaluation: systems, figures with their intervals, and comparisons."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,28 +30,28 @@ OTHER_DELAY_NOTE = "* The weights were trained for another delay"
 
 
 class Figure(Strict):
-    """A figure over the items: its mean, and the percentile bootstrap interval of that mean."""
+    """The mean of a metric over the items, with its percentile bootstrap interval."""
 
     mean: float | None = Field(description="null if no item has the figure")
-    low: float | None = Field(description="lower end of the interval; null for fewer than two items")
-    high: float | None = Field(description="upper end")
-    items: int = Field(description="items that have the figure; STOI and PESQ have none where they find no speech")
+    low: float | None = Field(description="lower end of the interval; null if fewer than two items have the figure")
+    high: float | None = Field(description="upper end of the interval")
+    items: int = Field(description="items that have the figure; STOI and PESQ have none if they find no speech")
 
 
 class Row(Strict):
-    """One system of one model."""
+    """The figures of one system of one model."""
 
-    model: str | None = Field(description="its name; null for the mixture")
+    model: str | None = Field(description="name of the model; null for the mixture")
     system: System
-    untrained: bool = Field(description="random weights: no figure of this row is a result")
-    delay_frames: int | None = Field(description="frames that hints were late; null where none are used")
+    untrained: bool = Field(description="whether the weights are random; then no figure of this row is a result")
+    delay_frames: int | None = Field(description="delay of the hints, frames; null if no hints are used")
     delay_ms: float | None
     trained_delay: bool | None = Field(description="whether the weights were trained for that delay")
     figures: dict[MetricName, Figure]
 
     @property
     def delay_label(self) -> str:
-        """How late hints were, for a person; a star marks weights of another delay."""
+        """The delay of the hints, for tables. A star marks weights that were trained for another delay."""
         if self.delay_ms is None:
             return ""
         return f"{self.delay_ms:g} ms" + ("" if self.trained_delay else "*")
@@ -63,21 +63,21 @@ class ModelRecord(Strict):
     name: str
     given: str = Field(description="as given to the command")
     kind: Literal["bundle", "run"]
-    id: str = Field(description="a bundle's id; of a run, the digest of its checkpoint")
-    checkpoint: str | None = Field(description="of a run: the file that was chosen")
+    id: str = Field(description="id of a bundle; for a run, the digest of its checkpoint")
+    checkpoint: str | None = Field(description="for a run: the file that was measured")
     untrained: bool
-    delay_frames: int | None = Field(description="trained for; null for one network alone")
+    delay_frames: int | None = Field(description="delay that the weights were trained for; null for one network alone")
     delay_ms: float | None
     compression: int | None
 
     @property
     def label(self) -> str:
-        """The name as a person should see it: untrained weights are called so."""
+        """The name for tables and pictures, which marks untrained weights."""
         return f"{self.name} (UNTRAINED)" if self.untrained else self.name
 
 
 class DataRecord(Strict):
-    """The mixtures."""
+    """The mixtures that were measured."""
 
     root: str = Field(description="as given to the command")
     split: str
@@ -86,7 +86,7 @@ class DataRecord(Strict):
 
 
 class BootstrapRecord(Strict):
-    """How intervals were made: items drawn with replacement, quantiles of the means."""
+    """The parameters of the bootstrap, which draws items with replacement and takes quantiles of the means."""
 
     resamples: int = RESAMPLES
     confidence: float = CONFIDENCE
@@ -94,42 +94,46 @@ class BootstrapRecord(Strict):
 
 
 class StreamingRecord(Strict):
-    """How far the streaming path is from whole signals at most, and where."""
+    """The largest difference between streaming and whole signals, and where it occurred."""
 
-    largest_difference_db: float = Field(description="of SI-SDRi and SNRi, over all items and systems")
+    largest_difference_db: float = Field(description="difference of SI-SDRi or SNRi, over all items and systems")
     item: str
     model: str
     system: System
 
 
 class Comparison(Strict):
-    """What a system of a pair gains over a network alone, item by item."""
+    """The gain of a system of a pair over a network alone, computed item by item."""
 
     model: str
     system: System
     delay_frames: int | None
-    over: str = Field(description="the model that is one network alone")
-    si_sdri: Figure = Field(description="difference in dB; its interval is of the paired differences")
+    over: str = Field(description="name of the network alone")
+    si_sdri: Figure = Field(description="difference in dB; the interval is that of the paired differences")
 
 
 class Results(Strict):
     """The content of ``results.json``."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    notice: str | None = Field(description="what must be known before any figure here is used")
+    notice: str | None = Field(description="a warning about the figures, or null")
     task: TaskName
     data: DataRecord
-    path: Literal["offline", "streaming"] = Field(description="offline: whole signals; streaming: one frame a call")
+    path: Literal["offline", "streaming"] = Field(
+        description="offline: whole signals; streaming: one frame in each call"
+    )
     streaming: StreamingRecord | None
     bootstrap: BootstrapRecord
-    metrics: list[MetricName] = Field(description="each the mean over sources and microphones")
+    metrics: list[MetricName] = Field(description="each is the mean over sources and microphones")
     models: list[ModelRecord]
     rows: list[Row]
-    comparisons: list[Comparison] = Field(description="every trained system of a pair over every network alone")
+    comparisons: list[Comparison] = Field(
+        description="every system of a pair at its trained delay, over every network alone"
+    )
 
     @property
     def title(self) -> str:
-        """What was measured on what; untrained weights are called so on a second line."""
+        """The task, the data and the path; a second line has the notice, if there is one."""
         task, data = TASKS[self.task].label.capitalize(), self.data
         length = f"{data.seconds / 60:.1f} min" if data.seconds >= 100 else f"{data.seconds:g} s"
         mixtures = "1 mixture" if data.items == 1 else f"{data.items} mixtures"
@@ -138,14 +142,14 @@ class Results(Strict):
 
 
 class ItemFigures(NamedTuple):
-    """A row's figures by metric and item, NaN where an item has none."""
+    """The figures of a row by metric and item. An item without a figure has NaN."""
 
     row: Row
     values: Mapping[MetricName, Values]
 
 
 def bootstrap(values: Values, seed: int) -> Figure:
-    """Mean of the values that are numbers, with its percentile bootstrap interval."""
+    """Return the mean of the values that are not NaN, with its percentile bootstrap interval."""
     numbers = values[~np.isnan(values)]
     count = len(numbers)
     if not count:
@@ -160,7 +164,7 @@ def bootstrap(values: Values, seed: int) -> Figure:
 
 
 def compare(figures: Sequence[ItemFigures], seed: int) -> list[Comparison]:
-    """The trained systems of pairs over networks alone, item by item."""
+    """Compare the systems of pairs at their trained delays with networks alone, item by item."""
     alone = [found for found in figures if found.row.system == "alone"]
     return [
         Comparison(

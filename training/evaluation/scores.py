@@ -1,4 +1,4 @@
-"""The figures of every system on every item; the slow ones are computed in worker processes."""
+"""Computes the figures of every system on every item. Worker processes compute the slow ones."""
 
 import math
 import multiprocessing
@@ -18,28 +18,31 @@ from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
 from knowledge_boosting.training.evaluation.results import SYSTEMS, Values
 from knowledge_boosting.training.workers import end_with_parent
 
-if TYPE_CHECKING:  # networks that a worker does without
+if TYPE_CHECKING:  # a worker does not need to import the networks
     from knowledge_boosting.training.evaluation.systems import EvaluationItem, Key
 
-_QUEUED_PER_WORKER = 4  # estimates a worker that may wait
+_QUEUED_PER_WORKER = 4  # estimates that wait for each worker
 
 
 _QUICK = [name for name, metric in METRICS.items() if not metric.slow]  # all in dB
 
 
 def quick_figures(estimates: Tensor, item: "EvaluationItem") -> dict[MetricName, float]:
-    """The figures of a system's estimates of an item that take no time, in dB."""
+    """Return the figures of the estimates of an item that are quick to compute, in dB."""
     return _figures(_QUICK, estimates, item.sources, item.mixture)
 
 
 def _figures(
     metrics: Sequence[MetricName], estimates: Tensor, sources: Tensor, mixture: Tensor
 ) -> dict[MetricName, float]:
-    """Figures of estimates and sources ``[1, S, M, N]`` of a mixture ``[1, M, N]``; NaN where there is no speech."""
+    """Return the figures of estimates and sources ``[1, S, M, N]`` and a mixture ``[1, M, N]``.
+
+    A figure that needs speech is NaN if there is none.
+    """
     figures: dict[MetricName, float] = {}
     for metric in metrics:
         with warnings.catch_warnings():
-            # pystoi warns, and returns a made-up figure, where less than 0.4 s is left without the silence.
+            # If less than 0.4 s remains without the silence, pystoi warns and returns an arbitrary figure.
             warnings.simplefilter("error", RuntimeWarning)
             try:
                 figures[metric] = float(METRICS[metric].measure(estimates, sources, mixture))
@@ -53,7 +56,7 @@ def _figures_of_arrays(metrics: Sequence[MetricName], *signals: npt.NDArray[np.f
 
 
 class Scores:
-    """Every figure of every system and item; the slow ones computed in worker processes."""
+    """The figures of every system and item."""
 
     def __init__(self, metrics: Sequence[MetricName], items: Sequence[str], workers: int) -> None:
         self.items = items
@@ -67,10 +70,13 @@ class Scores:
             self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
 
     def add(self, key: "Key", index: int, estimates: Tensor, item: "EvaluationItem") -> dict[MetricName, float]:
-        """Measure a system's estimates of an item; returns the quick figures, in dB.
+        """Measure the estimates ``[1, S, M, N]`` of a system for an item.
+
+        Returns:
+            The quick figures, in dB. The slow ones are stored when a worker has computed them.
 
         Raises:
-            Failure: the estimates are not finite.
+            Failure: the estimates are not finite, or a worker process died.
         """
         if not bool(estimates.isfinite().all()):
             raise Failure(
@@ -91,11 +97,15 @@ class Scores:
         return quick
 
     def finish(self) -> None:
-        """Wait for the workers."""
+        """Wait until the workers have computed all figures.
+
+        Raises:
+            Failure: a worker process died.
+        """
         self._collect(0)
 
     def close(self) -> None:
-        """End the workers, their work done or not."""
+        """End the workers, even if figures are missing."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -105,7 +115,7 @@ class Scores:
                 self.figures[key][metric][index] = value
 
     def _collect(self, limit: int) -> None:
-        """Take what workers have done, until at most so many are left to do."""
+        """Store finished figures until at most ``limit`` estimates are waiting or being measured."""
         while len(self._running) > limit:
             done, _ = wait(self._running, return_when=FIRST_COMPLETED)
             for future in done:

@@ -1,4 +1,4 @@
-"""The scale-invariant signal-to-distortion ratio (SI-SDR), and the order of sources in which it is best."""
+"""The scale-invariant signal-to-distortion ratio (SI-SDR), and the order of sources that maximises it."""
 
 from itertools import permutations
 
@@ -10,21 +10,21 @@ from knowledge_boosting.training.config import Permutation
 
 
 def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio of zero-mean signals ``[..., N]``, dB, ``[...]``."""
+    """Return the SI-SDR of signals ``[..., N]`` after removing their means, dB, ``[...]``."""
     ratio: Tensor = scale_invariant_signal_distortion_ratio(estimate, reference, zero_mean=True)
     return ratio
 
 
 def permuted_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutation) -> Tensor:
-    """SI-SDR of every source under the best assignment of estimates to references.
+    """Return the SI-SDR of every source under the best assignment of estimates to references.
 
     Args:
-        estimates, references: ``[B, S, M, N]``.
-        permutation: ``per_channel`` lets each microphone find its own assignment, as in the published loss; ``joint``
-            finds one for all microphones.
+        estimates, references: signals ``[B, S, M, N]``.
+        permutation: ``per_channel`` chooses an assignment for each microphone, as in the published loss; ``joint``
+            chooses one for all microphones.
 
     Returns:
-        ``[B, S, M]``, dB, in the order of the references.
+        SI-SDR ``[B, S, M]``, dB, in the order of the references.
     """
     sources = references.shape[1]
     orders = list(permutations(range(sources)))
@@ -38,7 +38,10 @@ def permuted_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutat
 
 
 def match_sources(signals: Tensor, references: Tensor) -> Tensor:
-    """Signals ``[B, S, M, N]`` in the order of the references, one assignment for all microphones (best SI-SDR)."""
+    """Return signals ``[B, S, M, N]`` in the order of the references.
+
+    The order is the same for all microphones and maximises the SI-SDR.
+    """
     if references.shape[1] == 1:
         return signals
     orders = [list(order) for order in permutations(range(references.shape[1]))]

@@ -1,22 +1,23 @@
-"""What is measured: bundles and runs, and what each of their systems makes of a mixture.
+"""Loads bundles and runs, and computes the estimates of each of their systems.
 
-Every model, a bundle or a run's checkpoint, is heard as each of these systems, on the same mixtures:
+A model is a bundle or the checkpoint of a run. If it is one network alone, it has one system:
 
-- ``alone``: a network that was never meant to have hints;
+- ``alone``: the network, which was trained without hints.
 
-or, if it is a pair,
+If it is a pair, it has these systems:
 
-- ``small_without_hints``: the small network with zeros for every hint, as when all of them are late or lost;
-- ``boosted``: with every hint on time, at the delay the pair was trained for, and at those of ``--delays``;
-- ``boosted_wrong_hints``: with the hints of the next item's mixture. What these gain was not learned from this one;
-- ``large``: the large network's own estimate.
+- ``small_without_hints``: the small network with zeros for every hint, as when all hints are late or lost.
+- ``boosted``: the small network with every hint on time, at the delay of the pair and at those of ``--delays``.
+- ``boosted_wrong_hints``: the small network with the hints of another mixture, that of the next item. A gain with wrong
+  hints does not come from information about this mixture.
+- ``large``: the large network itself.
 
-``mixture`` is the mixture itself, from which improvements are counted.
+All systems are measured on the same mixtures. ``mixture`` is the mixture itself, which improvements are relative to.
 
-A delay belongs to a pair. Its small network holds every frame's features back for ``delay`` frames until the hint is
-there: one that comes sooner changes nothing, one that comes later is lost. Quality by delay is therefore measured on
-several pairs, each trained for its delay. ``--delays`` asks something else: no weight depends on the delay, so a pair
-can also run with features held back for another time than in training, and it says what that costs.
+The delay is a property of a pair. Its small network holds back the features of every frame for ``delay`` frames, until
+the hint arrives. An earlier hint changes nothing, and a later one is lost. So quality by delay is measured with several
+pairs, each trained for its delay. ``--delays`` answers another question. No weight depends on the delay, so a pair can
+also run with a delay that it was not trained for, and the difference shows what that costs.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -43,7 +44,7 @@ from knowledge_boosting.training.weights import best_checkpoint
 
 
 class Key(NamedTuple):
-    """A system of a model, at a delay."""
+    """A system of a model at a delay in frames."""
 
     model: str | None
     system: System
@@ -55,7 +56,7 @@ MIXTURE = Key(None, "mixture", None)
 
 @dataclass(frozen=True)
 class Model:
-    """A model, loaded."""
+    """A loaded model."""
 
     record: ModelRecord
     small: SmallModel
@@ -68,13 +69,13 @@ class Model:
 
 
 def load_models(given: Sequence[str]) -> list[Model]:
-    """The models, with names that differ.
+    """Load models from bundles and runs, and give them different names.
 
     Raises:
-        InputError: one cannot be used, is given twice, or is made for other signals than the first.
+        InputError: a model cannot be used, is given twice, or has another task or number of microphones than the first.
     """
     if len({Path(name).resolve() for name in given}) < len(given):
-        raise InputError("a model is given twice; give each once")
+        raise InputError("a model is given twice; give each model once")
     names = [Path(name).resolve().name for name in given]
     models = [
         _load_model(name, short if names.count(short) == 1 else name) for name, short in zip(given, names, strict=True)
@@ -85,7 +86,7 @@ def load_models(given: Sequence[str]) -> list[Model]:
             ours, theirs = getattr(model.config, what), getattr(first.config, what)
             if ours != theirs:
                 raise InputError(
-                    f"{model.record.given}: {what} is {ours}, of {first.record.given} {theirs}; cannot share a table"
+                    f"{model.record.given}: {what} is {ours}, but {theirs} in {first.record.given}; give one kind"
                 )
     return models
 
@@ -94,11 +95,11 @@ def _load_model(given: str, name: str) -> Model:
     folder = Path(given)
     is_run = (folder / "config.json").is_file() and not (folder / MANIFEST_FILE).is_file()
     if folder.is_dir() and not is_run and not (folder / MANIFEST_FILE).is_file():
-        raise InputError(f"{given}: has neither {MANIFEST_FILE} (a bundle) nor config.json (a run)")
+        raise InputError(f"{given}: has neither {MANIFEST_FILE} (a bundle) nor config.json (a run); give one of these")
     model = _load_run(folder, given, name) if is_run else _load_bundle(given, name)
     rate = model.config.framing.sample_rate
     if rate != SAMPLE_RATE:
-        raise InputError(f"{given}: works at {rate} Hz; datasets have {SAMPLE_RATE} Hz")
+        raise InputError(f"{given}: works at {rate} Hz, but datasets have {SAMPLE_RATE} Hz; give another model")
     return model
 
 
@@ -145,13 +146,13 @@ def _record(
 
 
 def milliseconds(config: ModelConfig, frames: int) -> float:
-    """How long so many frames are."""
+    """Return the duration of a number of frames, ms."""
     return round(1000 * frames * config.framing.chunk_seconds, 6)
 
 
 @dataclass(frozen=True)
 class EvaluationItem:
-    """An item as the large network, if there is one, has processed it."""
+    """An item of the dataset, with the outputs of the large network if the model is a pair."""
 
     mixture: Tensor  # [1, M, N]
     sources: Tensor  # [1, S, M, N]
@@ -164,10 +165,13 @@ class EvaluationItem:
 def run_systems(
     model: Model, data: MixtureFolder, delays: Sequence[int], device: torch.device, *, streaming: bool
 ) -> Iterator[tuple[EvaluationItem, dict[Key, Tensor]]]:
-    """Every item in order, with what each system of the model makes of it, ``[1, S, M, N]``.
+    """Yield every item in order, with the estimates ``[1, S, M, N]`` of each system of the model.
 
     Args:
-        delays: frames, of boosted systems; for one network alone, none.
+        model: the model.
+        data: the items.
+        delays: the delays of boosted systems, frames; empty for one network alone.
+        device: the device that the networks run on.
         streaming: whether the networks run frame by frame, or over all frames at once.
     """
     name, config = model.record.name, model.config
@@ -183,7 +187,7 @@ def run_systems(
             small[delay] = retimed.to(device)
 
     def calls(samples: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The frames of each call, and their samples."""
+        """Yield the frames of each call of a network, and their samples."""
         frames = (samples.shape[-1] - lookahead) // chunk
         step = 1 if streaming else frames
         for first in range(0, frames, step):
@@ -217,7 +221,7 @@ def run_systems(
 
     @torch.inference_mode()
     def run_all(item: EvaluationItem, other: EvaluationItem | None) -> dict[Key, Tensor]:
-        """The systems of a model; ``other`` is the item whose hints serve as another mixture's."""
+        """Run all systems of the model. ``other`` is the item that provides the wrong hints."""
         own, hints = config.delay, item.hints
         if hints is None or item.large is None:
             return {Key(name, "alone", None): run_small(small[own], item, None)}

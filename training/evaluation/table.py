@@ -1,4 +1,4 @@
-"""The results of an evaluation as a table, for a person."""
+"""Formats the results of an evaluation as a table."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,8 +13,8 @@ from knowledge_boosting.training.evaluation.results import OTHER_DELAY_NOTE, SYS
 
 
 def table(results: Results, width: int) -> RenderableType:
-    """The results for a person, on a terminal of a width; intervals have lines of their own where it is narrow."""
-    headings = ["", "late by", *(METRICS[metric].heading for metric in results.metrics)]
+    """Return the results as a table for a terminal of a given width. If it is narrow, intervals have separate lines."""
+    headings = ["", "delay", *(METRICS[metric].heading for metric in results.metrics)]
     for interval in (" ({}…{})", "\n{}…{}"):
         lines = [_line(row, results.metrics, interval) for row in results.rows]
         widths = [
@@ -78,11 +78,11 @@ def _notes(results: Results) -> list[str]:
     if any(row.trained_delay is False for row in results.rows):
         notes.append(f"{OTHER_DELAY_NOTE}.")
     if any(row.system == "boosted_wrong_hints" for row in results.rows):
-        notes.append("Wrong hints are those of the next item's mixture.")
+        notes.append("Wrong hints are the hints of the next item.")
     fewest = min(figure.items for row in results.rows for figure in row.figures.values())
     if fewest < results.data.items:
-        notes.append(f"Some figures are of fewer items, the fewest of {fewest}: STOI and PESQ need speech.")
+        notes.append(f"Some figures are means over fewer items, at least {fewest}, because STOI and PESQ need speech.")
     if results.streaming is not None:
         worst = results.streaming
-        notes.append(f"Streaming is within {worst.largest_difference_db:.1g} dB of whole signals, on every item.")
+        notes.append(f"Streaming is within {worst.largest_difference_db:.1g} dB of whole signals on every item.")
     return notes

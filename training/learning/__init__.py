@@ -1,1 +1,1 @@
-"""What a step of training computes, and a run of many."""
+"""Training steps, and the runs that consist of them."""

@@ -1,11 +1,11 @@
-"""How networks learn in few updates what to listen for.
+"""Guidance: an additional training loss, with which networks learn to use hints or a speaker embedding in few updates.
 
-By the small network's loss alone, fusion is noise to it at first, and thousands of updates go by before late hints are
-of any use. Guidance tells every fusion directly what hints are good for: from what it is about to add, a linear layer,
-used in training only, must find the sources' shares of every time-frequency bin. With *ideal hints*, made from the true
-sources, this is learned faster yet, and without a large network. Of a network alone, guidance asks the same of the
-features themselves, after every block but the first: SI-SDR tells a network that extracts the wrong speaker, or none,
-next to nothing of what to change.
+With the loss of the small network alone, the output of fusion is noise at first, and it takes thousands of updates
+until delayed hints are useful. Guidance trains every fusion directly. A linear layer, used only in training, takes what
+fusion adds to the features, and must predict the share of each source in every time-frequency bin. With *ideal hints*,
+which are computed from the true sources, this is learned even faster, and needs no large network. For a network alone,
+guidance trains the features after every block except the first in the same way. SI-SDR gives a network that extracts
+the wrong speaker, or none, hardly any information about what to change.
 """
 
 from functools import partial
@@ -20,11 +20,12 @@ from knowledge_boosting.models.framing import Stft, pad_to_frames
 from knowledge_boosting.models.layers import HintFusion, prelu
 from knowledge_boosting.models.pair import SmallModel
 
-IDEAL_GAIN = 4.0  # trained large networks, free in scale, were found to give about this times the sources' spectra
+# The scale of a large network's output is arbitrary. Trained ones were found to give about 4 times the source spectra.
+IDEAL_GAIN = 4.0
 
 
 def source_spectra(stft: Stft, sources: Tensor) -> Tensor:
-    """Complex spectra ``[B, T, F, S, M]`` of sources ``[B, S, M, N]``."""
+    """Return the complex spectra ``[B, T, F, S, M]`` of sources ``[B, S, M, N]``."""
     count, microphones = sources.shape[1:3]
     spectrum = stft.analyse(pad_to_frames(sources.flatten(1, 2), stft.framing))
     real, imaginary = spectrum.unflatten(-1, (2, count, microphones)).unbind(-3)
@@ -32,9 +33,9 @@ def source_spectra(stft: Stft, sources: Tensor) -> Tensor:
 
 
 def ideal_embedding(spectra: Tensor) -> Tensor:
-    """What a perfect large network would give, ``[B, T, F, 2S']``, of source spectra ``[B, T, F, S, M]``.
+    """Return the spectral estimate ``[B, T, F, 2S']`` of a perfect large network, from spectra ``[B, T, F, S, M]``.
 
-    The source that is stronger at the left ear comes first, as large networks were found to order them.
+    The source that is stronger at the left ear comes first, because trained large networks use this order.
     """
     if spectra.shape[3] > 1:
         level = spectra.abs().square().sum((1, 2)).clamp_min(1e-12).log()  # [B, S, M]
@@ -44,7 +45,7 @@ def ideal_embedding(spectra: Tensor) -> Tensor:
 
 
 class Guidance(nn.Module):
-    """A linear layer for each fusion of a small network, or each block but the first of a network alone."""
+    """The linear layers of guidance: one for each fusion, or in a network alone for each block except the first."""
 
     def __init__(self, model: SmallModel) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Guidance(nn.Module):
         )
 
     def _record_fusion(self, fusion: HintFusion, merge: nn.Module, _: Any, merged: Tensor) -> None:
-        # What the normalisation gets that fusion ends with.
+        # This is the input of the normalisation at the end of the fusion.
         self._record_features(merge, prelu(merged, fusion.slope_merge))
 
     def _record_features(self, module: nn.Module, features: Tensor) -> None:
@@ -70,15 +71,17 @@ class Guidance(nn.Module):
             self._features.append(functional.layer_norm(features, features.shape[-2:]))
 
     def reset(self) -> None:
-        """Call before the network runs."""
+        """Delete the recorded features. Call this before the network runs."""
         self._features.clear()
 
     def loss(self, spectra: Tensor, mixture: Tensor) -> Tensor:
-        """Cross-entropy of the sources' shares of each bin, loud bins counting for more; after the network has run.
+        """Return the cross-entropy of the shares of the sources in each bin. Call this after the network has run.
+
+        Every bin is weighted by the magnitude of the mixture.
 
         Args:
-            spectra: of the sources, complex ``[B, T, F, S, M]``.
-            mixture: spectrum of the mixture, complex ``[B, T, F, M]``.
+            spectra: the spectra of the sources, complex ``[B, T, F, S, M]``.
+            mixture: the spectrum of the mixture, complex ``[B, T, F, M]``.
         """
         power = spectra.abs().square()
         share = power / (power + (mixture[..., None, :] - spectra).abs().square() + 1e-8)
@@ -87,7 +90,7 @@ class Guidance(nn.Module):
         total = spectra.new_zeros((), dtype=share.dtype)
         for head, heard in zip(self.heads, self._features, strict=True):
             found = head(heard).unflatten(-1, (self._sources, self._microphones))
-            # The large network chooses which source comes first; the order that fits best is taken for its choice.
+            # The order of the sources is the choice of the large network, so the order with the smallest loss is used.
             losses = [
                 (
                     functional.binary_cross_entropy_with_logits(found[..., list(order), :], share, reduction="none")

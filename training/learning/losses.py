@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""The losses of training."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,22 @@ from knowledge_boosting.training.evaluation.si_sdr import match_sources, permute
 
 
 def negative_si_sdr(estimates: Tensor, references: Tensor, permutation: Permutation) -> Tensor:
-    """The training loss, dB: every microphone apart, permutation-invariant over the sources, averaged.
+    """Return the negative SI-SDR under the best assignment of estimates to references, dB, averaged over everything.
 
     Args:
-        estimates, references: ``[B, S, M, N]``; S is 1 for target speech extraction.
+        estimates, references: signals ``[B, S, M, N]``; S is 1 for target speech extraction.
+        permutation: see :func:`permuted_si_sdr`.
     """
     return -permuted_si_sdr(estimates, references, permutation).mean()
 
 
 def level_error(estimates: Tensor, references: Tensor) -> Tensor:
-    """How far the levels of estimates are from those of their references, dB, averaged; SI-SDR is blind to it.
+    """Return the mean absolute difference between the levels of estimates and references, dB.
+
+    SI-SDR does not depend on the level of an estimate.
 
     Args:
-        estimates, references: ``[B, S, M, N]``.
+        estimates, references: signals ``[B, S, M, N]``.
     """
     with torch.no_grad():
         references = match_sources(references, estimates)

@@ -1,15 +1,15 @@
-"""How the C library treats freed memory while training on a CPU."""
+"""Configures how the C library handles freed memory during training on a CPU."""
 
 import ctypes
 
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # parameters of mallopt in glibc
 
 
 def keep_freed_memory() -> None:
-    """Have freed blocks kept for the next step instead of given back to the system.
+    """Keep freed memory for the next step instead of returning it to the system.
 
-    A step frees and asks for the same gigabytes again; with glibc's usual settings half of its time goes into pages
-    that the system takes back and hands out zeroed. Other C libraries are left as they are.
+    Every step frees and allocates the same gigabytes. With the default settings of glibc, half of its time goes into
+    pages that the system takes back and returns zeroed. Other C libraries are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""What one step of training, validation and test computes."""
+"""The computations of one step of training, validation and test."""
 
 from typing import Any
 
@@ -27,13 +27,13 @@ MONITOR = "validation/si_sdri"
 
 
 class TrainingModule(lightning.LightningModule):
-    """A pair, trained for the small network's output alone, or one network by itself.
+    """A pair, which is trained for the output of its small network only, or one network alone.
 
-    Its checkpoints hold the weights under ``model.small.…`` and ``model.large.…``.
+    Its checkpoints store the weights under ``model.small.…`` and ``model.large.…``.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
-        """Build the networks and give them the weights the configuration names.
+        """Build the networks, and load the initial weights that the configuration names.
 
         Raises:
             InputError: a checkpoint cannot be used.
@@ -41,14 +41,15 @@ class TrainingModule(lightning.LightningModule):
         super().__init__()
         self.config = config
         self.model = initial_model(config)
-        # By part, for every source and microphone, measured at validation: the loss is blind to level and sign.
+        # Gains by part, for every source and microphone. Validation measures them, because the loss does not depend on
+        # the level and the sign of the output.
         self.output_gain: dict[str, list[float]] = {}
         self._products: dict[str, Tensor] = {}
-        # Whom the weights have heard, by whatever way: to be measured on others.
+        # All speakers whose speech affected the weights; the model must be measured on others.
         self.training_speakers = initial_speakers(config)
         if config.freeze_large:
             self.pair.large.network.requires_grad_(False)
-        # Whose hints are stored; told before speaker layers change to take whitened embeddings.
+        # The digest is computed before whitening changes the speaker layers.
         self.stored_large: str | None = None
         if isinstance(config.train, StoredData):
             self.stored_large = large_digest(config.model, self.pair.large.network)
@@ -67,7 +68,7 @@ class TrainingModule(lightning.LightningModule):
 
     @property
     def pair(self) -> BoostedPair:
-        """Both networks, of a configuration that has two."""
+        """The pair. The configuration must be that of a pair."""
         assert isinstance(self.model, BoostedPair)
         return self.model
 
@@ -78,7 +79,7 @@ class TrainingModule(lightning.LightningModule):
         return small
 
     def whiten_speakers(self, embeddings: Tensor) -> None:
-        """Train on speaker embeddings by the differences of these, ``[N, 256]``; before the first step."""
+        """Fit the whitening to embeddings ``[N, 256]``, and use it. Call this before the first step."""
         assert self.whitening is not None
         self.whitening.fit(embeddings, self.config.speaker_components)
         for part in self.model.children():
@@ -86,9 +87,11 @@ class TrainingModule(lightning.LightningModule):
             self.whitening.compensate(part.network)
 
     def estimates(self, batch: Batch, hint_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Estimates ``[B, S, M, N]`` of the network that is trained (``small``) and, of a pair, of the ``large``.
+        """Return the estimates ``[B, S, M, N]`` of the trained network, ``small``, and for a pair also ``large``.
 
-        ``hint_mask`` is ``[B, T]`` or broadcasts to it: 0 for hints that are withheld.
+        Args:
+            batch: a rendered batch.
+            hint_mask: ``[B, T]`` or a shape that broadcasts to it; 0 for hints that are withheld.
         """
         mixture, speaker = batch["mixture"], batch.get("speaker_embedding")
         if isinstance(self.model, BoostedPair):
@@ -99,7 +102,7 @@ class TrainingModule(lightning.LightningModule):
         return {"small": estimate[..., : mixture.shape[-1]]}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Dynamic mixtures are made where they are used.
+        # Dynamic mixtures are rendered on the training device.
         with torch.autocast(self.device.type, enabled=False):
             rendered = render(batch)
         if self.whitening is not None:
@@ -115,7 +118,10 @@ class TrainingModule(lightning.LightningModule):
         estimate = self._small_estimate(batch, mask)
         loss = negative_si_sdr(estimate.float(), batch["sources"], self.config.permutation)
         if not torch.isfinite(loss):
-            raise Failure(f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}")
+            raise Failure(
+                f"the loss is {loss.item()} at step {self.global_step}, on {', '.join(batch['names'])}; "
+                "check these items, or lower learning_rate"
+            )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(estimate))
         if self.config.level_weight:
             error = level_error(estimate.float(), batch["sources"])
@@ -130,7 +136,7 @@ class TrainingModule(lightning.LightningModule):
         return loss
 
     def _small_estimate(self, batch: Batch, mask: Tensor | None) -> Tensor:
-        """What is trained makes of a batch; the large network runs only where its part is not there already."""
+        """Return the estimate of the trained network. The large network runs only if its hints are needed."""
         if self.config.ideal_hints:
             embedding = self._ideal_embedding(batch)
         elif "embedding" in batch:
@@ -141,29 +147,32 @@ class TrainingModule(lightning.LightningModule):
         return self.pair.estimate_small(batch["mixture"], hints, batch.get("speaker_embedding"), mask)
 
     def _ideal_embedding(self, batch: Batch) -> Tensor:
-        """What a large network that makes no mistakes would give."""
+        """Return the spectral estimate of a perfect large network."""
         large = self.pair.large
         embedding = ideal_embedding(source_spectra(large.stft, batch["sources"]))
         if large.level is not None:
-            # Such networks keep the level of what they hear.
+            # With a running level, a large network gives its estimate at the reference level, without its own gain.
             spectrum = large.stft.analyse(pad_to_frames(batch["mixture"], self.config.model.framing))
             embedding = embedding / (IDEAL_GAIN * large.level(spectrum, spectrum.new_zeros(len(spectrum))).scale)
         return embedding
 
     def _speaker_noise(self, batch: int) -> Tensor:
-        """What makes few voices many: each is looked for by embeddings around its own, ``[B, 256]``."""
+        """Return noise ``[B, 256]`` for the speaker embeddings, which makes a few speakers act like many."""
         components = self.config.speaker_components
         noise = self._rng(1).normal(0, self.config.speaker_noise, (batch, components)).astype(np.float32)
-        # The principal components come last.
+        # The principal components are the last ones.
         before = SPEAKER_EMBEDDING_SIZE - components
         return nn.functional.pad(torch.from_numpy(noise), (before, 0)).to(self.device)
 
     def _rng(self, *what: int) -> np.random.Generator:
-        """A generator for each use of one, from seed, step and device alone, as a resumed run needs."""
+        """Return a random generator for one purpose.
+
+        It depends only on seed, step and device, so a resumed run draws the same values.
+        """
         return np.random.default_rng([self.config.seed, self.global_step, self.global_rank, *what])
 
     def _hint_mask(self, batch: int) -> Tensor | None:
-        """Which examples have hints, ``[B, 1]``."""
+        """Draw the examples that have hints, ``[B, 1]``; None if all have."""
         if not self.config.hint_dropout:
             return None
         kept = self._rng().random((batch, 1)) >= self.config.hint_dropout
@@ -187,7 +196,7 @@ class TrainingModule(lightning.LightningModule):
             gathered = self.all_gather(products)
             assert isinstance(gathered, Tensor)
             with_source, estimated, wanted = gathered.view(-1, *products.shape).sum(0).flatten(1)
-            # Least squares would make an estimate quieter the worse it is.
+            # The gain gives the estimate the energy of the source. A least-squares gain would attenuate bad estimates.
             gain = with_source.sign() * (wanted / estimated).sqrt()
             self.output_gain[name] = torch.where(gain.isfinite() & (gain != 0), gain, 1.0).tolist()
         self._products.clear()
@@ -213,7 +222,7 @@ class TrainingModule(lightning.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": MONITOR}}
 
     def _log_audio(self, batch: Batch, estimates: dict[str, Tensor]) -> None:
-        """The first example's left channels, for ears: mixture, sources and estimates."""
+        """Log the left channels of the first example for listening: mixture, sources and estimates."""
         add_audio = getattr(getattr(self.logger, "experiment", None), "add_audio", None)
         if add_audio is None or self.trainer.sanity_checking:
             return

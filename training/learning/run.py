@@ -1,4 +1,4 @@
-"""Training runs, from the beginning or resumed, their tests, and hints stored for them."""
+"""Runs training, new or resumed, tests its checkpoints, and stores hints for it."""
 
 import json
 import sys
@@ -53,17 +53,17 @@ from knowledge_boosting.training.weights import LAST, best_checkpoint
 
 
 def read_settings(path: Path, *, stage: str | None, runs: Path, data: Path | None, large: str | None) -> TrainingConfig:
-    """The configuration of a file with what the command line puts in its place.
+    """Read a configuration, and apply the values that the command line overrides.
 
     Args:
-        path: of a training configuration, or of a recipe, whose name ends in ``.toml``.
-        stage: of the recipe.
-        runs: the folder with the runs of the recipe's earlier stages.
-        data: root of the rendered data, for the configuration's.
-        large: where the large network starts, for the configuration's.
+        path: a training configuration, or a recipe if the name ends in ``.toml``.
+        stage: the stage of the recipe.
+        runs: the folder with the runs of earlier stages of the recipe.
+        data: the root of the rendered data; overrides that of the configuration.
+        large: the initial weights of the large network; overrides those of the configuration.
 
     Raises:
-        InputError: the file cannot be used, or what is put in its place does not fit it.
+        InputError: the file cannot be used, or a value of the command line does not fit it.
     """
     settings = _read(path, stage, runs)
     document = settings.model_dump(mode="json")
@@ -73,7 +73,7 @@ def read_settings(path: Path, *, stage: str | None, runs: Path, data: Path | Non
                 document[split]["root"] = str(data)
     if large is not None:
         if isinstance(settings.model, Alone):
-            raise InputError(f"{path}: is of one network alone; leave out --large")
+            raise InputError(f"{path}: describes one network alone; leave out --large")
         document["large_checkpoint"] = large
     return TrainingConfig.model_validate_json(json.dumps(document))
 
@@ -81,7 +81,9 @@ def read_settings(path: Path, *, stage: str | None, runs: Path, data: Path | Non
 def _read(path: Path, stage: str | None, runs: Path) -> TrainingConfig:
     if path.suffix != ".toml":
         if stage is not None:
-            raise InputError(f"{path}: --stage is for recipes (.toml); this is one configuration, leave it out")
+            raise InputError(
+                f"{path}: --stage is for recipes (.toml), but this is a single configuration; leave out --stage"
+            )
         return read_training_config(path)
     recipe = Recipe(path)
     if stage is None:
@@ -99,18 +101,27 @@ def run_training(
     skip_broken: bool,
     wandb: bool,
 ) -> None:
-    """Train from the beginning or from a checkpoint, to the last epoch or until interrupted.
+    """Train from the beginning or from a checkpoint, until the last epoch or an interruption.
+
+    Args:
+        settings: the configuration.
+        run_dir: the folder for checkpoints, logs and the configuration.
+        start: the checkpoint to continue from, or None.
+        devices: the devices to train on.
+        frac: the share of every epoch to use.
+        skip_broken: whether broken items are skipped.
+        wandb: whether to log to Weights & Biases too.
 
     Raises:
         InputError: the configuration, the data or the checkpoint cannot be used.
-        Failure: the loss is no number any more.
+        Failure: the loss is not finite.
     """
     silence_lightning()
     if not torch.cuda.is_available():
         keep_freed_memory()
     lightning.seed_everything(settings.seed, verbose=False)
     done = _steps_of(start, settings) if start is not None else 0
-    # A run that goes on has its weights from its own checkpoint; where they once came from may be gone.
+    # A resumed run takes its weights from its own checkpoint. The files of its initial weights may not exist any more.
     module = TrainingModule(settings.without_weight_sources() if start is not None else settings)
     if start is not None:
         module.stored_large = _content(start).get(STORED_LARGE)
@@ -121,7 +132,9 @@ def run_training(
     if start is None and module.whitening is not None:
         module.whiten_speakers(train.speaker_embeddings())
     if len(train) < settings.batch_size:
-        raise InputError(f"the training data has {len(train)} items, fewer than one batch of {settings.batch_size}")
+        raise InputError(
+            f"the training data has {len(train)} items, fewer than one batch of {settings.batch_size}; lower batch_size"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,7 +148,7 @@ def run_training(
         frac,
         loggers=make_loggers(run_dir, wandb=wandb),
         callbacks=[
-            # A stopped run loses at most a minute.
+            # A killed run loses at most the last minute.
             ModelCheckpoint(
                 run_dir,
                 filename=Path(LAST).stem,
@@ -175,27 +188,32 @@ def run_training(
         weights_only=True,
     )
     if interruption.signal_number is not None:
-        print(f"kb-train: stopped at step {trainer.global_step}; --resume goes on from there", file=sys.stderr)
+        print(f"kb-train: stopped at step {trainer.global_step}; --resume continues from there", file=sys.stderr)
     else:
         trainer.save_checkpoint(run_dir / LAST)
 
 
 def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
-    """Draw mixtures, and keep them with what the large network makes of each (:mod:`training.data.stored_hints`).
+    """Draw mixtures, and store them with the outputs of the large network (:mod:`training.data.stored_hints`).
+
+    Args:
+        settings: the configuration.
+        output: the folder to make or to continue.
+        items: the number of mixtures.
 
     Raises:
-        InputError: the configuration is not of a pair with a frozen large network and dynamic mixing, its data or
-            checkpoints cannot be used, or the folder holds something else.
+        InputError: the configuration is not that of a pair with a frozen large network and dynamic mixing, its data or
+            checkpoints cannot be used, or the folder has other content.
     """
     silence_lightning()
     data = settings.train
     if not isinstance(data, DynamicData) or not settings.freeze_large:
-        raise InputError("--config: give that of a pair with freeze_large, and with dynamic mixing for training")
+        raise InputError("--config: give the configuration of a pair with freeze_large and dynamic mixing")
     if not torch.cuda.is_available():
         keep_freed_memory()
     module = TrainingModule(settings).to("cuda" if torch.cuda.is_available() else "cpu")
     examples = DynamicMixing(data, settings.model, seed=settings.seed, skip_broken=False)
-    targets = 2 if settings.model.needs_speaker else 1  # of every mixture: either speaker may be the one wanted
+    targets = 2 if settings.model.needs_speaker else 1  # each speaker of a mixture is the target once
     record = Record(
         large=large_digest(settings.model, module.pair.large.network),
         mixtures=f"{items} of seed {settings.seed}, {data.model_dump_json(exclude={'items'})}",
@@ -220,14 +238,22 @@ def run_test(
     frac: float,
     skip_broken: bool,
 ) -> None:
-    """Test a checkpoint, by default the run's best, on the test split; figures go to ``RUN_DIR/test.json``.
+    """Test a checkpoint on the test split, and write the figures to ``RUN_DIR/test.json``.
+
+    Args:
+        settings: the configuration.
+        run_dir: the folder of the run.
+        checkpoint: the checkpoint, or None for the best.
+        devices: the devices to run on.
+        frac: the share of the test data to use.
+        skip_broken: whether broken items are skipped.
 
     Raises:
-        InputError: no checkpoint, no test data, or either cannot be used.
+        InputError: the checkpoint or the test data do not exist or cannot be used.
     """
     silence_lightning()
     if settings.test is None:
-        raise InputError("the configuration names no test data")
+        raise InputError('the configuration has no test data; add "test" to it')
     path = checkpoint or best_checkpoint(run_dir)
     module = TrainingModule(settings.without_weight_sources().model_copy(update={"initial_checkpoint": str(path)}))
     refuse_shared_speakers(module.training_speakers, Path(settings.test.root) / settings.test.split)
@@ -243,7 +269,7 @@ def run_test(
 def _examples(
     data: Data, settings: TrainingConfig, large: str | None, *, training: bool, skip_broken: bool
 ) -> Examples:
-    """Examples of any kind; ``large`` is the digest of the large network that stored hints must be of."""
+    """Open examples of any kind. ``large`` is the digest that the large network of stored hints must have."""
     if isinstance(data, StoredData):
         return StoredHints(data, settings.model, large)
     if isinstance(data, DynamicData):
@@ -264,10 +290,10 @@ def _evaluation_loader(examples: Examples, settings: TrainingConfig, trainer: li
 
 
 def _steps_of(checkpoint: Path, settings: TrainingConfig) -> int:
-    """Steps that a run's checkpoint had taken.
+    """Return the number of training steps of a checkpoint.
 
     Raises:
-        InputError: the file is no checkpoint of a run, or of a model of another size.
+        InputError: the file is no checkpoint of a run, or its model has another size.
     """
     read_checkpoint(checkpoint, settings.model)
     return int(_content(checkpoint)["global_step"])
@@ -277,6 +303,6 @@ def _content(checkpoint: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
         int(content["global_step"])
-    except Exception as error:  # torch raises nearly anything on files that are not its own
+    except Exception as error:  # torch raises exceptions of many types for files that it did not write
         raise InputError(f"{checkpoint}: not a readable checkpoint of a run ({reason(error).split('. ')[0]})") from None
     return content

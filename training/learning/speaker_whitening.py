@@ -1,9 +1,9 @@
-"""Speaker embeddings as target speech extraction learns by them: what tells speakers apart, at one scale.
+"""Whitening of speaker embeddings for training target speech extraction.
 
-All d-vectors lie in one corner of their space. A layer that gets them as they are learns what voices have in common
-long before what tells one from another. Here they come centred, their principal components at unit variance, the minor
-ones left small. Being linear, this is taken into the speaker layers again when a checkpoint is read
-(:mod:`models.checkpoint`), so that bundles take embeddings as they are.
+All d-vectors lie in a small part of their space. A layer that receives them unchanged learns what speakers have in
+common long before it learns their differences. Whitening subtracts the mean and scales the principal components to unit
+variance; the minor components stay small. Because it is linear, it can be folded into the speaker layers when a
+checkpoint is read (:mod:`models.checkpoint`). So bundles take embeddings without whitening.
 """
 
 from typing import cast
@@ -16,7 +16,7 @@ from knowledge_boosting.models.tfgridnet import TFGridNet
 
 
 class SpeakerWhitening(nn.Module):
-    """``matrix (e - mean)`` of an embedding ``e``; leaves it as it is until fitted."""
+    """Computes ``matrix (e - mean)`` of an embedding ``e``. Before :meth:`fit` it is the identity."""
 
     mean: Tensor  # [256]
     matrix: Tensor  # [256, 256]
@@ -27,7 +27,7 @@ class SpeakerWhitening(nn.Module):
         self.register_buffer("matrix", torch.eye(SPEAKER_EMBEDDING_SIZE))
 
     def fit(self, embeddings: Tensor, components: int) -> None:
-        """Take the mean and the principal components of embeddings ``[N, 256]``."""
+        """Compute mean and matrix from embeddings ``[N, 256]``. ``components`` principal components are scaled."""
         centred = embeddings.double() - embeddings.double().mean(0)
         variance, directions = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
         scale = torch.ones_like(variance)
@@ -40,7 +40,7 @@ class SpeakerWhitening(nn.Module):
 
     @torch.no_grad()
     def compensate(self, network: TFGridNet) -> None:
-        """Let a network's speaker layers, which took embeddings as they are, take whitened ones."""
+        """Change the speaker layers of a network so that they give the same output for whitened embeddings."""
         for layer in cast("list[nn.Linear]", list(network.speaker)):
             layer.bias.add_(layer.weight @ self.mean)
             layer.weight.copy_(torch.linalg.solve(self.matrix.double(), layer.weight.double(), left=False))

@@ -1,4 +1,4 @@
-"""Lightning's trainer as runs use it: devices, logs, whole checkpoints, and an end that loses nothing."""
+"""The Lightning trainer of a run: its devices, its logs, atomic checkpoints, and a clean end on signals."""
 
 import logging
 import signal
@@ -23,9 +23,9 @@ from knowledge_boosting.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a run runs."""
+    """The devices of a run."""
 
-    per_node: int | None  # GPUs, or processes on the CPU; None: every GPU, else one process
+    per_node: int | None  # GPUs, or processes on the CPU; None means every GPU, or one process without a GPU
     nodes: int
 
 
@@ -38,13 +38,18 @@ def make_trainer(
     loggers: list[Logger],
     callbacks: list[Callback],
 ) -> lightning.Trainer:
-    """A trainer as a configuration and the command line want it.
+    """Make the trainer of a run.
 
     Args:
-        frac: share of every epoch that is used.
+        settings: the configuration.
+        run_dir: the folder of the run.
+        devices: the devices to run on.
+        frac: the share of every epoch to use.
+        loggers: the loggers.
+        callbacks: the callbacks, to which a progress bar is added on a terminal.
 
     Raises:
-        InputError: these devices cannot be had.
+        InputError: these devices are not available.
     """
     if sys.stderr.isatty():
         callbacks = [*callbacks, RichProgressBar()]
@@ -76,7 +81,7 @@ def make_trainer(
 
 
 def make_loggers(run_dir: Path, *, wandb: bool) -> list[Logger]:
-    """TensorBoard's logger and perhaps that of Weights & Biases.
+    """Make the TensorBoard logger and, if ``wandb``, that of Weights & Biases.
 
     Raises:
         InputError: Weights & Biases is not installed.
@@ -93,7 +98,7 @@ def make_loggers(run_dir: Path, *, wandb: bool) -> list[Logger]:
 
 
 class _AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints written beside their place and renamed: whoever is killed while writing leaves the one before."""
+    """Writes checkpoints under a temporary name and renames them, so that a killed run keeps the previous one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +107,7 @@ class _AtomicCheckpoints(TorchCheckpointIO):
 
 
 class Interruption(Callback):
-    """On SIGTERM, SIGHUP or Ctrl-C: finish the step, save, end. A second signal ends at once."""
+    """Ends a run on SIGTERM, SIGHUP or Ctrl-C: finishes the step and saves. A second signal ends it at once."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.signal_number: int | None = None
@@ -130,7 +135,7 @@ class Interruption(Callback):
 
 
 def silence_lightning() -> None:
-    """Keep Lightning's own remarks off the terminal; what a user must know, this project says."""
+    """Hide the messages and warnings of Lightning. This project reports what a user must know."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
