@@ -1,4 +1,5 @@
-"""The networks, their streaming state, bundles, checkpoint import and export.
+"""The networks, their streaming state, bundles, and import and export of checkpoints.
 
-``config`` and ``manifest`` describe models without torch, for devices that have none; everything else needs torch.
+The modules ``bundle``, ``config``, ``manifest``, ``onnx_stream`` and ``tasks`` do not need torch, so that a device can
+do without it.
 """

@@ -1,8 +1,9 @@
-"""Bundles: a directory with a manifest, networks and a graph, opened and checked. Needs no torch.
+"""Opens and checks bundles, without torch.
 
-A bundle is a directory: ``bundle.json``; ``small.safetensors``, the device's network, and ``small.onnx``, one frame of
-it as a graph; ``large.safetensors``, the server's network and hint encoder; ``README.md``, the model card. A device
-needs the small part, a server the large.
+A bundle is a directory with these files: ``bundle.json``, the manifest; ``small.safetensors``, the weights of the
+device's network, and ``small.onnx``, a graph that computes one frame of it; ``large.safetensors``, the weights of the
+server's network and the hint encoder; ``README.md``, the model card. A device needs the small part, and a server the
+large part.
 """
 
 from collections.abc import Mapping
@@ -17,13 +18,13 @@ DEFAULT_BUNDLE = "ss-48ms-compact"
 
 
 class Bundle:
-    """A bundle that has been opened. Each of its files is compared with its digest once, when it is first asked for."""
+    """An open bundle. Each file is compared with its digest when it is first requested."""
 
     def __init__(self, name_or_path: str | Path) -> None:
-        """Open a bundle, given as the path of its directory or as the name of a shipped one.
+        """Open a bundle by the path of its directory or by the name of a shipped bundle.
 
         Raises:
-            InputError: there is no such bundle (the message names those there are), or its manifest cannot be used.
+            InputError: the bundle does not exist (the message lists the shipped ones), or its manifest cannot be used.
         """
         self.directory = _find(str(name_or_path))
         self.manifest: Manifest = read_manifest(self.directory)
@@ -34,69 +35,69 @@ class Bundle:
 
     @classmethod
     def shipped(cls) -> "list[Bundle]":
-        """All bundles that come with the software, by name."""
+        """Return all shipped bundles, sorted by name."""
         return [cls(path.parent) for path in _shipped()]
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name of the bundle."""
         return self.manifest.name
 
     @property
     def id(self) -> str:
-        """A digest of its model and weights: device and server must have the same one."""
+        """A digest of model and weights, which must be the same on device and server."""
         return self.manifest.id
 
     @property
     def task(self) -> str:
-        """``ss``, which separates all speakers, or ``tse``, which extracts one."""
+        """The task: ``ss`` separates all speakers, ``tse`` extracts one."""
         return self.model.task
 
     @property
     def sample_rate(self) -> int:
-        """Hz."""
+        """The sample rate, Hz."""
         return self.model.framing.sample_rate
 
     @property
     def channels(self) -> int:
-        """Microphones M."""
+        """The number of microphones M."""
         return self.model.microphones
 
     @property
     def speakers(self) -> int:
-        """Speakers S in the output."""
+        """The number of speakers S in the output."""
         return self.model.sources
 
     @property
     def delay_ms(self) -> float | None:
-        """Milliseconds that a hint may be late; None for one network alone, which takes none."""
+        """The delay of hints, ms; None for one network alone, which uses no hints."""
         return 1000 * self.model.delay * self.model.framing.chunk_seconds if isinstance(self.model, Pair) else None
 
     @property
     def quality(self) -> Mapping[str, float]:
-        """Figures that were measured, such as ``boosted_si_sdri`` in dB, by name."""
+        """The measured figures by name, such as ``boosted_si_sdri`` in dB."""
         return self.manifest.quality
 
     @property
     def model(self) -> ModelConfig:
-        """What its networks are."""
+        """The configuration of the networks."""
         return self.manifest.model
 
     def weights(self, part: Part) -> Path:
-        """The file of one part's weights.
+        """Return the path of the weights of one part, after checking its digest.
 
         Raises:
             InputError: this copy of the bundle lacks the part, or the file was changed.
         """
         if part not in self.manifest.digests:
             raise InputError(
-                f"{self.directory}: is one network alone and has no {part} part; choose a bundle of a pair"
+                f"{self.directory}: holds one network alone and has no {part} part; choose a bundle with a pair"
             )
         missing = f"this copy of the bundle lacks its {part} part"
         return self._check(f"{part}.safetensors", self.manifest.digests[part], missing)
 
     def graph(self) -> Path:
-        """The file of the device's graph.
+        """Return the path of the device's graph, after checking its digest.
 
         Raises:
             InputError: this copy of the bundle lacks the graph, or the file was changed.

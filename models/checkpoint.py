@@ -1,4 +1,4 @@
-"""Weights into models: our own checkpoints and the published ones, never unpickled without ``weights_only``."""
+"""Loads checkpoints of this project and published ones into models, always with ``weights_only``."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,19 @@ from knowledge_boosting.models.manifest import first_fault, read_json, validate_
 from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
 from knowledge_boosting.models.published import config_from_published, convert, is_published, is_published_config
 
-# What a training run's checkpoint tells besides weights.
+# Keys in the checkpoint of a training run.
 TRAINING_SPEAKERS = "training_speakers"
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-OUTPUT_GAIN = "output_gain"  # by part, for every source and microphone
-# Tensors beside the model's, of a run that sees speaker embeddings whitened.
+OUTPUT_GAIN = "output_gain"  # the gains of each part, for every source and microphone
+# Tensors in the checkpoint of a run that whitens speaker embeddings.
 WHITENING_MATRIX, WHITENING_MEAN = "whitening.matrix", "whitening.mean"
 
 
 def read_config(path: Path) -> ModelConfig:
-    """A model configuration: our own schema, or a published JSON file.
+    """Read a model configuration, in the schema of this project or a published JSON file.
 
     Raises:
-        InputError: it cannot be read, or a key is missing, unknown or impossible.
+        InputError: the file cannot be read, or a key is missing, unknown or has an impossible value.
     """
     document = read_json(existing_file(path, "a model configuration"))
     if is_published_config(document):
@@ -35,23 +35,25 @@ def read_config(path: Path) -> ModelConfig:
             return config_from_published(document, str(path))
         except ValidationError as error:
             raise InputError(f"{path}: {first_fault(error)}") from None
-    # A training configuration has the model's as a part.
+    # A training configuration includes the model configuration.
     model = document.get("model")
     return validate_model(model if isinstance(model, dict) else document, path)
 
 
 def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
-    """The model of a configuration with the weights of a checkpoint.
+    """Build the model of a configuration and load its weights from a checkpoint.
 
     Args:
-        path: a published checkpoint, or one of ours: a state dict of what :func:`build` makes, bare, under
-            ``state_dict``, or in a training run's checkpoint.
+        path: a published checkpoint or one of this project. The latter is the checkpoint of a training run, or a state
+            dict for the result of :func:`build`, directly or under the key ``state_dict``.
+        config: the configuration.
 
     Returns:
         A module with ``small`` and, for a pair, ``large``.
 
     Raises:
-        InputError: the file is no checkpoint, or a tensor is missing, left over or misshaped; it is named.
+        InputError: the file is no checkpoint, or a tensor is missing, unexpected or of a wrong shape. The message names
+            the tensor.
     """
     state = read_weights(path)
     if is_published(state):
@@ -62,7 +64,7 @@ def read_checkpoint(path: Path, config: ModelConfig) -> nn.Module:
 
 
 def read_training_speakers(path: Path) -> list[str]:
-    """The speakers that a training run's checkpoint has heard; none if it does not tell, as published ones do not.
+    """Return the training speakers of a checkpoint. Published checkpoints do not record them, so the list is empty.
 
     Raises:
         InputError: the file is no checkpoint.
@@ -75,13 +77,13 @@ def read_training_speakers(path: Path) -> list[str]:
 
 
 def apply_output_gains(model: nn.Module, path: Path) -> None:
-    """Bring a model's outputs to the energy and sign of the sources, by the gains its training run's checkpoint tells.
+    """Scale the outputs of a model by the gains in its training checkpoint, to the energy and sign of the sources.
 
-    The loss is blind to both, source by source and microphone by microphone, and so networks come out of training with
-    any. Hints stay as they are.
+    The loss does not depend on energy and sign, so networks have arbitrary ones after training, for every source and
+    microphone. Hints do not change.
 
     Raises:
-        InputError: the file is no checkpoint, or its gains are none of the model's.
+        InputError: the file is no checkpoint, or its gains do not fit the model.
     """
     content = _content(path)
     gains = content.get(OUTPUT_GAIN, {}) if isinstance(content, dict) else {}
@@ -93,7 +95,7 @@ def apply_output_gains(model: nn.Module, path: Path) -> None:
         if not isinstance(module, SmallModel | LargeModel):
             raise damaged
         try:
-            each = torch.tensor(gain, dtype=torch.float32).repeat_interleave(2)  # real and imaginary parts
+            each = torch.tensor(gain, dtype=torch.float32).repeat_interleave(2)  # for real and imaginary parts
         except (TypeError, ValueError, RuntimeError):
             raise damaged from None
         conv = module.network.output_conv.conv
@@ -112,19 +114,22 @@ def _content(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                # torch stores what it writes as it is. What is compressed may be of any size.
+                # torch does not compress its files. A compressed file could expand to any size.
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("it is compressed")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything on files that are not its own
+    except Exception as error:  # torch raises exceptions of many types for files that it did not write
         raise InputError(f"{path}: not a readable checkpoint ({reason(error).split('. ')[0]})") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name: a published one's as they are, of ours those of the model alone.
+    """Return the weights of a checkpoint by name.
+
+    Those of a published checkpoint are returned unchanged. From a checkpoint of a training run, only those of the model
+    are returned.
 
     Raises:
-        InputError: the file is no checkpoint, or has a tensor that is no plain one; it is named.
+        InputError: the file is no checkpoint, or a tensor is not a plain one. The message names the tensor.
     """
     content = _content(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -133,12 +138,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         or not state
         or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
     ):
-        raise InputError(f"{path}: holds no state dict of tensors; give a .ckpt or .pt file of the network's weights")
+        raise InputError(
+            f"{path}: holds no state dict of tensors; give a .ckpt or .pt file with the weights of a network"
+        )
     for name, value in state.items():
         _check_plain(value, name, path)
     if is_published(state):
         return state
-    # A training run's checkpoint holds the model beside what only training needs.
+    # The checkpoint of a training run also has tensors that only training needs.
     model = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     if WHITENING_MATRIX in state and WHITENING_MEAN in state:
         _fold_in_whitening(model, state[WHITENING_MATRIX], state[WHITENING_MEAN], path)
@@ -146,15 +153,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_plain(tensor: Tensor, name: str, source: Path) -> None:
-    """Whether a tensor is dense, on this machine, and has all its values in the file.
+    """Check that a tensor is dense, is on the CPU, and has all its values in the file.
 
     Raises:
-        InputError: not; it is named.
+        InputError: it is not. The message names the tensor.
     """
     plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise InputError(
-            f"{source}: tensor {name} is no plain tensor ({_describe_type(tensor)}); save it dense, on a CPU"
+            f"{source}: tensor {name} is no plain tensor ({_describe_type(tensor)}); save it as a dense CPU tensor"
         )
 
 
@@ -164,7 +171,7 @@ def _describe_type(tensor: Tensor) -> str:
 
 
 def _fold_in_whitening(model: dict[str, Tensor], matrix: Tensor, mean: Tensor, path: Path) -> None:
-    """Let the speaker layers, trained on ``matrix (e - mean)``, take embeddings ``e`` as they are."""
+    """Change speaker layers, which were trained on ``matrix (e - mean)``, so that they accept embeddings ``e``."""
     for name in [name for name in model if ".network.speaker." in name and name.endswith(".weight")]:
         bias = name.removesuffix("weight") + "bias"
         try:
@@ -176,7 +183,7 @@ def _fold_in_whitening(model: dict[str, Tensor], matrix: Tensor, mean: Tensor, p
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """The networks of a configuration, randomly initialised: ``small`` and, for a pair, ``large``."""
+    """Build the networks of a configuration with random weights: ``small`` and, for a pair, ``large``."""
     if isinstance(config, Pair):
         return BoostedPair(config)
     alone = nn.Module()
@@ -185,10 +192,10 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 def check_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: Path) -> None:
-    """Compare the names and shapes of tensors with those of a model, which may be on the meta device.
+    """Check that names and shapes of tensors are those of a model. The model can be on the meta device.
 
     Raises:
-        InputError: a tensor is missing, left over or misshaped; it is named.
+        InputError: a tensor is missing, unexpected or has a wrong shape. The message names the tensor.
     """
     own = model.state_dict()
     for name in own:
@@ -203,17 +210,17 @@ def check_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: 
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Load a state dict whose keys and shapes must be exactly the model's, and whose values must be finite.
+    """Load a state dict, whose keys and shapes must be exactly those of the model, and whose values must be finite.
 
     Raises:
-        InputError: a tensor is missing, left over, misshaped or not finite; it is named.
+        InputError: a tensor is missing, unexpected, not finite, or has a wrong shape. The message names the tensor.
     """
     check_shapes(model, {name: tensor.shape for name, tensor in state.items()}, source)
     for name, tensor in state.items():
         _check_plain(tensor, name, source)
         if tensor.dtype not in _WEIGHT_DTYPES:
             raise InputError(
-                f"{source}: tensor {name} is of {_describe_type(tensor)}; weights are float16, 32, 64 or bfloat16"
+                f"{source}: tensor {name} is of {_describe_type(tensor)}; weights must be float16, 32, 64 or bfloat16"
             )
         if not torch.isfinite(tensor).all():
             raise InputError(f"{source}: tensor {name} has values that are not finite")

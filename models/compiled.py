@@ -1,6 +1,7 @@
-"""The part of training on a CPU that is in C++: compiled when it is first needed, and kept in the user's cache folder.
+"""Compiles the C++ library for training on a CPU when it is first needed, and keeps it in the user's cache folder.
 
-The compiler is ``$CXX``, else ``c++``; ``$CXXFLAGS`` are added, so that ``CXXFLAGS=-march=x86-64-v3`` builds for AVX2.
+The compiler is ``$CXX``, or ``c++`` by default. ``$CXXFLAGS`` are added to its flags, so ``CXXFLAGS=-march=x86-64-v3``
+builds for AVX2.
 """
 
 import ctypes
@@ -28,19 +29,19 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled part, or None, after one warning, where it cannot be had."""
+    """Return the library, or None, after one warning, if it cannot be compiled or loaded."""
     return _library(os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", ""))
 
 
 def required_library() -> ctypes.CDLL:
-    """The compiled part, where it is known to be there."""
+    """Return the library, which must be available."""
     found = library()
     assert found is not None
     return found
 
 
 def pointer(tensor: "Tensor | None") -> ctypes.c_void_p:
-    """What the compiled part reads a contiguous tensor of floats by."""
+    """Return the address of a contiguous float32 tensor for the library; a null pointer for None."""
     if tensor is None:
         return ctypes.c_void_p()
     assert tensor.is_contiguous()
@@ -53,14 +54,14 @@ def pointer(tensor: "Tensor | None") -> ctypes.c_void_p:
 def _library(compiler: str, more_flags: str) -> ctypes.CDLL | None:
     try:
         flags = [*_FLAGS, *shlex.split(more_flags)]
-        # What the compiler knows of itself and of this processor.
+        # The macros identify the compiler and the processor, because both affect the result.
         macros = _output([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
         parts = (macros, shlex.join(flags).encode(), *(source.read_bytes() for source in _SOURCES))
         digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         with _folder() as folder:
             path = folder / f"training-{digest}.so"
             if not _is_safe(path):
-                path.unlink(missing_ok=True)  # a link would be followed
+                path.unlink(missing_ok=True)  # without this, writing the file would follow a link
                 with atomic_file(path) as temporary:
                     units = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
                     _output([compiler, *flags, *units, "-o", str(temporary)])
@@ -69,7 +70,7 @@ def _library(compiler: str, more_flags: str) -> ctypes.CDLL | None:
         found.instructions.restype = ctypes.c_char_p
         return found
     except (OSError, ValueError, RuntimeError, InputError) as error:
-        warn(f"training on this CPU takes two to four times as long, without its compiled part: {reason(error)}")
+        warn(f"training on this CPU takes two to four times as long without its C++ library: {reason(error)}")
         return None
 
 
@@ -77,17 +78,17 @@ def _output(call: list[str]) -> bytes:
     try:
         result = subprocess.run(call, capture_output=True, check=False)
     except OSError as error:
-        raise InputError(f"no C++ compiler {call[0]} ({reason(error)}); install one, or name it in CXX") from None
+        raise InputError(f"there is no C++ compiler {call[0]} ({reason(error)}); install one, or set CXX") from None
     if result.returncode:
         lines = result.stderr.decode(errors="replace").splitlines()
         said = next((line for line in lines if "error" in line), f"exit code {result.returncode}")
-        raise InputError(f"the C++ compiler {call[0]} fails ({said}); name another in CXX")
+        raise InputError(f"the C++ compiler {call[0]} fails ({said}); set CXX to another one")
     return result.stdout
 
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Where libraries are kept; a private folder for this process alone if others could write them."""
+    """Yield the folder for the library: the cache folder, or a temporary one if others can write to the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knowledge-boosting"
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,21 +97,22 @@ def _folder() -> Iterator[Path]:
             cache.chmod(0o700)
     except OSError as error:
         raise InputError(
-            f"{cache}: cannot write there ({reason(error)}); name a folder you can write to in XDG_CACHE_HOME"
+            f"{cache}: cannot write there ({reason(error)}); set XDG_CACHE_HOME to a folder you can write to"
         ) from None
     unsafe = next((folder for folder in (cache, *cache.parents) if not _is_safe(folder)), None)
     if unsafe is None:
         yield cache
         return
-    warn(f"{unsafe}: others can write there, so what is compiled is not kept; name another folder in XDG_CACHE_HOME")
+    warn(f"{unsafe}: others can write there, so the library is not kept; set XDG_CACHE_HOME to another folder")
     with tempfile.TemporaryDirectory() as private:
         yield Path(private)
 
 
 def _is_safe(path: Path) -> bool:
-    """Whether nobody else could have put there what is there.
+    """Return whether only this user or the system can have written a path.
 
-    A file must be this user's; a folder may be the system's, or one in which nobody can replace what is others'.
+    A file must belong to this user. A folder can also belong to the system, and others can have write access if its
+    sticky bit prevents them from replacing files.
     """
     try:
         status = path.lstat()

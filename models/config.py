@@ -1,4 +1,4 @@
-"""What a model is, in numbers: task, framing, network sizes, boosting. Needs no torch."""
+"""The configuration of a model: task, framing, network sizes and boosting. It does not need torch."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,9 @@ from pydantic import (
 from knowledge_boosting.models.tasks import TASKS, TaskName
 
 SPEAKER_EMBEDDING_SIZE = 256
-_MAX_VALUES = 2**27  # of a network's weights and state: half a gibibyte; the largest published one has 2**23
+# The maximum number of values in the weights and the state of a network, half a gibibyte. The largest published network
+# has 2**23.
+_MAX_VALUES = 2**27
 
 
 class Strict(BaseModel):
@@ -30,7 +32,7 @@ class Strict(BaseModel):
 
 
 class Framing(Strict):
-    """How a signal is cut into frames: frame ``t`` covers samples ``[chunk t, chunk (t + 1) + lookahead)``."""
+    """The division of a signal into frames: frame ``t`` covers samples ``[chunk t, chunk (t + 1) + lookahead)``."""
 
     sample_rate: Annotated[int, Field(ge=1, le=384_000)] = 16000
     chunk: Annotated[int, Field(ge=1, le=8192)] = 128
@@ -46,38 +48,40 @@ class Framing(Strict):
 
     @property
     def n_fft(self) -> int:
-        """Samples in a frame's window."""
+        """The number of samples in the window of a frame."""
         return self.chunk + self.lookahead
 
     @property
     def bins(self) -> int:
-        """Frequency bins F of a frame's spectrum."""
+        """The number of frequency bins F in the spectrum of a frame."""
         return self.n_fft // 2 + 1
 
     @property
     def chunk_seconds(self) -> float:
-        """Time from one frame to the next, seconds."""
+        """The time from one frame to the next, s."""
         return self.chunk / self.sample_rate
 
     def frames(self, samples: int) -> int:
-        """Frames T that cover a signal of ``samples`` samples."""
+        """Return the number of frames T that cover a signal of ``samples`` samples."""
         return math.ceil(samples / self.chunk)
 
     def complete_at(self, frame: int) -> float:
-        """Stream time in seconds at which the window of ``frame`` has been captured."""
+        """Return the stream time at which the window of ``frame`` has been captured, s."""
         return (self.chunk * frame + self.n_fft) / self.sample_rate
 
 
 class NetworkSize(Strict):
-    """The size of one TF-GridNet: D channels, H LSTM units, attention heads."""
+    """The size of one TF-GridNet: D channels, H LSTM units, blocks and attention heads."""
 
     channels: Annotated[int, Field(ge=1, le=4096)]
     hidden: Annotated[int, Field(ge=1, le=4096)]
     blocks: Annotated[int, Field(ge=1, le=64)] = 3
-    heads: Annotated[int, Field(ge=1, le=256, description="of self-attention, and of the fusion's cross-attention")] = 4
+    heads: Annotated[
+        int, Field(ge=1, le=256, description="of self-attention, and of the cross-attention in fusion")
+    ] = 4
     self_attention: bool = False
     window: Annotated[
-        int, Field(ge=2, le=10_000, description="frames that attention sees, the current one included")
+        int, Field(ge=2, le=10_000, description="frames in the attention window, including the current one")
     ] = 50
 
     @model_validator(mode="after")
@@ -88,26 +92,27 @@ class NetworkSize(Strict):
 
 
 class Boosting(Strict):
-    """How the large network helps the small one."""
+    """The parameters of the hints from the large network to the small one."""
 
-    delay: Annotated[int, Field(ge=0, le=10_000, description="frames that a hint may be late")]
+    delay: Annotated[int, Field(ge=0, le=10_000, description="delay of a hint, frames")]
     compression: Literal[1, 2, 4] = 1
 
 
 class _Model(Strict):
-    """What :class:`Alone` and :class:`Pair` have in common."""
+    """The common part of :class:`Alone` and :class:`Pair`."""
 
     task: TaskName
     microphones: Annotated[int, Field(ge=1, le=64)] = 2
     framing: Framing = Framing()
     running_level: Annotated[
         bool,
-        Field(description="networks that hear every signal at one level, without offset; published ones do not"),
+        Field(description="networks receive every signal at one level without DC offset; not for published weights"),
     ] = False
 
     @model_serializer(mode="wrap")
     def _omit_disabled_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A bundle's id is a digest of this: what came later must not change the ids of bundles that do without it.
+        # The id of a bundle is a digest of this document. An option that was added later must not change the ids of
+        # bundles that do not use it.
         document: dict[str, Any] = handler(self)
         if not self.running_level:
             del document["running_level"]
@@ -115,7 +120,7 @@ class _Model(Strict):
 
     @property
     def networks(self) -> Mapping[str, NetworkSize]:
-        """The sizes of the networks, by the name of each."""
+        """The sizes of the networks by name."""
         raise NotImplementedError
 
     @property
@@ -125,41 +130,43 @@ class _Model(Strict):
 
     @property
     def sources(self) -> int:
-        """Signals in the output: 1 for target speech extraction, 2 for separation."""
+        """The number of sources in the output: 1 for target speech extraction, 2 for separation."""
         return TASKS[self.task].sources
 
     @property
     def needs_speaker(self) -> bool:
-        """Whether the network must be told, by a speaker embedding, whose voice is wanted."""
+        """Whether the network needs a speaker embedding of the target speaker."""
         return TASKS[self.task].needs_speaker
 
     @property
     def spectrum_channels(self) -> int:
-        """Channels 2S' of a network's output spectrum: real and imaginary part of every source at every microphone."""
+        """The number of channels 2S' of an output spectrum: real and imaginary part for each source and microphone."""
         return 2 * self.sources * self.microphones
 
     @property
     def hint_channels(self) -> int:
-        """Channels of a hint; 0 for one network alone."""
+        """The number of channels of a hint; 0 for one network alone."""
         return 0
 
     @property
     def delay(self) -> int:
-        """Frames that a hint may be late; 0 for one network alone."""
+        """The delay of a hint, frames; 0 for one network alone."""
         return 0
 
     @model_validator(mode="after")
     def _size_is_feasible(self) -> Self:
         for name, size in self.networks.items():
             if (values := self._estimated_values(size)) > _MAX_VALUES:
-                raise ValueError(f"{name} would have some {values:.0e} values, more than {_MAX_VALUES:.0e}")
+                raise ValueError(
+                    f"{name} would have about {values:.0e} values, more than {_MAX_VALUES:.0e}; give smaller sizes"
+                )
         return self
 
     def _estimated_values(self, size: NetworkSize) -> int:
-        """About as many values as the weights of a network have, or more, with the state of one stream."""
+        """Estimate the number of values in the weights of a network and the state of one stream, from above."""
         bins, channels, hidden = self.framing.bins, size.channels, size.hidden
         lstms = 3 * 4 * hidden * (channels + hidden + 2) + 3 * hidden * channels
-        keys, values = size.heads * (512 + bins), bins * channels  # of a frame; those of fusion are half as many
+        keys, values = size.heads * (512 + bins), bins * channels  # of one frame; fusion has half as many
         attention = 4 * channels * (channels + bins) + (4 + size.window) * (keys + values) + 2 * channels * keys // bins
         between = 2 * (SPEAKER_EMBEDDING_SIZE + 1) * bins * channels if self.needs_speaker else 0
         waiting = self.delay * bins * (channels + self.hint_channels)
@@ -168,23 +175,23 @@ class _Model(Strict):
 
 
 class Alone(_Model):
-    """One network, which runs on the device without hints."""
+    """One network alone, which runs on the device without hints."""
 
     network: NetworkSize
 
     @property
     def networks(self) -> Mapping[str, NetworkSize]:
-        """Its one network."""
+        """The size of the network, by name."""
         return {"network": self.network}
 
     @property
     def on_device(self) -> NetworkSize:
-        """Its one network."""
+        """The size of the network."""
         return self.network
 
 
 class Pair(_Model):
-    """A small network on the device, and a large one on the server that sends it hints."""
+    """A small network on the device, and a large one on the server, which sends hints to it."""
 
     small: NetworkSize
     large: NetworkSize
@@ -202,26 +209,26 @@ class Pair(_Model):
 
     @property
     def networks(self) -> Mapping[str, NetworkSize]:
-        """The small network and the large one."""
+        """The sizes of both networks, by name."""
         return {"small": self.small, "large": self.large}
 
     @property
     def on_device(self) -> NetworkSize:
-        """The small network."""
+        """The size of the small network."""
         return self.small
 
     @property
     def hint_channels(self) -> int:
-        """Channels of a hint."""
+        """The number of channels of a hint."""
         return self.spectrum_channels // self.boosting.compression
 
     @property
     def delay(self) -> int:
-        """Frames that a hint may be late."""
+        """The delay of a hint, frames."""
         return self.boosting.delay
 
     def large_alone(self) -> Alone:
-        """The large network by itself."""
+        """Return the configuration of the large network alone."""
         return Alone(
             task=self.task,
             microphones=self.microphones,
@@ -232,7 +239,7 @@ class Pair(_Model):
 
 
 def _upgrade_version_1(document: object) -> object:
-    """A model of schema version 1, which called the one network ``small``, in today's words."""
+    """Convert a model of schema version 1, in which one network alone was called ``small``, to the current version."""
     if not isinstance(document, dict) or "small" not in document or "network" in document:
         return document
     rest = {key: value for key, value in document.items() if key not in ("small", "large", "boosting")}
@@ -250,10 +257,10 @@ def _model_kind(model: object) -> str:
 
 
 _PAIR_KEYS = frozenset({"small", "large", "boosting"})
-# A model is one or the other; its keys tell which.
+# The keys of a document decide which of the two it is.
 ModelConfig = Annotated[
     Annotated[Alone, Tag("alone")] | Annotated[Pair, Tag("pair")],
     Discriminator(_model_kind),
     BeforeValidator(_upgrade_version_1),
 ]
-MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)  # reads and checks one
+MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)  # validates a document

@@ -1,7 +1,7 @@
-"""What stands between the matrix products of self-attention, for training on a CPU: norms of heads, and the attention.
+"""Normalisation of attention heads and windowed attention, for training on a CPU.
 
-Torch computes it by one operation after another, each of which writes all of its result to memory, and moves heads by
-copies. ``cpu_attention.cpp`` goes through each frame, and each head, while it is in the cache.
+Torch computes these with a sequence of operations. Each writes its whole result to memory, and heads are rearranged by
+copies. ``cpu_attention.cpp`` processes each frame and each head while it is in the cache.
 """
 
 import ctypes
@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from knowledge_boosting.models.compiled import library, pointer, required_library
 
-_MAX_SECTIONS, _MAX_COLUMNS = 3, 1024  # that cpu_attention.cpp is made for
+_MAX_SECTIONS, _MAX_COLUMNS = 3, 1024  # as in cpu_attention.cpp
 
-Sections = Sequence[tuple[int, int]]  # heads, and the size of each
+Sections = Sequence[tuple[int, int]]  # the number of heads and the size of each
 
 
 class _Projection(ctypes.Structure):
@@ -35,7 +35,10 @@ class _Attention(ctypes.Structure):
 
 
 def fits(x: Tensor) -> bool:
-    """Whether these can run on ``x``, and are worth it: there will be gradients, float32 on a CPU, and compiled."""
+    """Return whether the functions of this module can be used for ``x``.
+
+    They are used only when gradients are needed, for float32 on a CPU, if the library is available.
+    """
     return (
         torch.is_grad_enabled()
         and x.device.type == "cpu"
@@ -49,16 +52,17 @@ def fits(x: Tensor) -> bool:
 def normalised_heads(
     x: Tensor, sections: Sections, slope: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """PReLU, then layer normalisation of every head over (frequency, its columns), with an affine part of its own.
+    """Apply PReLU, and then layer normalisation of every head over frequency and its columns.
 
     Args:
-        x: ``[B, T, F, C]``, in sections of heads.
-        slope: ``[C]``, of the PReLU.
-        scale, shift: ``[F, C]``.
-        residual: ``[B, T, F, C]`` that is added, where there is one section of one head.
+        x: features ``[B, T, F, C]``, whose columns are sections of heads.
+        sections: the heads of each section.
+        slope: the slopes of the PReLU, ``[C]``.
+        scale, shift: the affine part of the normalisation, ``[F, C]``.
+        residual: features ``[B, T, F, C]`` to add; only if there is one section with one head.
 
     Returns:
-        ``[B, heads, T, F * size]`` of every section.
+        The output ``[B, heads, T, F * size]`` of every section.
     """
     return tuple(_NormalisedHeads.apply(x, slope, scale, shift, residual, tuple(sections)))  # type: ignore[no-untyped-call]
 
@@ -111,17 +115,17 @@ def _array(tensors: Sequence[Tensor]) -> Any:
 def window_attention(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, unseen: Tensor, bins: int
 ) -> Tensor:
-    """Attention of every frame over a window of W frames that ends with it.
+    """Compute the attention of every frame over the window of W frames that ends with it.
 
     Args:
-        query, key: ``[B, L, T, key size]`` of L heads; scores are scaled by the root of the key size.
+        query, key: ``[B, L, T, key size]`` of L heads; scores are divided by the square root of the key size.
         value: ``[B, L, T, F * size]``.
-        past_key, past_value: the same of the W frames before.
-        unseen: ``[B]``, how many of these, the first ones, take no part.
+        past_key, past_value: keys and values of the W frames before.
+        unseen: ``[B]``, the number of these frames, from the first on, that are ignored.
         bins: F.
 
     Returns:
-        ``[B, T, F, L * size]``.
+        Features ``[B, T, F, L * size]``.
     """
     output: Tensor = _WindowAttention.apply(query, key, value, past_key, past_value, unseen, bins)  # type: ignore[no-untyped-call]
     return output

@@ -1,8 +1,8 @@
-"""Half a GridNet block for training on a CPU, several times as fast as torch's: ``x + linear(lstm(norm(x)))``.
+"""Half a GridNet block, ``x + linear(lstm(norm(x)))``, for training on a CPU several times as fast as with torch.
 
-TF-GridNet runs short LSTMs over hundreds of sequences at once. Torch trains them by one small operator after another,
-with every intermediate in memory and every layout made by a copy, and that is most of a step. ``cpu_lstm.cpp`` makes
-one pass forward and one back, over x as it lies.
+TF-GridNet runs short LSTMs over hundreds of sequences at once. Torch trains them with a sequence of small operators,
+which write every intermediate result to memory and copy data to change its layout. That takes most of a training step.
+``cpu_lstm.cpp`` makes one forward pass and one backward pass over x without changing its layout.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from knowledge_boosting.models.compiled import library, pointer, required_library
 
-_MULTIPLE, _MAX_SIZE = 16, 256  # channels and units that cpu_lstm.cpp is made for
+_MULTIPLE, _MAX_SIZE = 16, 256  # cpu_lstm.cpp supports multiples of 16 up to 256 channels and units
 
 TIME, FREQUENCY = 1, 2  # axes of features [B, T, F, D]
 
@@ -39,7 +39,7 @@ _Gradients = _pointers("dy", "dhn", "dcn", "dx", "dh0", "dc0", "weights")
 
 
 def fits(x: Tensor, lstm: nn.LSTM) -> bool:
-    """Whether :func:`residual_lstm` can run ``x``: float32 on a CPU, of sizes that it is made for, and compiled."""
+    """Return whether :func:`residual_lstm` supports ``x`` and the LSTM: float32 on a CPU, and a supported size."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -52,19 +52,22 @@ def fits(x: Tensor, lstm: nn.LSTM) -> bool:
 def residual_lstm(
     x: Tensor, axis: int, norm: nn.LayerNorm, lstm: nn.LSTM, linear: nn.Linear, hidden: Tensor, cell: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x + linear(lstm(norm(x)))``, the LSTM of one layer and one or two directions along an axis.
+    """Compute ``x + linear(lstm(norm(x)))``. The LSTM has one layer, and one or two directions along an axis.
 
     Args:
-        x: ``[B, T, F, D]``.
-        axis: ``TIME`` or ``FREQUENCY``; N = B F or B T sequences.
-        hidden, cell: ``[directions, N, H]``, the states at the start.
+        x: features ``[B, T, F, D]``.
+        axis: ``TIME`` or ``FREQUENCY``; there are N = B F or B T sequences.
+        norm: the normalisation.
+        lstm: the LSTM.
+        linear: the linear layer.
+        hidden, cell: the states at the start, ``[directions, N, H]``.
 
     Returns:
-        ``[B, T, F, D]``, and the states at the end.
+        Features ``[B, T, F, D]``, and the states at the end.
     """
     parts = zip(*lstm.all_weights, strict=True)
     w_input, w_hidden, b_input, b_hidden = (torch.stack(part) for part in parts)
-    # What the norm multiplies by and adds goes into the weights.
+    # The affine part of the norm is folded into the weights.
     bias = b_input + b_hidden + w_input @ norm.bias
     gates = torch.cat([w_input * norm.weight, w_hidden], dim=-1)
     last = linear.weight.unflatten(1, (len(gates), -1)).transpose(0, 1)
@@ -74,7 +77,7 @@ def residual_lstm(
 
 
 def _by_group(weight: Tensor) -> Tensor:
-    """``[directions, 4 H, K]``, torch's rows, to those of groups of as many units as a vector has floats."""
+    """Reorder the rows of ``[directions, 4 H, K]`` from torch's order to groups of as many units as a vector has."""
     width = int(required_library().vector_width())
     grouped: Tensor = weight.unflatten(1, (4, -1, width)).transpose(1, 2).flatten(1, 3)
     return grouped
@@ -138,7 +141,7 @@ ResidualLstm: TypeAlias = Callable[
 
 
 class FasterLstm:
-    """The faster of two ways to compute the same on this machine, measured once for every size."""
+    """Uses the faster of two implementations on this machine. The speed is measured once for every size."""
 
     def __init__(self, ours: ResidualLstm, torchs: ResidualLstm) -> None:
         self._ours, self._torchs = ours, torchs
@@ -147,27 +150,27 @@ class FasterLstm:
     def __call__(
         self, x: Tensor, axis: int, norm: nn.LayerNorm, lstm: nn.LSTM, linear: nn.Linear, hidden: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :func:`residual_lstm`; ours only where it :func:`fits` and there will be gradients."""
+        """Compute :func:`residual_lstm`. Our implementation is used only if it fits and gradients are needed."""
         ours = torch.is_grad_enabled() and fits(x, lstm) and self.speedup(lstm.input_size, lstm.hidden_size) >= 1
         return (self._ours if ours else self._torchs)(x, axis, norm, lstm, linear, hidden, cell)
 
     def speedup(self, channels: int, units: int) -> float:
-        """How many times as fast as torch's ours is, forward and back on one core, where both can be used."""
+        """Return the speed of our implementation relative to torch's, for forward and backward pass on one core."""
         if (channels, units) not in self._speedups:
             self._speedups[channels, units] = self._measure(channels, units)
         return self._speedups[channels, units]
 
     def describe(self, lstm: nn.LSTM) -> str:
-        """Which of the two will train an LSTM, and how much faster it is."""
+        """Return which implementation trains an LSTM, and how much faster it is than the other."""
         if not fits(lstm.all_weights[0][0], lstm):
-            return "torch's operations"
+            return "torch"
         speedup = self.speedup(lstm.input_size, lstm.hidden_size)
-        ours, torchs = f"the kernel with {required_library().instructions().decode()}", "torch's operations"
+        ours, torchs = f"the C++ library with {required_library().instructions().decode()}", "torch"
         faster, slower = (ours, torchs) if speedup >= 1 else (torchs, ours)
         return f"{faster}, {max(speedup, 1 / speedup):.1f} times as fast as {slower}"
 
     def _measure(self, channels: int, units: int) -> float:
-        with torch.random.fork_rng(devices=()):  # what is trained draws as if nothing had been measured
+        with torch.random.fork_rng(devices=()):  # the measurement must not affect the random numbers of training
             modules = nn.LayerNorm(channels), nn.LSTM(channels, units), nn.Linear(units, channels)
         x = torch.linspace(-1, 1, 32 * 96 * channels).view(1, 32, 96, channels).requires_grad_()
         states = torch.zeros(2, 1, 96, units)
@@ -181,9 +184,9 @@ class FasterLstm:
             return time.thread_time() - started
 
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # whose processor time tells of no other process
+        torch.set_num_threads(1)  # so that processor time does not depend on other processes
         try:
-            times = [(seconds(self._ours), seconds(self._torchs)) for _ in range(4)]  # the first of them takes longer
+            times = [(seconds(self._ours), seconds(self._torchs)) for _ in range(4)]  # the first one takes longer
         finally:
             torch.set_num_threads(threads)
         return min(time for _, time in times) / min(time for time, _ in times)

@@ -1,4 +1,4 @@
-"""Which device a command's ``--device`` means."""
+"""Interprets the flag ``--device`` of commands."""
 
 import torch
 
@@ -6,10 +6,10 @@ from knowledge_boosting.common.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` means here.
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` denotes on this machine.
 
     Raises:
-        InputError: the name is another, or there is no such device.
+        InputError: the name is none of these, or the device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The ``kb-export`` command: a checkpoint, or random weights, to a bundle."""
+"""The ``kb-export`` command: makes a bundle from a checkpoint or from random weights."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,28 +15,30 @@ app = cli.Application()
 @app.command()
 def export(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory to make; its name is the bundle's.")
+        Path | None, typer.Option("--output", "-o", help="Directory to make; its name becomes the name of the bundle.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="Model or training configuration (JSON), ours or a published one.")
+        Path | None, typer.Option("--config", help="Model or training configuration (JSON), also a published one.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Weights: a published checkpoint or one of ours.")
+        Path | None, typer.Option("--checkpoint", help="Weights: a checkpoint of kb-train or a published one.")
     ] = None,
-    untrained: Annotated[bool, typer.Option("--untrained", help="Random weights, and labelled so.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights.")] = 0,
-    note: Annotated[Path | None, typer.Option("--note", help="Markdown to put into the model card.")] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Use random weights, and mark the bundle as untrained.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of random weights.")] = 0,
+    note: Annotated[Path | None, typer.Option("--note", help="Markdown file to include in the model card.")] = None,
     half_speaker: Annotated[
-        bool, typer.Option("--half-speaker", help="Store TSE's speaker layers, most of its size, as float16.")
+        bool, typer.Option("--half-speaker", help="Store the speaker layers of TSE, most of its size, as float16.")
     ] = False,
     check: Annotated[
-        str | None, typer.Option("--check", help="Check the bundle of this name or path instead: digests and weights.")
+        str | None, typer.Option("--check", help="Check the digests and weights of this bundle (name or path) instead.")
     ] = None,
 ) -> None:
     """Make a bundle that kb-server and kb-client can run, or check one."""
     if check is not None:
         if output or config or checkpoint or untrained or note or half_speaker:
-            raise InputError("--check: checks a bundle that there is; leave out what makes one")
+            raise InputError("--check: checks an existing bundle; leave out the flags that make one")
         _check(check)
         return
     if output is None or config is None:
@@ -56,7 +58,7 @@ def export(
     from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, file_digest
     from knowledge_boosting.models.networks import write_bundle
 
-    # One thread: the graph is checked frame by frame, and a frame is too little work to share.
+    # The graph is checked frame by frame, and a frame is too little work for several threads.
     torch.set_num_threads(1)
     sizes = read_config(config)
     text, speakers = _read_note(note) if note is not None else "", []
@@ -91,10 +93,10 @@ def _read_note(path: Path) -> str:
 
 
 def _check(bundle: str) -> None:
-    """Compute every digest anew and load every part.
+    """Compute every digest, and load every part.
 
     Raises:
-        InputError: the bundle is not what its manifest says, or lacks a part.
+        InputError: the bundle differs from its manifest, or lacks a part.
     """
     from knowledge_boosting.models.bundle import Bundle
     from knowledge_boosting.models.networks import load_large, load_small

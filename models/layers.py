@@ -1,8 +1,8 @@
-"""Causal building blocks. Features are ``[B, T, F, C]`` throughout: batch, frame, frequency, channel.
+"""Causal layers. All features are ``[B, T, F, C]``: batch, frame, frequency, channel.
 
-Every block is a function from (input, state) to (output, state) over any T >= 1 frames. A state passed in is used
-up: its tensors may be overwritten (a ring buffer writes one row, it does not copy itself), so keep a copy if you need
-the state again. Under autograd nothing is overwritten.
+Every layer is a function from (input, state) to (output, state) for any T >= 1 frames. A layer can overwrite the
+tensors of the state that it receives, because a ring buffer writes one row in place. Make a copy if you need a state
+again. Under autograd nothing is overwritten.
 """
 
 import functools
@@ -17,9 +17,9 @@ from knowledge_boosting.models import cpu_attention
 
 
 class CausalConv2d(nn.Module):
-    """3 x 3 convolution over (time, frequency), causal in time, zero-padded by one bin in frequency.
+    """A 3 x 3 convolution over (time, frequency), causal in time, zero-padded by one bin in frequency.
 
-    Its state is the two input frames before, ``[B, 2, F, C_in]``, zeros at the start of a stream.
+    Its state is the previous two input frames, ``[B, 2, F, C_in]``, which are zeros at the start of a stream.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -37,32 +37,35 @@ class CausalConv2d(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionCache:
-    """Ring buffers of the last W frames' keys and values: frame ``t`` lies in row ``t mod W``."""
+    """Ring buffers with the keys and values of the last W frames. Row ``t mod W`` has frame ``t``."""
 
     keys: Tensor  # [B, L, W, key size]
     values: Tensor  # [B, L, W, value size]
-    # Which rings belong to the streams of a step, where there are more rings than streams: they stay in their place.
+    # The index of the ring of each stream in a step. It is used if there are more rings than streams in the step, so
+    # that the rings need not be moved.
     streams: Tensor | None = None  # [B]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Where T frames stand in rings of W rows, and what each may see; the same for all rings of a network."""
+    """The positions of T frames in rings of W rows, and their attention masks; the same for all rings of a network."""
 
     stream: Tensor  # [B, 1]
-    rows: Tensor  # [B, min(T, W)] rows that the newest frames are written to
-    past: Tensor | None  # [B, W] rows of the frames before, oldest first; None for one frame
-    band: Tensor | None  # [Q, W + Q] which of a block's keys lie in a query's window, Q = min(T, W); None for one frame
-    unseen: Tensor  # rows or keys from before the start of a stream: [B, 1, 1, W], or [B, 1, blocks, 1, W + Q]
+    rows: Tensor  # [B, min(T, W)], the rows of the newest frames
+    past: Tensor | None  # [B, W], the rows of the previous frames, oldest first; None for one frame
+    # [Q, W + Q], whether a key of a block is in the window of a query, Q = min(T, W); None for one frame.
+    band: Tensor | None
+    # Whether a row or key is from before the start of the stream, [B, 1, 1, W] or [B, 1, blocks, 1, W + Q].
+    unseen: Tensor
 
 
 def window_of(frames: Tensor, steps: int, size: int) -> Window:
-    """The window positions of ``steps`` new frames.
+    """Compute the positions and masks of ``steps`` new frames.
 
     Args:
-        frames: ``[B]`` frames seen before, each stream its own.
-        steps: T, the new frames.
-        size: W, the frames that attention sees.
+        frames: ``[B]``, the number of previous frames of each stream.
+        steps: T, the number of new frames.
+        size: W, the length of the attention window.
     """
     device = frames.device
     stream = torch.arange(len(frames), device=device)[:, None]
@@ -71,8 +74,9 @@ def window_of(frames: Tensor, steps: int, size: int) -> Window:
     if steps == 1:
         return Window(stream, frames % size, None, None, (slot > frames)[:, None, None])
     rows = (frames + torch.arange(max(steps - size, 0), steps, device=device)) % size
-    # Queries go in blocks of W, or one of T; the keys of a block are its own frames and the W before it, of which the
-    # very first is in nobody's window: whole blocks need no overlapping views, whose gradients are slow.
+    # Queries are processed in blocks of W, or in one block of T. The keys of a block are its own frames and the W
+    # frames before it. The first of these is in no window, but whole blocks need no overlapping views, whose gradients
+    # are slow.
     block = min(steps, size)
     key = torch.arange(size + block, device=device)
     distance = key - slot[:block, None] - 1
@@ -85,24 +89,24 @@ def window_of(frames: Tensor, steps: int, size: int) -> Window:
 def window_attention(
     query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache, window: Window, bins: int, *, mask_unseen: bool
 ) -> tuple[Tensor, AttentionCache]:
-    """Attention of every frame over a window of W frames that ends with it.
+    """Compute the attention of every frame over the window of W frames that ends with it.
 
     Args:
-        query, key: ``[B, L, T, key size]`` of L heads; scores are scaled by the root of the key size.
+        query, key: ``[B, L, T, key size]`` of L heads; scores are divided by the square root of the key size.
         value: ``[B, L, T, F * size]``.
-        cache: the W frames before, zeros at the start of a stream.
-        window: of these T frames.
+        cache: the previous W frames, zeros at the start of a stream.
+        window: the positions of these T frames.
         bins: F.
-        mask_unseen: whether frames before the start of a stream stay out of the softmax (else they take part as
-            zero keys and values).
+        mask_unseen: whether frames before the start of a stream are masked in the softmax; else they count as zero keys
+            and values.
 
     Returns:
-        ``[B, T, F, L * size]``, and the cache with the new frames in it.
+        Features ``[B, T, F, L * size]``, and the cache with the new frames.
     """
     steps, size = query.shape[2], cache.keys.shape[2]
     if window.past is None or window.band is None:
-        # The oldest row is replaced first; then the ring is the window, in an order that attention does not see.
-        # Written out, because the library's attention scales a copy of all keys.
+        # The oldest row is replaced first. Then the ring is the window, and attention does not depend on its order.
+        # The attention function of torch is not used, because it scales a copy of all keys.
         cache = _write(cache, key, value, window)
         scores = _with_rings(query * query.shape[-1] ** -0.5, cache.keys.transpose(-1, -2), cache.streams)
         if mask_unseen:
@@ -149,11 +153,11 @@ def _streams(cache: AttentionCache, window: Window) -> Tensor:
 
 
 def _with_rings(x: Tensor, rings: Tensor, streams: Tensor | None) -> Tensor:
-    """``x @ rings``, each stream with its own ring."""
+    """Compute ``x @ rings``, where each stream has its own ring."""
     if streams is None:
         return x @ rings
     if rings.device.type == "cpu":
-        # Gathering the rings would move more memory than everything else in a step.
+        # Gathering the rings would move more memory than the rest of a step.
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         products = _scripted_products() if tracing else _products
         product: Tensor = products(x, rings, streams)
@@ -170,23 +174,23 @@ def _products(x: Tensor, rings: Tensor, streams: Tensor) -> Tensor:
 
 @functools.cache
 def _scripted_products() -> Any:
-    """The same, for a trace: it would keep as many products as the streams it was made with."""
+    """Return a scripted ``_products`` for traces. A trace would fix the number of streams it was made with."""
     return torch.jit.script(_products)
 
 
 def normalise_frame(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Layer normalisation over a frame's last axis, its affine part free to differ along the axes before.
+    """Normalise a frame over its last axis. The affine part can differ along the other axes.
 
-    ``scale`` and ``shift`` are ``[..., size]`` and broadcast against ``x``; eps 1e-5.
+    ``scale`` and ``shift`` are ``[..., size]`` and broadcast against ``x``; eps is 1e-5.
     """
     return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:]), scale)
 
 
 class SelfAttention(nn.Module):
-    """Local causal self-attention over frames with L heads, as in TF-GridNet (arXiv 2211.12433), residual.
+    """Residual local causal self-attention over frames with L heads, as in TF-GridNet (arXiv 2211.12433).
 
-    Every head has its own PReLU slope and its own affine normalisation over (frequency, channel); here the heads'
-    layers are stacked so that one matrix product serves all of them.
+    Every head has its own PReLU slope and its own affine normalisation over (frequency, channel). The layers of all
+    heads are stacked here, so that one matrix product computes them.
     """
 
     def __init__(self, channels: int, bins: int, heads: int, window: int) -> None:
@@ -228,17 +232,17 @@ class SelfAttention(nn.Module):
 
 @dataclass(frozen=True)
 class FusionState:
-    """What hint fusion remembers: the features that still wait for their hints, and the merged frames' keys."""
+    """The state of hint fusion: the features that wait for their hints, and keys and values of the merged frames."""
 
     delayed: Tensor  # [B, delay, F, D]
     cache: AttentionCache
 
 
 class HintFusion(nn.Module):
-    """Fusion of late hints into the small network: align, modulate (FiLM), cross-attend; residual.
+    """Residual fusion of delayed hints into the small network: alignment, modulation (FiLM) and cross-attention.
 
-    The hint given with frame ``t`` is that of frame ``t - delay``; it modulates the features of its own frame, and
-    frame ``t`` attends to the modulated frames. Source: Srinivas et al., Interspeech 2024.
+    The hint that arrives with frame ``t`` is that of frame ``t - delay``. It modulates the features of frame
+    ``t - delay``, and frame ``t`` attends to the modulated frames. Source: Srinivas et al., Interspeech 2024.
     """
 
     def __init__(self, channels: int, bins: int, heads: int, window: int, hint_channels: int, delay: int) -> None:
@@ -257,8 +261,8 @@ class HintFusion(nn.Module):
         self.merge = nn.Linear(channels, channels)
         self.slope_merge = nn.Parameter(torch.full((1,), 0.25))
         self.norm_merge = nn.LayerNorm((bins, channels))
-        # Fusion begins by adding next to nothing, and what it adds grows where hints help. At full scale it is noise at
-        # first, and training turns it into a constant before it can be of use.
+        # At first, the output of fusion is noise. At full scale, training would turn it into a constant before it is
+        # useful. At a small scale, it grows where hints help.
         nn.init.constant_(self.norm_merge.weight, 0.01)
 
     def initial_state(self, batch: int) -> FusionState:
@@ -269,7 +273,17 @@ class HintFusion(nn.Module):
         )
 
     def forward(self, x: Tensor, hint: Tensor, state: FusionState, window: Window) -> tuple[Tensor, FusionState]:
-        """``hint`` is ``[B, T, F, hint channels]``: for every frame ``t`` that of frame ``t - delay``, else zeros."""
+        """Run T frames.
+
+        Args:
+            x: features ``[B, T, F, D]``.
+            hint: ``[B, T, F, hint channels]``, for every frame ``t`` the hint of frame ``t - delay``, or zeros.
+            state: the state after the frame before.
+            window: the positions of the T frames.
+
+        Returns:
+            Features ``[B, T, F, D]``, and the state after the last frame.
+        """
         steps = x.shape[1]
         line = torch.cat([state.delayed, x], dim=1)
         weight, bias = self.film(hint).chunk(2, dim=-1)
@@ -295,7 +309,7 @@ class HintFusion(nn.Module):
         return fused, FusionState(line[:, steps:], cache)
 
     def _affine(self, *norms: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """What all heads share, weights and biases ``[F * size]`` of norms, as two of ``[F, heads * sizes]``."""
+        """Repeat weights and biases ``[F * size]`` of norms for all heads, as two tensors ``[F, heads * sizes]``."""
         parts = [[norm.weight for norm in norms], [norm.bias for norm in norms]]
         weight, bias = (
             torch.cat([_by_bin(part.expand(self.heads, 1, -1), self.bins) for part in each], dim=-1) for each in parts
@@ -304,13 +318,13 @@ class HintFusion(nn.Module):
 
 
 def _by_bin(affine: Tensor, bins: int) -> Tensor:
-    """``[heads, 1, F * size]`` to ``[F, heads * size]``."""
+    """Rearrange ``[heads, 1, F * size]`` to ``[F, heads * size]``."""
     by_bin: Tensor = affine.unflatten(-1, (bins, -1))[:, 0].transpose(0, 1).flatten(1)
     return by_bin
 
 
 def _add_normalised(x: Tensor, y: Tensor, slope: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """``x + norm(prelu(y))`` of features ``[B, T, F, C]``."""
+    """Compute ``x + norm(prelu(y))`` for features ``[B, T, F, C]``."""
     if cpu_attention.fits(y):
         size = y.shape[-1]
         (added,) = cpu_attention.normalised_heads(y, [(1, size)], slope.expand(size), norm.weight, norm.bias, x)
@@ -320,19 +334,19 @@ def _add_normalised(x: Tensor, y: Tensor, slope: Tensor, norm: nn.LayerNorm) -> 
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    """``x`` where it is positive, else ``x * slope``, of vectorised operations: the library's own is not, on a CPU."""
+    """Return ``x`` where it is positive, else ``x * slope``. On a CPU, the function of torch is not vectorised."""
     y: Tensor = torch.addcmul(x * slope, x.relu(), 1 - slope)
     return y
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, T, F, heads * size]`` to ``[B, heads, T, F * size]``."""
+    """Rearrange ``[B, T, F, heads * size]`` to ``[B, heads, T, F * size]``."""
     batch, steps, bins, _ = x.shape
     return x.reshape(batch, steps, bins, heads, -1).permute(0, 3, 1, 2, 4).flatten(-2)
 
 
 def _channels(x: Tensor, bins: int) -> Tensor:
-    """``[B, heads, T, F * size]`` to ``[B, T, F, heads * size]``."""
+    """Rearrange ``[B, heads, T, F * size]`` to ``[B, T, F, heads * size]``."""
     batch, heads, steps, _ = x.shape
     return x.reshape(batch, heads, steps, bins, -1).permute(0, 2, 3, 1, 4).flatten(-2)
 

@@ -1,9 +1,9 @@
-"""A running level: networks hear every signal at one level, and what they make of it gets its level back.
+"""The running level: networks receive every signal at one level, and their output gets the original level back.
 
-The level of frame ``t`` is that of the loudest frame up to it, which fades by 10 dB a second: it follows at once where
-a signal begins or grows, and slowly where it falls. So a network's output follows its input's level exactly, from
--60 dBFS to full scale, and no constant has to be right for the first word. Level and gain of a frame depend on the
-samples up to that frame alone, the same on the device and on the server.
+The level of frame ``t`` is that of the loudest frame up to ``t``, and fades by 10 dB a second. It follows immediately
+when a signal begins or grows, and slowly when it falls. So the level of the output follows that of the input exactly,
+from -60 dBFS to full scale, and no initial estimate of the level is needed. The level and the gain of a frame depend
+only on the samples up to that frame, so they are the same on device and server.
 """
 
 import math
@@ -14,41 +14,50 @@ from torch import Tensor, nn
 
 from knowledge_boosting.models.config import Framing
 
-REFERENCE = 0.1  # RMS, full scale 1, at which networks hear the loudest frame
+REFERENCE = 0.1  # RMS of the loudest frame at the input of the networks, full scale 1
 FADING_DB = 10.0  # a second
-FLOOR = 1e-10  # power, -100 dBFS: what is below is not made louder
-# What a network makes of frames this far below the running level, digital silence above all, is what its biases make of
-# nothing; it fades out.
+FLOOR = 1e-10  # power, -100 dBFS; quieter signals are not amplified
+# The output for frames this far below the running level, such as digital silence, comes only from the biases of the
+# network. It is faded out.
 SILENCE = 1e-6  # power, -60 dB
-INAUDIBLE = 1e-12  # power, -120 dBFS, far below the noise of 16 bits: what rounding leaves of silence with an offset
+# Power, -120 dBFS, far below the noise of 16 bits. Rounding leaves this much of silence with a DC offset.
+INAUDIBLE = 1e-12
 
 
 @dataclass(frozen=True)
 class Levels:
-    """What :class:`RunningLevel` makes of T frames."""
+    """The output of :class:`RunningLevel` for T frames."""
 
     spectrum: Tensor  # [B, T, F, 2M], at the reference level
-    gain: Tensor  # [B, T, 1, 1], what brings spectra of estimates to the level of the signal
-    scale: Tensor  # [B, T, 1, 1], what the spectrum was divided by
-    power: Tensor  # [B], of the running level, the state after the last frame
+    gain: Tensor  # [B, T, 1, 1], the factor that restores the level in spectra of estimates
+    scale: Tensor  # [B, T, 1, 1], the divisor of the spectrum
+    power: Tensor  # [B], the power of the running level after the last frame, which is the state
 
 
 class RunningLevel(nn.Module):
-    """Divides spectra by their running level. Its state is that level's power, ``[B]``, zeros at the start."""
+    """Divides spectra by their running level. Its state is the power of that level, ``[B]``, zeros at the start."""
 
     def __init__(self, framing: Framing, microphones: int) -> None:
         super().__init__()
-        # Its sum is a number of Python's, which must be there also where tensors are made on no real device.
+        # The window is on the CPU, because its sum must be available even if the model is built on the meta device.
         window = torch.hamming_window(framing.n_fft, periodic=True, dtype=torch.float64, device="cpu")
-        # The power of a frame's samples from the sum of its squared spectrum, of which the other half mirrors this one.
+        # Converts the sum of the squared spectrum, of which half is stored, to the power of the samples of a frame.
         self.unit = 2 / (framing.n_fft * float(window.square().sum()) * microphones)
-        self.fading = FADING_DB / 10 * math.log(10) * framing.chunk_seconds  # of the power's logarithm, a frame
+        self.fading = (
+            FADING_DB / 10 * math.log(10) * framing.chunk_seconds
+        )  # of the logarithm of the power in each frame
 
     @torch.no_grad()
     def forward(self, spectrum: Tensor, past: Tensor) -> Levels:
-        """Levels of the spectra ``[B, T, F, 2M]`` of T >= 1 frames, after those whose running power was ``past``."""
+        """Compute the levels of T >= 1 frames.
+
+        Args:
+            spectrum: ``[B, T, F, 2M]``.
+            past: the state after the frame before, ``[B]``.
+        """
         power = spectrum.square().sum((-2, -1)) * self.unit  # [B, T]
-        # The maximum over s <= t of power[s] exp(-fading (t - s)), by its logarithm; an hour of frames needs doubles.
+        # The running power is the maximum over s <= t of power[s] exp(-fading (t - s)). It is computed by logarithms,
+        # in double precision, because a signal can have an hour of frames.
         faded = self.fading * torch.arange(1, power.shape[1] + 1, dtype=torch.float64, device=power.device)
         logarithms = torch.cat([past[:, None], power], dim=1).double().log()
         logarithms[:, 1:] += faded

@@ -1,4 +1,4 @@
-"""What a bundle says of itself: ``bundle.json``. Needs no torch."""
+"""The manifest of a bundle, ``bundle.json``. It does not need torch."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from knowledge_boosting.common.errors import InputError, existing_file, reason
 from knowledge_boosting.models.config import MODEL, Alone, ModelConfig, Pair, Strict
 
 SCHEMA_VERSION: Final = 2
-_OLD_VERSIONS = (1,)  # that are read as well: one network alone was called "small", as the device's of a pair
-_MAX_JSON_BYTES = 4 * 2**20  # bytes; a list of ten thousand training speakers takes a fifth of a MiB
+_OLD_VERSIONS = (1,)  # these can be read too; in version 1, one network alone was called "small"
+_MAX_JSON_BYTES = 4 * 2**20  # a list of ten thousand training speakers takes a fifth of a MiB
 MANIFEST_FILE = "bundle.json"
 GRAPH_FILE = "small.onnx"
-UNTRAINED_NOTICE = "UNTRAINED: random weights, nothing here says how a trained model sounds"
+UNTRAINED_NOTICE = "UNTRAINED: random weights, the results say nothing about a trained model"
 
 Part = Literal["small", "large"]
 Record = TypeVar("Record", bound=Strict)
@@ -24,15 +24,15 @@ Kind = TypeVar("Kind")
 
 
 class Provenance(Strict):
-    """Where a bundle's weights come from."""
+    """The origin of the weights of a bundle."""
 
     created: str = Field(description="UTC, ISO 8601")
     software: str
     torch: str
-    source: str = Field(description="checkpoint file and its digest, or the seed of random weights")
-    configuration: str = Field(description="file the network sizes were read from")
+    source: str = Field(description="checkpoint file with its digest, or the seed of random weights")
+    configuration: str = Field(description="file with the network sizes")
     training_speakers: list[str] = Field(
-        default_factory=list, description="whom the weights were trained on, as far as known: never to be measured on"
+        default_factory=list, description="known speakers of the training data; the bundle must not be measured on them"
     )
 
 
@@ -41,12 +41,12 @@ class Manifest(Strict):
 
     schema_version: Literal[2] = SCHEMA_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    id: str = Field(description="digest over configuration and weights: equal ids, equal hints")
+    id: str = Field(description="digest of configuration and weights; bundles with the same id give the same hints")
     untrained: bool
     model: ModelConfig
     digests: dict[Part, str] = Field(description="SHA-256 of each safetensors file")
     graph_digest: str | None = Field(
-        default=None, description="SHA-256 of small.onnx; none for bundles made before there were graphs"
+        default=None, description="SHA-256 of small.onnx; null for old bundles without a graph"
     )
     quality: dict[str, float] = Field(default_factory=dict, description="measured figures, such as SI-SDRi in dB")
     provenance: Provenance
@@ -61,52 +61,52 @@ class Manifest(Strict):
 
     @property
     def label(self) -> str:
-        """The name as a person should see it: untrained weights are called so."""
+        """The name for people, which marks untrained weights."""
         return f"{self.name} (UNTRAINED)" if self.untrained else self.name
 
 
 def parts_of(model: ModelConfig) -> tuple[Part, ...]:
-    """The parts that a bundle of this model has."""
+    """Return the parts of a bundle with this model."""
     return ("small", "large") if isinstance(model, Pair) else ("small",)
 
 
 def bundle_id(model: ModelConfig, digests: dict[Part, str]) -> str:
-    """The digest that tells whether two bundles compute the same hints, 16 hexadecimal digits."""
+    """Return the id of a bundle, 16 hexadecimal digits. Bundles with the same id compute the same hints."""
     described = model.model_dump(mode="json")
     if isinstance(model, Alone):
-        # As in schema version 1: the id of a bundle does not change when it is written in another version.
+        # This is the form of schema version 1, so that a new version of the schema does not change the id.
         described |= {"small": described.pop("network"), "large": None, "boosting": None}
     content = {"model": described, "digests": digests}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as ``sha256:<hex>``."""
+    """Return the SHA-256 of a file as ``sha256:<hex>``."""
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a bundle, checked.
+    """Read and check the manifest of a bundle.
 
     Raises:
-        InputError: the file is missing, not JSON, of another schema version, or inconsistent.
+        InputError: the file is missing, is no JSON, has an unknown schema version, or is inconsistent.
     """
     path = existing_file(directory / MANIFEST_FILE, "a bundle's manifest")
     document = read_json(path)
     version = document.get("schema_version")
     if version not in (*_OLD_VERSIONS, SCHEMA_VERSION) or isinstance(version, bool):
         raise InputError(
-            f"{path}: schema_version is {version!r}, this program reads up to {SCHEMA_VERSION}; export it again"
+            f"{path}: schema_version is {version!r}, but this program reads at most {SCHEMA_VERSION}; export it again"
         )
     return validate(Manifest, {**document, "schema_version": SCHEMA_VERSION}, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        InputError: the file cannot be read or is no JSON object.
+        InputError: the file cannot be read, is too large, or is no JSON object.
     """
     try:
         with path.open("rb") as file:
@@ -124,19 +124,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def validate(kind: type[Record], document: dict[str, Any], source: Path) -> Record:
-    """The document as a record of its kind.
+    """Convert a document to a record of type ``kind``.
 
     Raises:
-        InputError: a key is unknown, missing, or has a wrong or impossible value; it is named.
+        InputError: a key is unknown, missing, or has an impossible value. The message names the key.
     """
     return _validate(kind.model_validate_json, document, source)
 
 
 def validate_model(document: dict[str, Any], source: Path) -> ModelConfig:
-    """The document as the model that it describes.
+    """Convert a document to the model configuration that it describes.
 
     Raises:
-        InputError: as :func:`validate`.
+        InputError: see :func:`validate`.
     """
     return _validate(MODEL.validate_json, document, source)
 
@@ -151,8 +151,11 @@ def _validate(read: Callable[[str], Kind], document: dict[str, Any], source: Pat
 
 
 def first_fault(error: ValidationError, rename: Callable[[str], str] = str) -> str:
-    """The first thing that validation found, with its key, which ``rename`` gives the name that the user wrote."""
+    """Return the first fault that validation found, with its key.
+
+    ``rename`` converts the key to the name that the user wrote.
+    """
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("alone", "pair"))  # kinds of a model, no keys
-    message = fault["msg"].removeprefix("Value error, ")  # pydantic's, before a validator's own words
+    key = ".".join(str(part) for part in fault["loc"] if part not in ("alone", "pair"))  # these are tags, not keys
+    message = fault["msg"].removeprefix("Value error, ")  # pydantic adds it to the message of a validator
     return f"{rename(key)}: {message}" if key else message

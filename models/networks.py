@@ -1,4 +1,4 @@
-"""The networks of bundles in torch: load the small or the large one, and write a bundle of a model."""
+"""Loads the networks of bundles into torch, and writes bundles."""
 
 import datetime
 import importlib.metadata
@@ -35,29 +35,29 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_small(bundle: Bundle) -> SmallModel:
-    """The device's network of a bundle, ready for inference.
+    """Load the device's network of a bundle for inference.
 
     Raises:
-        InputError: the part is missing, damaged, or of another network.
+        InputError: the part is missing or damaged, or belongs to another network.
     """
     return _load(lambda: SmallModel(bundle.model), bundle.weights("small"))
 
 
 def load_large(bundle: Bundle) -> LargeModel:
-    """The server's network and hint encoder of a bundle, ready for inference.
+    """Load the server's network and the hint encoder of a bundle for inference.
 
     Raises:
-        InputError: the bundle is of one network alone, or the part is missing, damaged, or of another network.
+        InputError: the bundle holds one network alone, or the part is missing, damaged, or of another network.
     """
     path = bundle.weights("large")
     return _load(lambda: LargeModel(_pair(bundle)), path)
 
 
 def load_pair(bundle: Bundle) -> BoostedPair:
-    """Both networks of a bundle, ready for offline inference.
+    """Load both networks of a bundle for offline inference.
 
     Raises:
-        InputError: as :func:`load_large`.
+        InputError: see :func:`load_large`.
     """
     large = load_large(bundle)
     pair = BoostedPair(_pair(bundle))
@@ -66,18 +66,20 @@ def load_pair(bundle: Bundle) -> BoostedPair:
 
 
 def _pair(bundle: Bundle) -> Pair:
-    assert isinstance(bundle.model, Pair)  # it has a large part
+    assert isinstance(bundle.model, Pair)  # because the bundle has a large part
     return bundle.model
 
 
 def initial_weights(bundle: Bundle, config: ModelConfig) -> nn.Module:
-    """The model of a configuration with the weights of a bundle, to train on.
+    """Build the model of a configuration with the weights of a bundle, for further training.
+
+    The configuration must be that of the bundle, or that of its large network alone.
 
     Returns:
-        What :func:`models.checkpoint.build` makes: of the bundle's own configuration, or of its large network alone.
+        A model as from :func:`models.checkpoint.build`.
 
     Raises:
-        InputError: a part is missing, or the bundle is of other networks.
+        InputError: a part is missing, or the bundle has other networks.
     """
     model = build(config)
     small = model.get_submodule("small")
@@ -89,7 +91,9 @@ def initial_weights(bundle: Bundle, config: ModelConfig) -> nn.Module:
         large = load_large(bundle).network.state_dict()
         load_exactly(small.get_submodule("network"), large, bundle.directory)
     else:
-        raise InputError(f"{bundle.directory}: is of other networks than the configuration's model")
+        raise InputError(
+            f"{bundle.directory}: has other networks than the configuration; give a bundle with the same networks"
+        )
     return model
 
 
@@ -99,7 +103,7 @@ def _load(make: Callable[[], Model], path: Path) -> Model:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     except Exception as error:
         raise InputError(f"{path}: not a readable safetensors file ({reason(error)})") from None
-    # The sizes that a manifest claims cost no memory before the file has shown that it has weights of these sizes.
+    # The model is first built on the meta device. So a manifest with wrong, large sizes does not cost memory.
     with torch.device("meta"):
         check_shapes(make(), shapes, path)
     state = safetensors.torch.load_file(path)
@@ -120,20 +124,22 @@ def write_bundle(
     note: str = "",
     half_speaker: bool = False,
 ) -> Manifest:
-    """Write a bundle; the directory's name is the bundle's.
+    """Write a bundle.
 
     Args:
-        model: with ``small`` and, for a pair, ``large``.
-        untrained: whether the weights are random; the bundle is then called so wherever it is shown.
-        source: where the weights come from.
-        configuration: the file the sizes were read from.
-        training_speakers: whom the weights were trained on.
+        directory: the directory to make; its name becomes the name of the bundle.
+        model: a module with ``small`` and, for a pair, ``large``.
+        config: the configuration of the model.
+        untrained: whether the weights are random; then all output about the bundle says so.
+        source: the origin of the weights.
+        configuration: the file with the sizes.
+        training_speakers: the speakers of the training data.
         note: Markdown for the model card.
-        half_speaker: whether the speaker layers, most of a TSE network, are stored as float16.
+        half_speaker: whether to store the speaker layers, most of a TSE network, as float16.
 
     Raises:
-        InputError: the directory exists already or cannot be written, or its name is no bundle name.
-        Failure: the graph does not compute what the network does.
+        InputError: the directory exists already or cannot be written, or its name is not allowed for a bundle.
+        Failure: the graph and the network compute different samples.
     """
     with atomic_directory(directory) as temporary:
         digests: dict[Part, str] = {}
@@ -167,7 +173,7 @@ def write_bundle(
                 ),
             )
         except ValueError as error:
-            raise InputError(f"{directory}: cannot name a bundle ({reason(error)})") from None
+            raise InputError(f"{directory}: is no name for a bundle ({reason(error)}); give another --output") from None
         (temporary / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_card(manifest, note), encoding="utf-8")
     return manifest
@@ -193,7 +199,7 @@ def _card(manifest: Manifest, note: str) -> str:
     if isinstance(model, Pair):
         milliseconds = 1000 * model.delay * framing.chunk_seconds
         lines += [
-            f"Hints may be {model.delay} frames ({milliseconds:g} ms) late; each has {model.hint_channels} x "
+            f"Hints have a delay of {model.delay} frames ({milliseconds:g} ms); each has {model.hint_channels} x "
             f"{framing.bins} values (compression {model.boosting.compression}).",
             "",
         ]
@@ -207,11 +213,14 @@ _MEASURED = "\n## Measured\n"
 
 
 def record_quality(bundle: Bundle, quality: Mapping[str, float], table: str) -> None:
-    """Put measured figures into a bundle's manifest, and a table of them at the end of its card, for any there were.
+    """Write measured figures into the manifest of a bundle, and a table of them at the end of its card.
+
+    Earlier figures are replaced.
 
     Args:
-        quality: figures by name.
-        table: in Markdown.
+        bundle: the bundle.
+        quality: the figures by name.
+        table: a table in Markdown.
 
     Raises:
         InputError: the bundle cannot be read or written.

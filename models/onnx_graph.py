@@ -1,17 +1,16 @@
-"""The device's network as an ONNX graph, one frame a run, for a device without torch.
+"""Writes the device's network as an ONNX graph that computes one frame, for devices without torch.
 
-That network is the small one of a pair, or one network alone, which may be a large one with self-attention.
+The network is the small one of a pair, or one network alone, which can be a large one with self-attention.
 
-The graph holds the network alone; what only moves data is left to its caller, :mod:`models.onnx_stream`, who owns every
-buffer:
+The graph contains only the network. Its caller, :mod:`models.onnx_stream`, owns all buffers and moves their data:
 
-- Attention caches are rings that the graph reads and never writes. The new frame's key and value come out of the graph,
-  and take part beside the ring, whose oldest row a mask leaves out; the caller writes them into that row afterwards.
-- States that are replaced whole (LSTMs) go in and come out under two names, for two buffers that take turns.
-- The overlap-add of the frames is the caller's.
+- Attention caches are rings, which the graph reads but never writes. The key and value of the new frame are outputs.
+  Inside the graph they are used beside the ring, and a mask excludes the oldest row. The caller then writes them into
+  that row.
+- States that change completely, those of LSTMs, are an input and an output, so that two buffers can alternate.
+- The caller overlaps and adds the frames.
 
-Layouts are chosen so that nothing has to be transposed on the way: spectra and what attention flattens are
-``[channels, F]``, features are ``[F, D]``.
+The layouts avoid transposition: spectra and the inputs of attention are ``[channels, F]``, features are ``[F, D]``.
 """
 
 import math
@@ -40,7 +39,7 @@ Attention: TypeAlias = SelfAttention | HintFusion
 
 
 class _Graph:
-    """Nodes, weights, inputs and outputs, in the order they are added."""
+    """The nodes, weights, inputs and outputs of a graph, in the order in which they were added."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -54,7 +53,7 @@ class _Graph:
         return name
 
     def output(self, value: str, name: str, *shape: int) -> None:
-        """Give a value out under a name."""
+        """Add an output with a name."""
         self._nodes.append(helper.make_node("Identity", [value], [name]))
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
@@ -66,7 +65,7 @@ class _Graph:
         return name
 
     def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """Add a node; the name of its output, or a list of names."""
+        """Add a node. Returns the name of its output, or a list of names if there are several."""
         names = [f"v{len(self._nodes)}_{number}" for number in range(outputs)]
         self._nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
         return names[0] if outputs == 1 else names
@@ -79,11 +78,11 @@ class _Graph:
         return cast("str", self.node("LayerNormalization", value, *weights, axis=axis, epsilon=1e-5))
 
     def linear(self, value: str, layer: nn.Linear) -> str:
-        """``[F, in]`` to ``[F, out]``."""
+        """Apply a linear layer: ``[F, in]`` to ``[F, out]``."""
         return cast("str", self.node("Gemm", value, self.weight(layer.weight.T), self.weight(layer.bias)))
 
     def linear_transposed(self, value: str, weight: Tensor, bias: Tensor) -> str:
-        """``[F, in]`` to ``[out, F]``."""
+        """Apply a linear layer and transpose: ``[F, in]`` to ``[out, F]``."""
         return cast("str", self.node("Gemm", self.weight(weight), value, self.weight(bias[:, None]), transB=1))
 
     def file(self, metadata: dict[str, str]) -> bytes:
@@ -98,29 +97,29 @@ class _Graph:
 
 
 def frame_graph(model: SmallModel) -> bytes:
-    """One frame of the device's network, for one stream, as the bytes of an ONNX file.
+    """Return an ONNX file that computes one frame of the device's network for one stream.
 
-    Inputs, all float32, for each block ``i`` and each fusion ``j`` (after every block but the last):
+    These are its inputs, all float32, for each block ``i`` and each fusion ``j`` (after every block except the last):
 
     ===================  =======================  =======================================================
     ``window``           ``[M, n_fft]``           the frame's samples
-    ``level``            ``[1]``                  ``new_level`` of the frame before; of networks with a running level
-    ``input_past``       ``[1, 2M, 2, F]``        ``input_new`` of the two frames before, the older first
+    ``level``            ``[1]``                  ``new_level`` of the frame before; only with a running level
+    ``input_past``       ``[1, 2M, 2, F]``        ``input_new`` of the previous two frames, the older first
     ``hidden_i``         ``[1, F, H]``            ``new_hidden_i`` of the frame before; ``cell_i`` likewise
-    ``output_past``      ``[1, D, 2, F]``         as ``input_past``, of ``output_new``
-    ``speaker_weight_j`` ``[F, D]``               TSE: the speaker layer's modulation; ``speaker_bias_j`` likewise
-    ``hint``             ``[hint channels, F]``   of ``delay`` frames ago, or zeros
-    ``delayed_j``        ``[F, D]``               ``features_j`` of ``delay`` frames ago; not for a delay of 0
+    ``output_past``      ``[1, D, 2, F]``         ``output_new`` of the previous two frames
+    ``speaker_weight_j`` ``[F, D]``               TSE: modulation by the speaker layer; ``speaker_bias_j`` likewise
+    ``hint``             ``[hint channels, F]``   the hint of ``delay`` frames ago, or zeros
+    ``delayed_j``        ``[F, D]``               ``features_j`` of ``delay`` frames ago; not with delay 0
     ``keys_j``           ``[L, key size, W]``     ``key_j`` of the last W frames, in any order
-    ``values_j``         ``[L, W, value size]``   ``value_j`` of the same
+    ``values_j``         ``[L, W, value size]``   ``value_j`` of the same frames
     ``mask``             ``[W]``                  minus infinity at the oldest of these frames, else 0
-    ``self_keys_i``      ``[L, key size, W]``     ``self_key_i`` of the last W frames; of networks with self-attention
-    ``self_values_i``    ``[L, W, value size]``   ``self_value_i`` of the same
-    ``self_mask``        ``[W]``                  as ``mask``; minus infinity, too, where there was no frame yet
+    ``self_keys_i``      ``[L, key size, W]``     ``self_key_i`` of the last W frames; only with self-attention
+    ``self_values_i``    ``[L, W, value size]``   ``self_value_i`` of the same frames
+    ``self_mask``        ``[W]``                  as ``mask``; minus infinity also for rows without a frame
     ===================  =======================  =======================================================
 
-    All but ``self_mask`` are zeros at the start of a stream. Outputs: ``frame`` ``[S', n_fft]``, to be overlapped with
-    the tail of the frame before and added, already divided by the window sums; ``input_new`` ``[1, 2M, 1, F]``,
+    At the start of a stream, all inputs except ``self_mask`` are zeros. The outputs are ``frame`` ``[S', n_fft]``,
+    which is already divided by the window sums and must be overlapped and added; ``input_new`` ``[1, 2M, 1, F]``,
     ``output_new`` ``[1, D, 1, F]``, ``new_hidden_i``, ``new_cell_i``, ``features_j`` ``[F, D]``, ``key_j`` and
     ``self_key_i`` ``[L, 1, key size]``, ``value_j`` and ``self_value_i`` ``[L, 1, value size]``.
     """
@@ -134,7 +133,7 @@ def frame_graph(model: SmallModel) -> bytes:
     channels, hidden, window = config.on_device.channels, config.on_device.hidden, config.on_device.window
     graph = _Graph("small")
 
-    # Spectrum: [M, 2F] as [2M, F], whose channels are (real, imaginary) of every microphone.
+    # The spectrum [M, 2F] is reshaped to [2M, F], so its channels are (real, imaginary) of every microphone.
     spectrum = graph.node("MatMul", graph.input("window", mics, framing.n_fft), graph.weight(model.stft.analysis))
     gain = ""
     if model.level is not None:
@@ -171,7 +170,8 @@ def frame_graph(model: SmallModel) -> bytes:
     conv = network.output_conv.conv
     past = graph.input("output_past", 1, channels, 2, bins)
     embedding = _conv(graph, graph.node("Concat", past, new, axis=2), conv, conv.weight)
-    # [2S', F] is [S', 2F], all real parts before all imaginary ones; the window sums divide here.
+    # [2S', F] is reshaped to [S', 2F], with all real parts before all imaginary parts, so the rows of the matrix are
+    # reordered. It also includes the division by the window sums.
     synthesis = model.stft.synthesis.unflatten(0, (bins, 2)).transpose(0, 1).flatten(0, 1).clone()
     head, body = model.stft.head_gain, model.stft.body_gain
     synthesis[:, : framing.lookahead] *= head
@@ -183,11 +183,11 @@ def frame_graph(model: SmallModel) -> bytes:
 
 
 def check_graph(graph: bytes, model: SmallModel) -> None:
-    """Run graph and network side by side over frames of noise, a third of them without hints.
+    """Run graph and network on frames of noise, a third of them without hints, and compare their samples.
 
     Raises:
         InputError: the network is too large to run frame by frame.
-        Failure: their samples differ by more than 1e-4 of the loudest.
+        Failure: the samples differ by more than 1e-4 of the loudest one.
     """
     config, rng = model.config, np.random.default_rng(0)
     embedding, speaker = None, {}
@@ -221,7 +221,7 @@ def check_graph(graph: bytes, model: SmallModel) -> None:
 
 
 def _running_level(graph: _Graph, level: RunningLevel, spectrum: str) -> tuple[str, str]:
-    """The spectrum ``[M, 2F]`` at the reference level, and the gain ``[1]`` of the estimate's frame."""
+    """Return the spectrum ``[M, 2F]`` at the reference level, and the gain ``[1]`` for the frame of the estimate."""
 
     def constant(value: float) -> str:
         return graph.weight(np.array([value], np.float32))
@@ -273,7 +273,10 @@ def _block(graph: _Graph, block: GridNetBlock, x: str, index: int, bins: int, ch
 
 
 def _lstm_weights(graph: _Graph, lstm: nn.LSTM) -> tuple[str, str, str]:
-    """Weights, recurrence and biases of every direction; gates in ONNX's order (i, o, f, g), torch has (i, f, g, o)."""
+    """Return the weights, recurrences and biases of all directions.
+
+    The gates are in the order of ONNX (i, o, f, g); the order of torch is (i, f, g, o).
+    """
 
     def gates(tensor: Tensor) -> Array:
         i, f, g, o = tensor.detach().chunk(4)
@@ -291,7 +294,7 @@ def _self_attention(graph: _Graph, attention: SelfAttention, x: str, mask: str, 
     heads, key, value = attention.heads, attention.key, attention.value
     projected = graph.linear_transposed(x, attention.project.weight, attention.project.bias)
     slope = torch.cat([attention.slope_qk.repeat_interleave(key), attention.slope_v.repeat_interleave(value)])
-    # Not PRelu, which branches at every value.
+    # PRelu is not used, because it branches at every value.
     steep = graph.node("Mul", projected, graph.weight(slope[:, None]))
     rest = graph.node("Mul", graph.node("Relu", projected), graph.weight(1 - slope[:, None]))
     sizes = graph.weight([heads * key, heads * key, heads * value])
@@ -331,7 +334,7 @@ def _fusion(graph: _Graph, fusion: HintFusion, x: str, hint: str, mask: str, ind
 
 
 def _normed_heads(graph: _Graph, part: str, scale: Tensor, shift: Tensor, attention: Attention) -> str:
-    """``[L * size, F]`` to ``[L, 1, size * F]``; torch flattens with the bins first."""
+    """Normalise heads: ``[L * size, F]`` to ``[L, 1, size * F]``. The affine part of torch has the bins first."""
     heads, bins = attention.heads, attention.bins
     scale, shift = (each.unflatten(-1, (bins, -1)).transpose(-2, -1).flatten(-2) for each in (scale, shift))
     return graph.layer_norm(graph.reshape(part, heads, 1, scale.shape[-1]), scale, shift)
@@ -348,7 +351,7 @@ def _attend(
     prefix: str,
     index: int,
 ) -> str:
-    """Attention to the new frame and those in the rings, merged and added to ``x``."""
+    """Attend to the new frame and the frames in the rings, merge the result, and add it to ``x``."""
     heads, bins, window = attention.heads, attention.bins, attention.window
     key, value = attention.key * bins, attention.value * bins
     graph.output(new_key, f"{prefix}key_{index}", heads, 1, key)

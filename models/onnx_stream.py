@@ -1,7 +1,7 @@
-"""A stream through the device's network under ONNX Runtime, frame by frame. Needs no torch.
+"""Runs the device's network frame by frame with ONNX Runtime, without torch.
 
-Every buffer is made once and bound once. Whole states come in two copies that take turns as input and output; the rings
-of attention are written one row a frame, and stay where they are. What the graph computes: :mod:`models.onnx_graph`.
+All buffers are allocated and bound once. States that change completely have two buffers, which alternate as input and
+output. The rings of attention are not moved; each frame writes one row. :mod:`models.onnx_graph` describes the graph.
 """
 
 import math
@@ -16,31 +16,31 @@ from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.models.config import ModelConfig
 
 Samples = NDArray[np.float32]
-_MAX_VALUES = 2**24  # of an input or output
+_MAX_VALUES = 2**24  # in an input or output
 
 
 def load_graph(source: Path | bytes) -> onnxruntime.InferenceSession:
-    """A graph file, or the bytes of one, ready to run on one thread of the CPU.
+    """Load a graph from a file or from bytes, to run on one thread of the CPU.
 
     Raises:
         InputError: ONNX Runtime cannot run it.
     """
     options = onnxruntime.SessionOptions()
-    # One thread: a frame is too little work to share.
+    # A frame is too little work for several threads.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's own exceptions have no common base
+    except Exception as error:  # the exceptions of the runtime have no common base class
         name = "the graph" if isinstance(source, bytes) else source
         raise InputError(f"{name}: not a graph that ONNX Runtime can run ({reason(error)})") from None
 
 
 def check_sizes(graph: onnxruntime.InferenceSession) -> None:
-    """Whether all inputs and outputs of a graph are of sizes that it says, and that fit a machine.
+    """Check that all inputs and outputs of a graph have fixed sizes that are not too large.
 
     Raises:
-        ValueError: not.
+        ValueError: a size is not fixed or too large, or the type is not float32.
     """
     for value in (*graph.get_inputs(), *graph.get_outputs()):
         sizes = value.shape
@@ -51,17 +51,17 @@ def check_sizes(graph: onnxruntime.InferenceSession) -> None:
 
 
 class OnnxStream:
-    """The state of one stream, and its next frame."""
+    """The state of one stream through the graph."""
 
     def __init__(
         self, graph: onnxruntime.InferenceSession, model: ModelConfig, speaker: Mapping[str, Samples] | None = None
     ) -> None:
-        """A stream from its start.
+        """Begin a stream.
 
         Args:
-            graph: of :func:`load_graph`; streams may share it.
-            model: the configuration the graph was made for.
-            speaker: for TSE, its inputs ``speaker_weight_j`` and ``speaker_bias_j``.
+            graph: the result of :func:`load_graph`; streams can share it.
+            model: the configuration of the network in the graph.
+            speaker: for TSE, the inputs ``speaker_weight_j`` and ``speaker_bias_j``.
         """
         self._graph = graph
         self._chunk, self._lookahead = model.framing.chunk, model.framing.lookahead
@@ -76,12 +76,12 @@ class OnnxStream:
         self._buffers = buffers
         self._overlap = np.zeros((shapes["frame"][0], self._lookahead), np.float32)
         self._fusions = [index for index in range(model.on_device.blocks - 1) if f"keys_{index}" in shapes]
-        # Features of the frames that wait for their hints.
+        # The features of frames that wait for their hints.
         self._waiting = np.zeros(
             (len(self._fusions), self._delay, model.framing.bins, model.on_device.channels), np.float32
         )
 
-        # Of every attention the rings, [L, key size, W] and [L, W, value size], and the row that a frame adds to each.
+        # For every attention, the rings [L, key size, W] and [L, W, value size], and the new row of each.
         attentions = [("", index) for index in self._fusions]
         if model.on_device.self_attention:
             attentions += [("self_", index) for index in range(model.on_device.blocks)]
@@ -115,7 +115,7 @@ class OnnxStream:
         return binding
 
     def reset(self) -> None:
-        """Begin again, as if nothing had been heard."""
+        """Restore the state at the start of a stream."""
         for name, buffer in self._buffers.items():
             if not name.startswith("speaker_"):
                 buffer[:] = 0
@@ -126,14 +126,14 @@ class OnnxStream:
         self._number = 0
 
     def step(self, window: Samples, hint: Samples | None) -> Samples:
-        """The next frame.
+        """Process the next frame.
 
         Args:
-            window: ``[M, n_fft]``, the frame's samples.
-            hint: ``[hint channels, F]`` of ``delay`` frames ago; None for a hint that is missing or not due yet.
+            window: the samples of the frame, ``[M, n_fft]``.
+            hint: the hint of ``delay`` frames ago, ``[hint channels, F]``; None if it is missing or not due yet.
 
         Returns:
-            ``[S, M, chunk]`` samples of the estimate.
+            Samples of the estimate, ``[S, M, chunk]``.
         """
         buffers, chunk, lookahead = self._buffers, self._chunk, self._lookahead
         row = self._number % self._window

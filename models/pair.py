@@ -1,7 +1,7 @@
-"""The two halves of knowledge boosting, and both in one process.
+"""The two networks of knowledge boosting, separately and as a pair in one process.
 
-:class:`SmallModel` runs on the device: audio and late hints in, audio out. :class:`LargeModel` runs on the server:
-audio in, hints out. :class:`BoostedPair` holds both, as in training and offline evaluation.
+:class:`SmallModel` runs on the device and computes audio from audio and delayed hints. :class:`LargeModel` runs on the
+server and computes hints from audio. :class:`BoostedPair` combines both for training and offline evaluation.
 """
 
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ class SmallState:
 
     network: NetworkState
     overlap: Tensor  # [B, S', lookahead]
-    level: Tensor | None = None  # [B], of networks with a running level
+    level: Tensor | None = None  # [B], only with a running level
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LargeState:
 
     network: NetworkState
     encoder: Tensor  # [B, 2, F, 2S']
-    level: Tensor | None = None  # [B], of networks with a running level
+    level: Tensor | None = None  # [B], only with a running level
 
 
 def _network(config: ModelConfig, size: NetworkSize, *, hints: bool) -> TFGridNet:
@@ -50,7 +50,7 @@ def _network(config: ModelConfig, size: NetworkSize, *, hints: bool) -> TFGridNe
 def _apply_running_level(
     running: RunningLevel | None, spectrum: Tensor, past: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The spectrum that a network gets, the gain of its estimate, and the state of the level, if there is one."""
+    """Return the input spectrum of a network, the gain of its estimate, and the state of the level, if there is one."""
     if running is None or past is None:
         return spectrum, None, past
     levels = running(spectrum, past)
@@ -58,7 +58,7 @@ def _apply_running_level(
 
 
 class SmallModel(nn.Module):
-    """The device's network: samples and hints to samples. One network alone takes no hints."""
+    """The device's network, which computes samples from samples and hints. One network alone uses no hints."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SmallModel(nn.Module):
         self.network = _network(config, config.on_device, hints=True)
 
     def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> SmallState:
-        """The state at the start of ``batch`` streams; ``speaker_embedding`` ``[B, 256]`` for TSE."""
+        """Return the state at the start of ``batch`` streams; ``speaker_embedding`` is ``[B, 256]`` for TSE."""
         overlap = self.stft.initial_overlap(batch, self.config.sources * self.config.microphones)
         level = overlap.new_zeros(batch) if self.level else None
         return SmallState(self.network.initial_state(batch, speaker_embedding), overlap, level)
@@ -78,8 +78,8 @@ class SmallModel(nn.Module):
 
         Args:
             samples: ``[B, M, chunk T + lookahead]``, from the first sample of the first frame.
-            state: of the frame before; used up.
-            hints: ``[B, T, hint channels, F]``: for every frame ``t`` the hint of frame ``t - delay``, zeros where
+            state: the state after the frame before, which can be overwritten.
+            hints: ``[B, T, hint channels, F]``, for every frame ``t`` the hint of frame ``t - delay``, or zeros if
                 there is none. None for one network alone.
 
         Returns:
@@ -94,7 +94,7 @@ class SmallModel(nn.Module):
 
 
 class LargeModel(nn.Module):
-    """The server's network and hint encoder: samples to hints."""
+    """The server's network and hint encoder, which compute hints from samples."""
 
     def __init__(self, config: Pair) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class LargeModel(nn.Module):
         self.encoder = CausalConv2d(config.spectrum_channels, config.hint_channels)
 
     def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> LargeState:
-        """The state at the start of ``batch`` streams; ``speaker_embedding`` ``[B, 256]`` for TSE."""
+        """Return the state at the start of ``batch`` streams; ``speaker_embedding`` is ``[B, 256]`` for TSE."""
         past = self.encoder.initial_past(batch, self.config.framing.bins)
         level = past.new_zeros(batch) if self.level else None
         return LargeState(self.network.initial_state(batch, speaker_embedding), past, level)
@@ -115,11 +115,11 @@ class LargeModel(nn.Module):
 
         Args:
             samples: ``[B, M, chunk T + lookahead]``, from the first sample of the first frame.
-            state: of the frame before; used up.
+            state: the state after the frame before, which can be overwritten.
 
         Returns:
-            Hints ``[B, T, hint channels, F]``, the embedding ``[B, T, F, 2S']`` they encode, at the level of the
-            signal, and the state after the last frame. Hints of networks with a running level are at its reference.
+            Hints ``[B, T, hint channels, F]``; the spectral estimate ``[B, T, F, 2S']`` that they encode, at the level
+            of the signal; and the state after the last frame. With a running level, hints are at the reference level.
         """
         embedding, gain, state = self._embed(samples, state)
         hints, encoder = self.encoder(embedding, state.encoder)
@@ -127,7 +127,7 @@ class LargeModel(nn.Module):
         return hints.transpose(2, 3), embedding, replace(state, encoder=encoder)
 
     def _embed(self, samples: Tensor, state: LargeState) -> tuple[Tensor, Tensor | None, LargeState]:
-        # A frozen network (joint training may freeze it) runs several times as fast without autograd's records.
+        # Training can freeze the large network. Without the records of autograd it is several times as fast.
         frozen = not self.network.output_conv.conv.weight.requires_grad
         spectrum, gain, level = _apply_running_level(self.level, self.stft.analyse(samples), state.level)
         with torch.no_grad() if frozen else nullcontext():
@@ -135,17 +135,17 @@ class LargeModel(nn.Module):
         return embedding, gain, replace(state, network=network, level=level)
 
     def embed(self, mixture: Tensor, speaker_embedding: Tensor | None = None) -> Tensor:
-        """What the hint encoder takes of whole signals: mixtures ``[B, M, N]`` to ``[B, T, F, 2S']``."""
+        """Compute the input of the hint encoder, ``[B, T, F, 2S']``, for mixtures ``[B, M, N]`` from their start."""
         state = self.initial_state(len(mixture), speaker_embedding)
         return self._embed(pad_to_frames(mixture, self.config.framing), state)[0]
 
     def encode(self, embedding: Tensor) -> Tensor:
-        """Hints ``[B, T, hint channels, F]`` of whole signals, from what :meth:`embed` gives."""
+        """Compute the hints ``[B, T, hint channels, F]`` of whole signals from the result of :meth:`embed`."""
         hints: Tensor = self.encoder(embedding, self.encoder.initial_past(len(embedding), embedding.shape[2]))[0]
         return hints.transpose(2, 3)
 
     def estimate(self, embedding: Tensor) -> Tensor:
-        """What the large network itself makes of a whole signal: embedding ``[B, T, F, 2S']`` to ``[B, S, M, N]``."""
+        """Convert the spectral estimate ``[B, T, F, 2S']`` of whole signals to samples ``[B, S, M, N]``."""
         overlap = self.stft.initial_overlap(len(embedding), self.config.sources * self.config.microphones)
         samples, _ = self.stft.synthesise(embedding, overlap)
         return samples.view(len(samples), self.config.sources, self.config.microphones, -1)
@@ -153,16 +153,16 @@ class LargeModel(nn.Module):
 
 @dataclass(frozen=True)
 class PairOutput:
-    """Whole-signal results of both networks."""
+    """The results of both networks for whole signals."""
 
     small: Tensor  # [B, S, M, N]
     large: Tensor  # [B, S, M, N]
-    hints: Tensor  # [B, T, hint channels, F], before any delay
-    embedding: Tensor  # [B, T, F, 2S'] of the large network
+    hints: Tensor  # [B, T, hint channels, F], not delayed
+    embedding: Tensor  # [B, T, F, 2S'], the spectral estimate of the large network
 
 
 class BoostedPair(nn.Module):
-    """Both networks in one process, on whole signals; every hint comes ``delay`` frames late and never later."""
+    """Both networks in one process, for whole signals. Every hint is delayed by exactly ``delay`` frames."""
 
     def __init__(self, config: Pair) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class BoostedPair(nn.Module):
         Args:
             mixture: ``[B, M, N]``.
             speaker_embedding: ``[B, 256]`` for TSE.
-            hint_mask: ``[T]`` or ``[B, T]``, 1 for the frames whose hints reach the small network, 0 for those lost.
+            hint_mask: ``[T]`` or ``[B, T]``, 1 for frames whose hints reach the small network, 0 for lost hints.
         """
         samples = pad_to_frames(mixture, self.config.framing)
         hints, embedding, _ = self.large(samples, self.large.initial_state(len(mixture), speaker_embedding))
@@ -188,9 +188,9 @@ class BoostedPair(nn.Module):
     def estimate_small(
         self, mixture: Tensor, hints: Tensor, speaker_embedding: Tensor | None = None, hint_mask: Tensor | None = None
     ) -> Tensor:
-        """What the small network makes, ``[B, S, M, N]``, of a mixture and hints ``[B, T, hint channels, F]``.
+        """Compute the estimate ``[B, S, M, N]`` of the small network from a mixture and hints ``[B, T, channels, F]``.
 
-        The hints are those of the frames themselves, and come ``delay`` frames late here; else as :meth:`forward`.
+        Hint ``t`` is that of frame ``t``; it is delayed here. The other arguments are those of :meth:`forward`.
         """
         used = hints if hint_mask is None else hints * hint_mask.to(hints)[..., None, None]
         samples = pad_to_frames(mixture, self.config.framing)
@@ -200,7 +200,7 @@ class BoostedPair(nn.Module):
 
 
 def delay_hints(hints: Tensor, delay: int) -> Tensor:
-    """Hints ``[B, T, ...]`` as the small network gets them: shifted by ``delay`` frames, zeros before the first."""
+    """Delay hints ``[B, T, ...]`` by ``delay`` frames, as the small network receives them, with zeros at the start."""
     shifted = torch.zeros_like(hints)
     shifted[:, delay:] = hints[:, : max(hints.shape[1] - delay, 0)]
     return shifted

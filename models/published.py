@@ -1,8 +1,8 @@
-"""Import of what the published research code leaves behind: its configurations and its checkpoints.
+"""Imports configurations and checkpoints of the published research code.
 
-A checkpoint is either a bare state dict of one network, or a Lightning file with a ``state_dict`` whose keys are
-prefixed ``joint_model.small.``, ``joint_model.big.`` and ``joint_model.gen_embedding.`` (a pair) or ``model.`` (one
-network).
+A checkpoint is the state dict of one network, or a Lightning file with a ``state_dict``. The keys of the latter have
+the prefixes ``joint_model.small.``, ``joint_model.big.`` and ``joint_model.gen_embedding.`` for a pair, and ``model.``
+for one network.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,13 +25,13 @@ from knowledge_boosting.models.config import (
 from knowledge_boosting.models.manifest import first_fault
 from knowledge_boosting.models.tasks import TASKS, TaskName
 
-# Values the published constructors take and the meaning implemented here. Anything else is refused, not ignored.
+# The implemented values of arguments of the published constructors. Other values are refused.
 _FIXED: dict[str, tuple[Any, str]] = {
     "I": (1, "the unfold kernel is 1 in every published configuration"),
     "J": (1, "the unfold hop is 1 in every published configuration"),
-    "lookahead": (True, "frames reach into the lookahead"),
-    "use_masked_attention": (True, "frames before the start of a stream take no part in self-attention"),
-    "use_alignment": (True, "late hints are aligned with their own frame"),
+    "lookahead": (True, "frames include the lookahead"),
+    "use_masked_attention": (True, "self-attention ignores frames before the start of a stream"),
+    "use_alignment": (True, "delayed hints are aligned with their own frame"),
     "use_cross_attention": (True, "hints are fused by cross-attention"),
 }
 _SIZES = ("stft_chunk_size", "stft_pad_size", "num_ch", "D", "L", "B", "H", "use_attn", "local_atten_len")
@@ -47,21 +47,21 @@ _PUBLISHED_KEYS = {
     "self_attention": "use_attn",
     "window": "local_atten_len",
 }
-# What follows from the rest of the configuration.
+# Keys whose values follow from the rest of the configuration.
 _DERIVED = ("generate_embeddings", "delay", "compression")
 
 
 def config_from_published(document: Mapping[str, Any], source: str) -> ModelConfig:
-    """The configuration that a published JSON document describes.
+    """Convert a published JSON document to a configuration.
 
     Args:
-        document: a whole training configuration, with ``pl_module_args``, or that part alone. It has
-            ``small_model_params``, ``big_model_params`` and ``joint_model_params`` (a pair) or ``model_params`` (one
-            network). The task follows from the network's import path, or ``task`` tells it.
-        source: named in errors.
+        document: a whole training configuration with ``pl_module_args``, or only that part. For a pair it has
+            ``small_model_params``, ``big_model_params`` and ``joint_model_params``, and for one network
+            ``model_params``. The task follows from the import path of the network or from ``task``.
+        source: the name of the document in error messages.
 
     Raises:
-        InputError: a key is missing, unknown or has a value that this implementation does not cover.
+        InputError: a key is missing or unknown, or has a value that is not implemented.
     """
     if "pl_module" in document or "pl_module_args" in document:
         document = _section(document, "pl_module_args", source)
@@ -69,7 +69,9 @@ def config_from_published(document: Mapping[str, Any], source: str) -> ModelConf
     task: TaskName | None = document.get("task") or _TASKS.get(network)
     if task not in TASKS:
         known = " or ".join(f'"{name}"' for name in TASKS)
-        raise InputError(f'{source}: "task" must be {known} (no published network tells it)')
+        raise InputError(
+            f'{source}: "task" must be {known}, because the import path of the network does not determine it'
+        )
     if "model_params" in document:
         sections = {"small": "model_params"}
     else:
@@ -137,24 +139,26 @@ def _network_size(params: Mapping[str, Any], source: str) -> tuple[NetworkSize, 
 
 
 def is_published_config(document: Mapping[str, Any]) -> bool:
-    """Whether a JSON document is a configuration of the published code."""
+    """Return whether a JSON document is a configuration of the published code."""
     return any(key in document for key in ("pl_module", "pl_module_args", "model_params", "small_model_params"))
 
 
 def is_published(keys: Iterable[str]) -> bool:
-    """Whether a checkpoint's keys are those of the published code."""
+    """Return whether the keys of a checkpoint are those of the published code."""
     return any(key.startswith(("tfgridnet.", "model.tfgridnet.", "joint_model.")) for key in keys)
 
 
 def convert(published: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:
-    """A published state dict as one with our keys, ``small.…`` and, for a pair, ``large.…``.
+    """Convert a published state dict to our keys, ``small.…`` and, for a pair, ``large.…``.
 
     Args:
-        published: state dict of a pair or, if ``config`` is of one network alone, of a baseline or bare network.
-        source: named in errors.
+        published: the state dict of a pair or, if ``config`` describes one network alone, of one network.
+        config: the configuration.
+        source: the name of the checkpoint in error messages.
 
     Raises:
-        InputError: a tensor is missing, left over, or has another shape than ``config`` asks for; it is named.
+        InputError: a tensor is missing, unexpected, or has another shape than in ``config``. The message names the
+            tensor.
     """
     tensors = _Tensors(published, source)
     ours: dict[str, Tensor] = {}
@@ -170,7 +174,7 @@ def convert(published: Mapping[str, Tensor], config: ModelConfig, source: str) -
 
 
 class _Tensors:
-    """Tensors taken out of a published state dict by key and expected shape."""
+    """Takes tensors out of a published state dict by key and expected shape."""
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str, prefix: str = "") -> None:
         self._left = dict(tensors)
@@ -235,7 +239,7 @@ def _convert_network(
             speaker = net.under(f"TSE_blocks.{index}.")
             weights, biases = [], []
             for half in ("weight", "bias"):
-                # Theirs lie channel first, ours frequency first.
+                # Published rows have the channel first; ours have the frequency first.
                 weight = speaker.take(f"{half}.weight", channels * bins, SPEAKER_EMBEDDING_SIZE, 1)
                 weights.append(weight.view(channels, bins, SPEAKER_EMBEDDING_SIZE).transpose(0, 1).flatten(0, 1))
                 biases.append(speaker.take(f"{half}.bias", channels * bins).view(channels, bins).T.flatten())
@@ -245,7 +249,7 @@ def _convert_network(
             film = net.under(f"film_blocks.{index}.")
             cross = net.under(f"cross_attention_blocks.{index}.")
             _convert_fusion(film, cross, config, bins, ours, f"{prefix}fusion.{index}.")
-    # A transposed convolution, cropped to be causal, is a convolution with the kernel turned round.
+    # A transposed convolution that is cropped to be causal equals a convolution with the flipped kernel.
     deconv = net.take("deconv.weight", channels, outputs, 3, 3)
     ours[f"{prefix}output_conv.conv.weight"] = deconv.flip(2, 3).transpose(0, 1)
     ours[f"{prefix}output_conv.conv.bias"] = net.take("deconv.bias", outputs)
@@ -265,7 +269,7 @@ def _convert_self_attention(
             weights.append(layer.take("0.weight", width, channels, 1, 1).flatten(1))
             biases.append(layer.take("0.bias", width))
             slopes.append(layer.take("1.weight", 1))
-            # Ours are flattened frequency first, theirs channel first.
+            # Ours are flattened with the frequency first; published ones have the channel first.
             scales[kind].append(layer.take("2.gamma", 1, width, 1, bins)[0, :, 0].T.flatten())
             shifts[kind].append(layer.take("2.beta", 1, width, 1, bins)[0, :, 0].T.flatten())
     ours[f"{target}project.weight"], ours[f"{target}project.bias"] = torch.cat(weights), torch.cat(biases)
@@ -315,7 +319,7 @@ def _convert_fusion(
 
 def _convert_encoder(encoder: _Tensors, config: Pair, ours: dict[str, Tensor]) -> None:
     channels = config.spectrum_channels
-    # Theirs is (frequency, time), ours (time, frequency).
+    # The published kernel is (frequency, time), ours is (time, frequency).
     weight = encoder.take("conv1d.weight", config.hint_channels, channels, 3, 3)
     ours["large.encoder.conv.weight"] = weight.transpose(2, 3)
     ours["large.encoder.conv.bias"] = encoder.take("conv1d.bias", config.hint_channels)

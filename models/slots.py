@@ -1,4 +1,4 @@
-"""States of many streams, stacked, so that one step of a network serves any of them."""
+"""Stacks the states of many streams, so that one step of a network can process any of them together."""
 
 import time
 import warnings
@@ -19,38 +19,38 @@ Node = TypeVar("Node")
 
 
 class StateSlots:
-    """The states of up to ``count`` streams through a large network, and the steps that take them on.
+    """The states of up to ``count`` streams through a large network, and the steps that advance them.
 
-    Everything but the attention's rings is small: a step takes it out, and puts it back. Of the rings it writes one
-    row in place.
+    Everything except the attention rings is small, so a step gathers it and scatters it back. In the rings it writes
+    one row in place.
     """
 
     def __init__(self, model: LargeModel, count: int, speaker_embedding: Tensor | None = None) -> None:
-        """Empty slots; ``speaker_embedding`` ``[1, 256]`` is any, for a network that takes one."""
+        """Make empty slots. ``speaker_embedding`` is any embedding ``[1, 256]``, for a network that needs one."""
         self._model, self._count = model, count
         self._first = model.initial_state(1, speaker_embedding)
-        self._stacked = _empty(self._first, count + 1)  # the last one is nobody's: it fills up steps
+        self._stacked = _empty(self._first, count + 1)  # the last slot belongs to no stream and fills up steps
         self._tensors = _tensors(self._stacked)
         self._traces: dict[int, Callable[..., Tensor]] = {}
 
     def put(self, slot: int, state: LargeState) -> None:
-        """Fill a slot with the state ``[1, ...]`` of a stream; nothing of an earlier one is left in it."""
+        """Put the state ``[1, ...]`` of a stream into a slot, and overwrite its old content completely."""
         for own, new in zip(self._tensors, _tensors(state), strict=True):
             own[slot] = new[0]
 
     def prepare(self, lengths: Iterable[int]) -> None:
-        """Before there are streams, make steps of these numbers of frames ready; as yet, on a CPU alone.
+        """Trace steps of these numbers of frames before the first stream. This is implemented only for the CPU.
 
-        Python takes no part in them then: it would take a hundred small parts, and wait before each until other
-        threads give its lock back. And what torch makes and keeps for every size of a step, it makes here: the first
-        one takes several times as long as those that follow.
+        A traced step runs without Python. In Python, it would consist of a hundred small parts, each of which would
+        wait for the interpreter lock. The first step of each size takes several times as long as later ones, because
+        torch prepares and caches data for it; that also happens here.
         """
         if self._tensors[0].device.type != "cpu":
             return
         framing, slots = self._model.config.framing, torch.arange(_TRACED_STREAMS).clamp(max=self._count)
         step = _Step(self._model, self._stacked)
-        # Of what stays as it was traced: nothing that depends on the streams. Not for a while only, as the filters are
-        # the process's, and what another thread takes back would not be its own.
+        # The tracer warns of values that become constants; none of them depends on the streams. The filters are not
+        # restored afterwards. They are global, and another thread could restore them at the wrong time.
         warnings.filterwarnings("ignore", category=TracerWarning)
         warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
         with torch.no_grad():
@@ -59,7 +59,7 @@ class StateSlots:
                     _TRACED_STREAMS, self._model.config.microphones, framing.chunk * frames + framing.lookahead
                 )
                 trace: Any = torch.jit.trace(step, (samples, slots), check_trace=False)
-                # The first calls make it faster, and take their time for that.
+                # The first calls optimise the trace, which takes some time.
                 for streams in (1, _TRACED_STREAMS, 2):
                     trace(samples[:streams], slots[:streams])
                 self._traces[frames] = trace
@@ -71,10 +71,11 @@ class StateSlots:
                         break
 
     def step(self, samples: Tensor, slots: Tensor) -> Tensor:
-        """Take the streams in slots ``[B]``, no two of them the same, T frames on.
+        """Advance the streams in slots ``[B]`` by T frames.
 
         Args:
             samples: ``[B, M, chunk T + lookahead]``.
+            slots: ``[B]``, different slots.
 
         Returns:
             Hints ``[B, T, hint channels, F]``.
@@ -91,23 +92,24 @@ class StateSlots:
 
 
 def step_size(streams: int) -> int:
-    """The streams that a step of so many is made of: 1, 2, ... 7, 8, 10, 12, 14, 16, 20, ..., four sizes an octave.
+    """Round a number of streams up to the size of a step: 1, 2, ... 7, 8, 10, 12, 14, 16, 20, ..., four an octave.
 
-    Few sizes, since each costs memory and a slow first time, and close enough that little is computed for nobody.
+    Every size costs memory and a slow first step, so there are few. They are close enough that little is computed in
+    vain.
     """
     spacing = max(1, 1 << (streams - 1).bit_length() >> 3)
     return -(-streams // spacing) * spacing
 
 
-_MAX_STEP_SECONDS = 0.1  # seconds; a step that takes them is of no use in real time, and no larger one is made ready
-_TRACED_STREAMS = 3  # streams that a trace is made with; it serves any number
+_MAX_STEP_SECONDS = 0.1  # a longer step is useless in real time, so no larger steps are prepared
+_TRACED_STREAMS = 3  # streams in the example input of a trace; the trace works for any number
 
 
 class _Step(nn.Module):
-    """A step as a trace wants it.
+    """A step in a form that can be traced.
 
-    The states are its buffers and no arguments: a trace gives every argument back to Python where it last needs it, and
-    waits there until other threads give Python's lock back.
+    The states are buffers and not arguments. A trace releases every argument to Python after its last use, and waits
+    for the interpreter lock each time.
     """
 
     def __init__(self, model: LargeModel, stacked: LargeState) -> None:

@@ -1,4 +1,4 @@
-"""Speech to a speaker embedding, by the Resemblyzer voice encoder (d-vectors): the same for training and serving."""
+"""Computes speaker embeddings (d-vectors) with the Resemblyzer voice encoder, for training and for the server."""
 
 import functools
 import warnings
@@ -13,19 +13,19 @@ _MIN_SPEECH = SAMPLE_RATE // 2
 
 
 class NoSpeech(ValueError):
-    """Audio in which no speaker can be heard."""
+    """The audio contains too little speech for an embedding."""
 
 
 def speaker_embedding(speech: Samples) -> Samples:
-    """The embedding ``[256]``, of norm 1, of speech ``[N]`` at 16 kHz, full scale 1.
+    """Return the embedding ``[256]`` of speech ``[N]`` at 16 kHz, full scale 1. Its norm is 1.
 
     Raises:
-        NoSpeech: less than half a second of speech is in it, or it is so loud that the encoder overflows.
+        NoSpeech: the audio has less than half a second of speech, or is so loud that the encoder overflows.
     """
     if not speech.any():
         raise NoSpeech("silence")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the packages that Resemblyzer builds on, about themselves
+        warnings.simplefilter("ignore")  # the packages that Resemblyzer uses warn about themselves
         import resemblyzer
 
         voiced = resemblyzer.preprocess_wav(speech, source_sr=SAMPLE_RATE)

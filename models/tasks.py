@@ -1,4 +1,4 @@
-"""What networks are made for. Needs no torch."""
+"""The tasks of networks. This module does not need torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,11 +8,11 @@ TaskName = Literal["tse", "ss"]
 
 @dataclass(frozen=True)
 class Task:
-    """What a network makes of a mixture."""
+    """The output of a network for a mixture."""
 
     label: str
     sources: int  # signals in the output
-    needs_speaker: bool  # whether it must be told, by an embedding, whose voice is wanted
+    needs_speaker: bool  # whether the network needs a speaker embedding of the target
 
 
 TASKS: dict[TaskName, Task] = {

@@ -1,4 +1,4 @@
-"""TF-GridNet, causal, in the two sizes of knowledge boosting.
+"""Causal TF-GridNets, the networks of knowledge boosting.
 
 Sources: Wang et al., "TF-GridNet", IEEE/ACM TASLP 2023 (arXiv 2211.12433); Srinivas et al., "Knowledge boosting during
 low-latency inference", Interspeech 2024.
@@ -28,7 +28,7 @@ from knowledge_boosting.models.layers import (
 
 @dataclass(frozen=True)
 class BlockState:
-    """What one GridNet block remembers: the time LSTM's state per frequency, the attention's keys and values."""
+    """The state of one GridNet block: the state of the time LSTM for each frequency, and the cache of attention."""
 
     hidden: Tensor  # [B, F, H]
     cell: Tensor  # [B, F, H]
@@ -37,7 +37,7 @@ class BlockState:
 
 @dataclass(frozen=True)
 class SpeakerModulation:
-    """A session's speaker, as the modulation ``x * weight + bias`` after one block. Constant for the session."""
+    """The modulation ``x * weight + bias`` after one block, which is constant for the speaker of a stream."""
 
     weight: Tensor  # [B, 1, F, D]
     bias: Tensor  # [B, 1, F, D]
@@ -45,9 +45,9 @@ class SpeakerModulation:
 
 @dataclass(frozen=True)
 class NetworkState:
-    """The streaming state of one network; every tensor has the streams' batch axis first."""
+    """The streaming state of one network. The first axis of every tensor is the stream."""
 
-    frames: Tensor  # [B] frames seen
+    frames: Tensor  # [B], the number of processed frames
     input: Tensor  # [B, 2, F, 2M]
     blocks: tuple[BlockState, ...]
     speaker: tuple[SpeakerModulation, ...]  # empty for separation
@@ -60,7 +60,7 @@ Fusions: TypeAlias = Iterable[HintFusion]
 
 
 class GridNetBlock(nn.Module):
-    """BiLSTM along frequency, LSTM along time, and in the large network self-attention over frames; all residual."""
+    """A block with a BiLSTM along frequency, an LSTM along time and optional self-attention, all residual."""
 
     def __init__(self, size: NetworkSize, bins: int) -> None:
         super().__init__()
@@ -92,14 +92,15 @@ class GridNetBlock(nn.Module):
 def torch_residual_lstm(
     x: Tensor, axis: int, norm: nn.LayerNorm, lstm: nn.LSTM, linear: nn.Linear, hidden: Tensor, cell: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`models.cpu_lstm.residual_lstm` computes, on any device and for any size."""
-    # The sequence axis first is the layout in which torch runs LSTMs fastest.
+    """Compute :func:`models.cpu_lstm.residual_lstm` with torch, on any device and for any size."""
+    # Torch runs LSTMs fastest if the sequence axis comes first.
     there, back = ((1, 0, 2, 3), (1, 0, 2, 3)) if axis == TIME else ((2, 0, 1, 3), (1, 2, 0, 3))
     moved = norm(x).permute(there)
     sequences = moved.reshape(len(moved), -1, x.shape[-1])
     weights: list[Tensor] = [weight for direction in lstm.all_weights for weight in direction]
-    # On a CPU oneDNN's LSTM is two to seven times as fast as torch's own without gradients, and four times slower with.
-    # As a function it goes without the checks that cost as much as a small network's step.
+    # On a CPU, the LSTM of oneDNN is two to seven times as fast as that of torch without gradients, and four times
+    # slower with gradients. The function is called directly, because the checks of the module cost as much as a step of
+    # a small network.
     with _without_onednn() if torch.is_grad_enabled() else nullcontext():
         y, hidden, cell = torch.lstm(
             sequences, (hidden, cell), weights, True, 1, 0.0, lstm.training, lstm.bidirectional, False
@@ -110,7 +111,7 @@ def torch_residual_lstm(
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # the public switch sets more than this, and warns of it
+    torch._C._set_mkldnn_enabled(False)  # the public switch changes more settings and warns
     try:
         yield
     finally:
@@ -121,7 +122,7 @@ residual_lstm = FasterLstm(cpu_lstm.residual_lstm, torch_residual_lstm)
 
 
 def describe_lstms(model: nn.Module) -> str:
-    """By what the LSTMs of a model are trained on this CPU, as one line."""
+    """Return one line that says how the LSTMs of a model are trained on this CPU."""
     blocks = (block for block in model.modules() if isinstance(block, GridNetBlock))
     lstms = [block.intra_lstm for block in blocks if block.intra_lstm.weight_ih_l0.requires_grad]
     descriptions = (f"LSTMs of {lstm.hidden_size} units by {residual_lstm.describe(lstm)}" for lstm in lstms)
@@ -129,7 +130,7 @@ def describe_lstms(model: nn.Module) -> str:
 
 
 class TFGridNet(nn.Module):
-    """Spectrum of the mixture in, spectrum of the estimate (the network's *embedding*) out."""
+    """A network that computes a *spectral estimate* of the sources from the spectrum of the mixture."""
 
     def __init__(
         self,
@@ -142,7 +143,7 @@ class TFGridNet(nn.Module):
         hint_channels: int = 0,
         delay: int = 0,
     ) -> None:
-        """A network that expects a speaker if ``speaker``, and hints if ``hint_channels`` is not 0."""
+        """Build a network. It needs a speaker embedding if ``speaker``, and hints if ``hint_channels`` is not 0."""
         super().__init__()
         self.bins, self.channels, self.window = bins, size.channels, size.window
         between = size.blocks - 1
@@ -153,7 +154,7 @@ class TFGridNet(nn.Module):
             nn.Linear(SPEAKER_EMBEDDING_SIZE, 2 * bins * size.channels) for _ in range(between if speaker else 0)
         )
         for layer in cast("Iterable[nn.Linear]", self.speaker):
-            # Start near x * 1 + 0, so that features pass before the speaker's part is learned.
+            # The modulation starts near x * 1 + 0, so that features pass through before it is trained.
             nn.init.ones_(layer.bias[: bins * size.channels])
             nn.init.zeros_(layer.bias[bins * size.channels :])
         self.fusion = nn.ModuleList(
@@ -163,10 +164,11 @@ class TFGridNet(nn.Module):
         self.output_conv = CausalConv2d(size.channels, spectrum_channels)
 
     def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> NetworkState:
-        """The state at the start of ``batch`` streams.
+        """Return the state at the start of ``batch`` streams.
 
         Args:
-            speaker_embedding: ``[B, 256]``, whom to extract; only for networks that take one.
+            batch: the number of streams.
+            speaker_embedding: ``[B, 256]``, the speakers to extract; only for networks that need one.
         """
         weight = self.input_norm.weight
         speaker = []
@@ -191,12 +193,12 @@ class TFGridNet(nn.Module):
 
         Args:
             spectrum: ``[B, T, F, 2M]``.
-            state: of the frame before; used up.
+            state: the state after the frame before, which can be overwritten.
             hints: ``[B, T, F, hint channels]``, for every frame ``t`` the hint of frame ``t - delay`` or zeros; only
-                for networks that take hints.
+                for networks with fusion.
 
         Returns:
-            The embedding ``[B, T, F, 2S']``, and the state after the last frame.
+            The spectral estimate ``[B, T, F, 2S']``, and the state after the last frame.
         """
         x, input_state = self.input_conv(spectrum, state.input)
         x = self.input_norm(x)
@@ -211,7 +213,7 @@ class TFGridNet(nn.Module):
                 x = torch.addcmul(state.speaker[index].bias, x, state.speaker[index].weight)
             if self.fusion:
                 if hints is None:
-                    raise ValueError("this network fuses hints: give them, or zeros")
+                    raise ValueError("this network has fusion: give hints, or zeros")
                 x, fusion_state = self.fusion[index](x, hints, state.fusion[index], window)
                 fusion.append(fusion_state)
         embedding, output_state = self.output_conv(x, state.output)

@@ -1,4 +1,4 @@
-"""The compiled part of training, as any of this processor's instruction sets would have it, for tests."""
+"""Builds the C++ library of training for every instruction set of this processor, for tests."""
 
 import platform
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from knowledge_boosting.models.compiled import library
 
-needs_compiler = pytest.mark.skipif(library() is None, reason="no C++ compiler that serves, torch is used instead")
+needs_compiler = pytest.mark.skipif(library() is None, reason="no usable C++ compiler, torch is used instead")
 
 
 def builds() -> dict[str, str]:
-    """Instruction sets that this processor has, and the compiler's name for what has them."""
+    """Return the instruction sets of this processor, with the name of each for the compiler flag -march."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {"NEON": "native"}
     capability = torch.backends.cpu.get_cpu_capability()
@@ -27,7 +27,7 @@ def builds() -> dict[str, str]:
 
 
 def set_build(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the compiled part as a processor with these instructions would have it."""
+    """Use the library that is compiled for these instructions."""
     monkeypatch.setenv("CXXFLAGS", f"-march={builds()[instructions]}")
     compiled = library()
     assert compiled is not None
@@ -36,7 +36,7 @@ def set_build(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """A number of torch's threads."""
+    """Let torch use ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -46,7 +46,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def outcome(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Outputs, and the gradients of a random weighting of all of them."""
+    """Return the outputs, and the gradients of a random weighted sum of them."""
     generator = torch.Generator().manual_seed(1)
     total = sum((torch.randn(output.shape, generator=generator) * output).sum() for output in outputs)
     assert isinstance(total, Tensor)
@@ -54,6 +54,6 @@ def outcome(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Ten
 
 
 def assert_near(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Each within 1e-5 of its largest value, or of 1 where that is smaller."""
+    """Check that each tensor differs by at most 1e-5 of its largest value, or 1e-5 if that value is below 1."""
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))

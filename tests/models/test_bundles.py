@@ -142,7 +142,7 @@ def test_check_finds_what_was_changed(golden_bundle: Callable[[str], Path], tmp_
     assert "large.safetensors: digest differs" in refusal("kb-export", "--check", copy)
     weights.unlink()
     assert "lacks its large part" in refusal("kb-export", "--check", copy)
-    assert "leave out what makes one" in refusal("kb-export", "--check", copy, "--untrained")
+    assert "leave out the flags that make one" in refusal("kb-export", "--check", copy, "--untrained")
     assert "no bundle of that name" in refusal("kb-export", "--check", "nothing-like-it")
 
 
@@ -201,7 +201,7 @@ def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:
         (["--config", DEMO, "-o", out, "--checkpoint", checkpoint], "tensor joint_model"),
         (["--config", config, "-o", out, "--checkpoint", config], "not a readable checkpoint"),
         (["--config", config, "-o", tmp_path / "there", "--untrained"], "exists already"),
-        (["--config", config, "-o", tmp_path / "a name", "--untrained"], "cannot name a bundle"),
+        (["--config", config, "-o", tmp_path / "a name", "--untrained"], "is no name for a bundle"),
     ]
     before = sorted(tmp_path.rglob("*"))
     for flags, expected in cases:

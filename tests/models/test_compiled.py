@@ -1,4 +1,4 @@
-"""The compiled part of training: kept where nobody else can write, and done without where it cannot be had."""
+"""The C++ library of training is kept where nobody else can write, and training works without it."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def libraries(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("compiler", "fault"),
     [
-        ("", "no C++ compiler /none (No such file or directory); install one, or name it in CXX"),
+        ("", "there is no C++ compiler /none (No such file or directory); install one, or set CXX"),
         ("#!/bin/sh\necho 'x.cpp:1: fatal error: no vectors' >&2\nexit 1\n", "fatal error: no vectors"),
         ("#!/bin/sh\nwhile [ $# -gt 1 ]; do [ $1 = -o ] && echo rubbish > $2; shift; done\n", "file too short"),
     ],
@@ -64,7 +64,7 @@ def test_training_goes_on_without_it_and_says_once_that_it_is_slower(compiler: s
     assert result.returncode == 0, result.stderr
     line, *rest = result.stderr.splitlines()
     assert not rest
-    assert line.startswith("warning: training on this CPU takes two to four times as long, without its compiled part: ")
+    assert line.startswith("warning: training on this CPU takes two to four times as long without its C++ library: ")
     assert fault in line
 
 
@@ -85,7 +85,7 @@ def test_a_cache_folder_that_cannot_be_written_is_told_and_done_without(tmp_path
     line, *rest = result.stderr.splitlines()
     assert not rest
     assert "cannot write there" in line
-    assert "name a folder you can write to in XDG_CACHE_HOME" in line
+    assert "set XDG_CACHE_HOME to a folder you can write to" in line
 
 
 @needs_compiler
@@ -153,7 +153,7 @@ def test_in_a_folder_that_others_can_write_nothing_is_kept(unsafe: str, tmp_path
     result = run(LOADED, XDG_CACHE_HOME=cache, TMPDIR=temporary)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(temporary))
-    assert result.stderr.count("others can write there, so what is compiled is not kept") == 1
+    assert result.stderr.count("others can write there, so the library is not kept") == 1
     assert len(result.stderr.splitlines()) == 1
     assert not libraries(tmp_path)  # also the temporary one is gone again
     cache.chmod(0o1777)  # where nobody can replace what is others', as in /tmp

@@ -148,10 +148,10 @@ def test_the_faster_one_is_taken(slow: str) -> None:
     for _ in range(3):
         faster(x, TIME, *modules, zeros, zeros)
     assert (ours.calls - before[0], torchs.calls - before[1]) == ((0, 3) if slow == "ours" else (3, 0))
-    told = faster.describe(modules[1])
-    assert told.startswith("torch's operations, " if slow == "ours" else "the kernel with ")
-    assert told.endswith(
-        "times as fast as the kernel with " + instructions() if slow == "ours" else "torch's operations"
+    description = faster.describe(modules[1])
+    assert description.startswith("torch, " if slow == "ours" else "the C++ library with ")
+    assert description.endswith(
+        "times as fast as the C++ library with " + instructions() if slow == "ours" else "torch"
     )
 
 

@@ -51,10 +51,10 @@ def refused(call: Callable[[], object]) -> str:
         ({"network": {"channels": 16, "hidden": 16, "window": 10**9}}, "network.window: "),
         ({"framing": {"chunk": 10**9, "lookahead": 10**9}}, "framing.chunk: "),
         ({"microphones": 10**9}, "microphones: "),
-        ({"network": {"channels": 4096, "hidden": 4096, "blocks": 64}}, "network would have some 5e+10 values"),
+        ({"network": {"channels": 4096, "hidden": 4096, "blocks": 64}}, "network would have about 5e+10 values"),
         (
             {"network": {"channels": 4, "hidden": 1, "blocks": 8, "self_attention": True, "window": 10_000}},
-            "network would have some 5e+08 values",
+            "network would have about 5e+08 values",
         ),
         (
             {"network": {"channels": 1024, "hidden": 8}, "framing": {"chunk": 2048, "lookahead": 2048}},

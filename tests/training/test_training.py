@@ -88,7 +88,7 @@ def largest_difference(first: Path, second: Path) -> float:
 def train(*flags: object) -> None:
     result = run("kb-train", *flags)
     assert result.returncode == 0, result.stderr
-    assert re.fullmatch(r"kb-train: (LSTMs of \d+ units by (the kernel|torch's)[^\n;]*(; )?)+\n", result.stderr)
+    assert re.fullmatch(r"kb-train: (LSTMs of \d+ units by (the C\+\+ library|torch)[^\n;]*(; )?)+\n", result.stderr)
 
 
 @pytest.fixture(scope="module")
