@@ -1,5 +1,5 @@
-// Self-attention over a window of frames for training on a CPU, forward and back, and what stands around it: PReLU and
-// normalisation of every head. Plain C interface, see cpu_attention.py.
+// Windowed self-attention for training on a CPU, with PReLU and the normalisation of heads before it: forward and
+// backward pass. cpu_attention.py uses the C interface.
 
 #include <algorithm>
 #include <limits>
@@ -7,10 +7,11 @@
 
 #include "vectors.h"
 
-constexpr float EPSILON = 1e-5f;  // of torch's layer normalisation
+constexpr float EPSILON = 1e-5f;  // as in the layer normalisation of torch
 constexpr int MAX_SECTIONS = 3, MAX_COLUMNS = 1024;
 
-// Projections [frames, bins, columns] of `batch` times `steps` frames; a section of the columns is heads, each of a size.
+// The sizes of projections [frames, bins, columns], with batch * steps frames. The columns are divided into sections,
+// and a section into heads of equal size.
 struct Projection {
     int64_t batch, steps, bins, columns, sections, heads[MAX_SECTIONS], size[MAX_SECTIONS];
     int32_t threads;
@@ -35,13 +36,14 @@ static int64_t heads_of(const Projection& p) {
     return heads;
 }
 
-// Where a frame of a section's output [batch, heads, steps, bins * size] begins, for its first head; and from head to head.
+// The offset of a frame, for its first head, in the output [batch, heads, steps, bins * size] of a section.
 static int64_t frame_of(const Projection& p, const Section& s, int64_t frame) {
     return (frame / p.steps * s.heads * p.steps + frame % p.steps) * p.bins * s.size;
 }
+// The distance between the heads of a frame in this output.
 static int64_t head_stride(const Projection& p, const Section& s) { return p.steps * p.bins * s.size; }
 
-// Sums of columns become, for every column, its head's mean.
+// Replaces the sums of columns by the mean of their head.
 static void average_heads(const Section& s, int64_t bins, float* __restrict columns) {
     for (int64_t h = 0; h < s.heads; h++) {
         float total = 0;
@@ -50,7 +52,7 @@ static void average_heads(const Section& s, int64_t bins, float* __restrict colu
     }
 }
 
-// Rows [bins, columns] of one frame to or from the heads' rows [bins * size].
+// Calls move(offset in the rows [bins, columns] of one frame, offset in the rows [bins * size] of its heads).
 template <typename Move>
 static void by_head(const Projection& p, const Section& s, Move move) {
     for (int64_t h = 0; h < s.heads; h++)
@@ -59,8 +61,8 @@ static void by_head(const Projection& p, const Section& s, Move move) {
                 move(f * s.columns + h * s.size + c, h * head_stride(p, s) + f * s.size + c);
 }
 
-// y = normal * scale + shift (+ residual) of PReLU(x); slope [columns], scale and shift [bins, columns]; statistics
-// [frames, 2, heads of all sections]: mean and inverse deviation.
+// Normalises PReLU(x): y = normal * scale + shift (+ residual). slope is [columns], scale and shift are [bins,
+// columns]. statistics [frames, 2, heads of all sections] receives means and inverse deviations.
 extern "C" void norm_forward(const Projection* projection, const float* x, const float* slope, const float* scale,
                              const float* shift, const float* residual, float* statistics, float* const* outputs) {
     const Projection& p = *projection;
@@ -114,7 +116,7 @@ extern "C" void norm_forward(const Projection* projection, const float* x, const
     }
 }
 
-// Adds to the gradients of slope, scale and shift, [threads, (1 + 2 bins) columns].
+// Adds to `weights`, the gradients of slope, scale and shift, [threads, (1 + 2 bins) columns].
 extern "C" void norm_backward(const Projection* projection, const float* x, const float* slope, const float* scale,
                               const float* statistics, const float* const* gradients, float* dx, float* weights) {
     const Projection& p = *projection;
@@ -164,9 +166,10 @@ extern "C" void norm_backward(const Projection* projection, const float* x, cons
     }
 }
 
-// Queries, keys [batch, heads, steps, key], values [batch, heads, steps, value]; before the first step, the window's
-// frames [batch, heads, window, …], of which the first `unseen[batch]` take no part. The output is by bins:
-// [batch, steps, bins, heads, value / bins]; probabilities are [batch, heads, padded steps, padded window].
+// The sizes of attention. Queries and keys are [batch, heads, steps, key], values [batch, heads, steps, value]. Keys
+// and values of the window before the first step are [batch, heads, window, …]; their first unseen[batch] frames are
+// ignored. The output is [batch, steps, bins, heads, value / bins], the probabilities [batch, heads, padded steps,
+// padded window].
 struct Attention {
     int64_t batch, heads, steps, window, bins, key, value;
     int32_t threads;
@@ -174,8 +177,8 @@ struct Attention {
 
 static int64_t padded(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-// Of one head of one stream: rows are padded with zeros, to whole vectors and whole blocks of rows. The query of step t
-// sees rows t + 1 to t + window of the keys; a block of ROWS queries, `span` rows.
+// The padded sizes for one head of one stream. Rows are padded with zeros to whole vectors and whole blocks. The query
+// of step t attends to rows t + 1 to t + window of the keys, and a block of ROWS queries to `span` rows.
 struct Shape {
     int64_t steps, keys, key, value, span, columns;
     explicit Shape(const Attention& a)
@@ -199,7 +202,7 @@ static void copy_rows(const float* from, int64_t rows, int64_t size, float scale
     }
 }
 
-// The frames before and the new ones, in a row.
+// Copies the previous frames and the new ones into consecutive rows.
 static void copy_window(const Attention& a, const Shape& shape, int64_t unit, const float* before, const float* now,
                         int64_t size, float* to, int64_t stride) {
     copy_rows(before + unit * a.window * size, a.window, size, 1, to, stride);
@@ -207,7 +210,7 @@ static void copy_window(const Attention& a, const Shape& shape, int64_t unit, co
     std::fill(to + (a.window + a.steps) * stride, to + shape.keys * stride, 0.0f);
 }
 
-// Calls `move(place in [bins, value / bins] of a head, place in the row of all heads)`.
+// Calls move(offset in the values [bins, value / bins] of a head, offset in the row of all heads).
 template <typename Move>
 static void by_bin(const Attention& a, int64_t head, Move move) {
     const int64_t size = a.value / a.bins;
@@ -215,7 +218,7 @@ static void by_bin(const Attention& a, int64_t head, Move move) {
         for (int64_t c = 0; c < size; c++) move(f * size + c, (f * a.heads + head) * size + c);
 }
 
-// Products of ROWS rows with `count` others, [ROWS, columns].
+// Computes the dot products [ROWS, columns] of ROWS rows with `count` others.
 static void dots(const float* rows, const float* others, int64_t stride, int64_t count, float* to, int64_t columns) {
     for (int64_t other = 0; other < count; other += 4) {
         Vector sums[ROWS][4] = {};
@@ -235,7 +238,7 @@ static void dots(const float* rows, const float* others, int64_t stride, int64_t
     }
 }
 
-// to [ROWS, size] = weights [ROWS, columns], of which `count` are used, times rows [count, size]
+// Computes to [ROWS, size] = weights [ROWS, columns] times rows [count, size]; only `count` columns are used.
 static void combine(const float* weights, int64_t columns, const float* rows, int64_t count, int64_t size, float* to) {
     const float* own[ROWS];
     for (int r = 0; r < ROWS; r++) own[r] = weights + r * columns;
@@ -251,7 +254,7 @@ static void combine(const float* weights, int64_t columns, const float* rows, in
     for (; size - column >= WIDTH; column += WIDTH) block(std::integral_constant<int, 1>{}, column);
 }
 
-// Scores [ROWS, columns] of queries from step `first` on become probabilities, zeros outside of their windows.
+// Replaces the scores [ROWS, columns] of queries from step `first` on by probabilities, which are 0 outside the window.
 static void softmax(const Attention& a, const Shape& shape, int64_t first, int64_t unseen, float* scores) {
     Integers lanes;
     for (int i = 0; i < WIDTH; i++) lanes[i] = i;
@@ -306,8 +309,8 @@ extern "C" void attention_forward(const Attention* attention, const float* query
     }
 }
 
-// [ROWS, columns] of keys from row `first` on: what of [steps, columns] of the queries belongs to each of them, by query
-// from `lowest` on.
+// Transposes a part of a matrix [steps, columns] of queries into [ROWS, columns] of the keys from row `first` on. The
+// columns of the result are the queries from `lowest` on.
 static void transpose_block(const Shape& shape, int64_t window, int64_t first, int64_t lowest, int64_t count,
                             const float* from, float* to) {
     for (int64_t r = 0; r < ROWS; r++)

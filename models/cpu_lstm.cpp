@@ -1,42 +1,45 @@
-// A residual LSTM for training on a CPU, forward and back: x + linear(lstm(norm(x))). Plain C interface, see cpu_lstm.py.
+// A residual LSTM for training on a CPU, x + linear(lstm(norm(x))): forward and backward pass. cpu_lstm.py uses the C
+// interface.
 //
-// A block of sequences goes through all of its steps at once, so that its states and the weights stay in the nearest
-// caches; everything else is computed while a step's rows are there, and a gate's activation while its sum is still in
-// registers.
+// A block of sequences is processed through all steps before the next block, so that its states and the weights stay in
+// the nearest caches. Everything else is computed while the rows of a step are in the cache, and the activation of a
+// gate while its sum is in registers.
 
 #include <omp.h>
 
 #include "vectors.h"
 
-constexpr int MAX_SIZE = 256;     // channels, and units
-constexpr int64_t CHUNK = 96;    // rows whose gradients stay in the cache until the weights' are made of them
-constexpr float EPSILON = 1e-5f;  // of torch's layer normalisation
+constexpr int MAX_SIZE = 256;     // of channels and of units
+constexpr int64_t CHUNK = 96;     // rows whose gradients stay in the cache until those of the weights are computed
+constexpr float EPSILON = 1e-5f;  // as in the layer normalisation of torch
 
 extern "C" int32_t vector_width() { return WIDTH; }
 extern "C" const char* instructions() { return INSTRUCTIONS; }
 
-// Sequence n of x begins at float n / inner * outer_stride + n % inner * inner_stride; `channels` floats a step.
+// Sequence n of x begins at float n / inner * outer_stride + n % inner * inner_stride. Each step has `channels` floats.
 struct Sizes {
     int64_t steps, sequences, inner, outer_stride, inner_stride, step_stride, channels, units;
     int32_t directions, threads;
 };
 
-// Row-major; N sequences, S steps, D channels, H units, a leading axis of directions but where it says not. A group is
-// WIDTH units, and gates go by group: [H / WIDTH, 4, WIDTH], in torch's order i, f, g, o.
+// Matrices are row-major: N sequences, S steps, D channels, H units. They have a leading axis of directions unless the
+// comment says otherwise. A group is WIDTH units. Gates are ordered by group, [H / WIDTH, 4, WIDTH], and within a group
+// in the order of torch: i, f, g, o.
 struct Weights {
-    const float* gates;        // [4 H, D + H], the input's columns first
+    const float* gates;        // [4 H, D + H], the columns of the input first
     const float* bias;         // [4 H]
     const float* linear;       // [D, H]
-    const float* linear_bias;  // [D], of all directions
+    const float* linear_bias;  // [D], without directions
 };
 
-// What is kept for the way back. A block of sequences lies together, by step, then sequence; `first` sequences before it.
+// The values that the backward pass needs. A block of sequences is contiguous, ordered by step and then by sequence;
+// `first` sequences come before it.
 struct Kept {
-    float* normal;     // [N S, D], x normalised; of all directions
-    float* deviation;  // [N S], what x was divided by, inverse; of all directions
+    float* normal;     // [N S, D], normalised x; without directions
+    float* deviation;  // [N S], inverse deviation of x; without directions
     float* gates;      // [N S, 4 H]
-    float* hidden;     // [N (S + 1), H]: in the order of x, the state at the start before or after all steps
-    float* cells;      // the same
+    float* hidden;     // [N (S + 1), H], in the order of x; the initial state comes first or, if backward, last
+    float* cells;      // as hidden
 };
 
 template <int R>
@@ -71,7 +74,8 @@ static void forward_rows(const Sizes& sizes, int64_t first, const float* x, cons
         float* hidden = kept.hidden + (direction * N + first) * (S + 1) * H;
         float* cells = kept.cells + (direction * N + first) * (S + 1) * H;
         const float* bias = weights.bias + direction * 4 * H;
-        const int64_t after = direction == 0, before = 1 - after;  // where a step's states are, and those it starts with
+        // The offsets of the states after and before a step.
+        const int64_t after = direction == 0, before = 1 - after;
         const int64_t start = direction == 0 ? 0 : S, end = S - start;
         std::memcpy(hidden + start * R * H, h0 + (direction * N + first) * H, R * H * sizeof(float));
         std::memcpy(cells + start * R * H, c0 + (direction * N + first) * H, R * H * sizeof(float));
@@ -119,9 +123,11 @@ static void forward_rows(const Sizes& sizes, int64_t first, const float* x, cons
 }
 
 struct Gradients {
-    const float *dy, *dhn, *dcn;  // of the outputs; dhn and dcn null where there are none
+    const float *dy, *dhn, *dcn;  // gradients of the outputs; dhn and dcn can be null
     float *dx, *dh0, *dc0;
-    float* weights;  // of this thread: [directions, 4 H, D + H], [directions, 4 H], [directions, D, H], [D]; added to
+    // The gradients of the weights in this thread, which are added to: [directions, 4 H, D + H], [directions, 4 H],
+    // [directions, D, H], [D].
+    float* weights;
 };
 
 template <int R>
@@ -152,7 +158,7 @@ static void backward_rows(const Sizes& sizes, int64_t first, const float* const*
         }
         for (int64_t left = S; left > 0; left -= chunk) {
             const int64_t count = std::min(chunk, left);
-            const int64_t lowest = direction == 0 ? left - count : S - left;  // step of the chunk
+            const int64_t lowest = direction == 0 ? left - count : S - left;  // the first step of the chunk
             for (int64_t s = 0; s < count; s++) {
                 const int64_t step = direction == 0 ? left - 1 - s : lowest + s;
                 const float *own_outputs[R], *own_sums[R];
@@ -225,7 +231,7 @@ static void backward_rows(const Sizes& sizes, int64_t first, const float* const*
     }
 }
 
-// Calls `block` with a constant for `rows`, 1 to ROWS.
+// Calls `block` with `rows`, from 1 to ROWS, as a compile-time constant.
 template <int R = ROWS, typename Block>
 static void with_rows(int64_t rows, Block block) {
     if (rows == R)
@@ -254,7 +260,7 @@ extern "C" void lstm_forward(const Sizes* sizes, const Weights* weights, const K
         });
 }
 
-// The gradients of the weights are [threads, …], zeros before.
+// The gradients of the weights are [threads, …] and must be zeros.
 extern "C" void lstm_backward(const Sizes* sizes, const Weights* weights, const Kept* kept, const Gradients* gradients) {
     const int64_t N = sizes->sequences, D = sizes->channels, H = sizes->units;
     const Buffer packed(sizes->directions * (4 * H * (D + H) + D * H));

@@ -1,4 +1,5 @@
-// Vectors of floats, as wide as the processor's: wider ones would be taken apart through memory. Those of GCC and Clang.
+// Vectors of floats, with the vector extensions of GCC and Clang. They are as wide as those of the processor, because
+// the compiler would split wider ones through memory.
 
 #pragma once
 
@@ -24,14 +25,15 @@ constexpr int WIDTH = 4, REGISTERS = 32;
 #define INSTRUCTIONS "SSE"
 constexpr int WIDTH = 4, REGISTERS = 16;
 #else
-#error "no vectors that this is made for"
+#error "this processor has no supported vector instructions"
 #endif
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 
-constexpr int ROWS = REGISTERS == 32 ? 6 : 3;  // of a product at once; times four vectors: 24 of 32 registers, 12 of 16
+// The rows that a product computes together. With four vectors each, they use 24 of 32 or 12 of 16 registers.
+constexpr int ROWS = REGISTERS == 32 ? 6 : 3;
 
 static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
@@ -44,7 +46,7 @@ static inline float sum(Vector x) {
 }
 
 static inline Vector inverse(Vector x) {
-    // An estimate and a step of Newton's method: a division takes as long as eight products of vectors and more.
+    // An estimate and a step of Newton's method, because a division takes as long as eight or more vector products.
 #if defined(__AVX512F__)
     const Vector estimate = _mm512_rcp14_ps(x);
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -60,10 +62,10 @@ static inline Vector inverse(Vector x) {
 }
 
 static inline Vector power_of_two(Vector x) {
-    // 2^n 2^f, |f| <= 1/2; the polynomial is that of the Cephes library. NaN stays NaN.
+    // Computes 2^n 2^f with |f| <= 1/2 and the polynomial of the Cephes library. NaN stays NaN.
     x = x < -126.0f ? Vector{} - 126.0f : x;
     x = x > 126.0f ? Vector{} + 126.0f : x;
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23; adding it removes the fraction
     const Vector n = (x + ROUND) - ROUND, f = x - n;
     Vector p = Vector{} + 1.535336188319500e-4f;
     p = p * f + 1.339887440266574e-3f;
@@ -84,7 +86,7 @@ static inline Vector exponential(Vector x) { return power_of_two(x * LOG2_E); }
 static inline Vector sigmoid(Vector x) { return inverse(1.0f + power_of_two(x * -LOG2_E)); }
 static inline Vector tangent(Vector x) { return 2.0f * inverse(1.0f + power_of_two(x * (-2 * LOG2_E))) - 1.0f; }
 
-// Floats that begin where a cache line does.
+// An array of floats that is aligned to cache lines.
 class Buffer {
    public:
     explicit Buffer(int64_t size) : data_(static_cast<float*>(std::aligned_alloc(64, (4 * size + 63) / 64 * 64))) {
@@ -99,7 +101,7 @@ class Buffer {
     float* data_;
 };
 
-// sums[r][z] += sum over k of rows[r][k] * weights[k][z]; from k to k + 1 `stride` floats
+// Computes sums[r][z] += sum over k of rows[r][k] * weights[k][z]. The rows of `weights` are `stride` floats apart.
 template <int R, int Z>
 static inline __attribute__((always_inline)) void multiply(const float* const* rows, int64_t depth, const float* weights,
                                                            int64_t stride, Vector (&sums)[R][Z]) {
@@ -116,10 +118,10 @@ static inline __attribute__((always_inline)) void multiply(const float* const* r
     }
 }
 
-// How many vectors of a matrix's columns are gone through at once, of `columns` that are left.
+// Returns how many vectors of columns are processed together if `columns` columns of a matrix remain.
 static inline int vectors_of(int64_t columns) { return columns >= 4 * WIDTH ? 4 : columns >= 2 * WIDTH ? 2 : 1; }
 
-// A matrix [depth, columns] of any strides as `product` goes through it: blocks of columns, [depth, vectors, WIDTH] each.
+// Packs a matrix [depth, columns] with any strides for `product`: into blocks of columns, [depth, vectors, WIDTH] each.
 static inline void pack(const float* from, int64_t depth_stride, int64_t column_stride, int64_t depth, int64_t columns,
                         float* to) {
     for (int64_t column = 0; column < columns;) {
@@ -142,7 +144,8 @@ static inline __attribute__((always_inline)) void product_block(const float* con
         for (int z = 0; z < Z; z++) finish(r, column + z * WIDTH, sums[r][z]);
 }
 
-// R rows times a packed matrix: `start(row, column)` gives what is added to, `finish(row, column, sums)` takes it.
+// Multiplies R rows by a packed matrix. start(row, column) returns the initial sums, finish(row, column, sums) receives
+// the results.
 template <int R, typename Start, typename Finish>
 static inline __attribute__((always_inline)) void product(const float* const* rows, int64_t depth, const float* weights,
                                                           int64_t columns, Start start, Finish finish) {
@@ -177,7 +180,8 @@ static inline void transposed_block(const float* a, int64_t a_stride, const floa
         for (int z = 0; z < Z; z++) store(c + r * c_stride + z * WIDTH, sums[r][z]);
 }
 
-// c [p, q] += a^T b of a [rows, p] and b [rows, q], few rows that are in the cache; p and q multiples of 16.
+// Computes c [p, q] += a^T b for a [rows, p] and b [rows, q]. The rows must fit into the cache, and p and q must be
+// multiples of 16.
 static inline void add_transposed_product(const float* a, int64_t p, const float* b, int64_t q, int64_t rows, float* c,
                                           int64_t c_stride) {
     constexpr int R = REGISTERS == 32 ? 8 : 4;
