@@ -1,9 +1,9 @@
-"""How long live devices have no hints when their server is shut down and another one is there.
+"""Measures how long live devices have no hints when their server shuts down and another server is available.
 
     python -m benchmarks.drain [--devices 10] [--times 5]
 
-For each time one line: how long the server took to end, and for every device the longest stretch without a hint since
-then, in milliseconds.
+Prints one line for each repetition: how long the server took to end, and for every device the longest time without a
+hint after the shutdown began, in milliseconds.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tests.processes import running_server
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=10)
     parser.add_argument("--times", type=int, default=5)
@@ -25,10 +25,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_random_bundle(Path(folder), "tiny")
         for _ in range(options.times):
-            print(_one(bundle, options.devices), flush=True)
+            print(_measure_once(bundle, options.devices), flush=True)
 
 
-def _one(bundle: Path, devices: int) -> str:
+def _measure_once(bundle: Path, devices: int) -> str:
     with running_server(bundle) as first, running_server(bundle) as second:
         live = LiveDevices(bundle, [first.address, second.address], devices)
         time.sleep(4)

@@ -1,6 +1,7 @@
-"""Time per frame of the full-size networks on one thread: ``python benchmarks/frame_time.py``.
+"""Measures the time per frame of the full-size networks on one thread: ``python benchmarks/frame_time.py``.
 
-Prints a table and writes it as JSON. The sizes are the published ones; the weights are random, which costs the same.
+Prints a table and writes it as JSON. The networks have the published sizes and random weights, which do not affect the
+time.
 """
 
 import argparse
@@ -38,7 +39,7 @@ LARGE = NetworkSize(channels=64, hidden=64, heads=8, self_attention=True)
 
 
 def measure(step: Callable[[], object], frames: int) -> dict[str, float]:
-    """Milliseconds of each of many calls, after a warm-up."""
+    """Return percentiles of the time of a call, ms, after a warm-up."""
     for _ in range(100):
         step()
     times = []
@@ -50,8 +51,8 @@ def measure(step: Callable[[], object], frames: int) -> dict[str, float]:
     return {name: round(float(np.percentile(times, value)), 3) for name, value in names.items()}
 
 
-class PromptHints:
-    """One hint, as it comes off the wire at every frame."""
+class ImmediateHints:
+    """Delivers the same hint for every frame, decoded from its message as in a real session."""
 
     def __init__(self, hint: Samples, delay: int) -> None:
         self._buffer, self._encoding, self._shape = HintBuffer(delay), HINT_ENCODINGS["f16"], hint.shape
@@ -59,18 +60,18 @@ class PromptHints:
         self._message = pb.Hint(frame=0, payload=payload.tobytes(), scale=float(scale))
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
-        """Nobody listens."""
+        """Ignore the audio, and put the hint of the frame into the buffer."""
         self._buffer.put(frame, decode_hint(self._message, self._encoding, *self._shape), 0)
 
     def take(self, frame: int, now: int) -> Samples | None:
-        """The hint of a frame."""
+        """Return the hint of a frame."""
         return self._buffer.take(frame, now)
 
 
 def small_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
-    """The small network with fusion under both engines, and the device's loop around the faster one."""
+    """Measure the small network with fusion in both engines, and the frame loop of the device with the faster one."""
     torch.manual_seed(0)
-    pair_config = config.model_copy(update={"large": config.small})  # whose large network does not run here
+    pair_config = config.model_copy(update={"large": config.small})  # the large network is not used, so it is small
     pair = build(pair_config)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "random"
@@ -81,10 +82,10 @@ def small_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
     window = np.random.default_rng(1).normal(0, 0.1, (config.microphones, framing.n_fft)).astype(np.float32)
     hint = np.random.default_rng(2).normal(0, 1, (config.hint_channels, framing.bins)).astype(np.float32)
     engines = {"ONNX Runtime": onnx.session(speaker), "torch": in_torch.session(speaker)}
-    stream = BoostedStream(onnx.session(speaker), config, PromptHints(hint, config.delay))
+    stream = BoostedStream(onnx.session(speaker), config, ImmediateHints(hint, config.delay))
 
     def loop() -> None:
-        """What the device does for a frame: take in the audio, decode a hint, take the one that is due, run."""
+        """Process a frame as the device does: get the audio, decode a hint, get the hint that is due, run."""
         stream.fresh[:] = window[:, -stream.fresh.shape[1] :]
         stream.step(0)
 
@@ -96,7 +97,7 @@ def small_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
 
 @torch.inference_mode()
 def large_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
-    """The large network with its hint encoder as the server runs it, states in slots; the time for each session."""
+    """Measure the large network with its hint encoder as in the server, with states in slots: the time per session."""
     torch.manual_seed(0)
     large = LargeModel(config).eval()
     speaker = torch.randn(1, 256) if config.needs_speaker else None
@@ -116,7 +117,7 @@ def large_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
 
 
 def benchmark(task: Literal["tse", "ss"], frames: int) -> dict[str, dict[str, float]]:
-    """Both networks of a task, each frame by frame."""
+    """Measure both networks of a task frame by frame."""
     config = Pair(task=task, small=SMALL, large=LARGE, boosting=Boosting(delay=6))
     figures = small_network(config, frames) | large_network(config, frames)
     budget = 1e3 * config.framing.chunk_seconds

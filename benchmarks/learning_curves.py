@@ -1,8 +1,8 @@
-"""Learning curves of runs: ``python benchmarks/learning_curves.py runs/compact/ss-alone runs/compact/ss-48ms …``.
+"""Draws learning curves: ``python benchmarks/learning_curves.py runs/compact/ss-alone runs/compact/ss-48ms …``.
 
-Reads the TensorBoard logs of ``kb-train`` and writes validation SI-SDRi and smoothed training loss by step, as JSON and
-as a picture. ``--with FILE`` takes the curves of such a JSON file into the new one, and draws those of the runs named
-that are gone.
+Reads the TensorBoard logs of ``kb-train``, and writes validation SI-SDRi and smoothed training loss by step, as JSON
+and as a picture. ``--with FILE`` copies the curves of such a JSON file into the new one. They are also drawn for those
+given runs whose folders do not exist any more.
 """
 
 import argparse
@@ -20,11 +20,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 LOSS = "train/loss"
-_SMOOTH = 10  # logged steps
+_SMOOTHING_STEPS = 10  # logged steps
 
 
-def read(run: Path) -> dict[str, list[list[float]]]:
-    """(step, value) by name: the loss is that of single batches, here means of ten."""
+def read_curves(run: Path) -> dict[str, list[list[float]]]:
+    """Return the curves of a run by name, as lists of (step, value). The loss is averaged over ten logged steps."""
     log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     log.Reload()
     tags = log.Tags()["scalars"]
@@ -36,10 +36,10 @@ def read(run: Path) -> dict[str, list[list[float]]]:
     events = log.Scalars(LOSS) if LOSS in tags else []
     curves[LOSS] = [
         [
-            events[first + _SMOOTH - 1].step + 1,
-            round(float(np.mean([e.value for e in events[first : first + _SMOOTH]])), 3),
+            events[first + _SMOOTHING_STEPS - 1].step + 1,
+            round(float(np.mean([e.value for e in events[first : first + _SMOOTHING_STEPS]])), 3),
         ]
-        for first in range(0, len(events) - _SMOOTH + 1, _SMOOTH)
+        for first in range(0, len(events) - _SMOOTHING_STEPS + 1, _SMOOTHING_STEPS)
     ]
     return curves
 
@@ -47,16 +47,17 @@ def read(run: Path) -> dict[str, list[list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--with", dest="before", type=Path, help="JSON written before")
+    parser.add_argument("--with", dest="before", type=Path, help="JSON file of an earlier call")
     parser.add_argument("--json", type=Path, default=Path("out/learning_curves.json"))
     parser.add_argument("--plot", type=Path, default=Path("out/learning_curves.png"))
     arguments = parser.parse_args()
     before = json.loads(arguments.before.read_text()) if arguments.before is not None else {}
-    found = {
-        run.name: read(run) if run.is_dir() or run.name not in before else before[run.name] for run in arguments.runs
+    selected = {
+        run.name: read_curves(run) if run.is_dir() or run.name not in before else before[run.name]
+        for run in arguments.runs
     }
     figure, (loss, validation) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for number, (name, curves) in enumerate(found.items()):
+    for number, (name, curves) in enumerate(selected.items()):
         colour = plt.colormaps["tab20"](number % 20)
         if curves[LOSS]:
             steps, values = np.array(curves[LOSS]).T
@@ -72,7 +73,7 @@ def main() -> None:
     for path in (arguments.json, arguments.plot):
         path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.plot, dpi=110)
-    arguments.json.write_text(json.dumps(before | found) + "\n")
+    arguments.json.write_text(json.dumps(before | selected) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The live frame loop at full speed: ``python benchmarks/live_loop.py``. Ten minutes of noise, without a pause.
+"""Measures the live frame loop at full speed with ten minutes of noise: ``python benchmarks/live_loop.py``.
 
-Prints how long a frame takes, from its capture until it has been handed on to be played, and how much the process's
-memory has grown since the first minute of audio; writes it as JSON.
+Prints how long a frame takes from its capture until it is passed on for playback, and how much the memory of the
+process has grown since the first minute of audio. Writes the figures as JSON.
 """
 
 import argparse
@@ -24,13 +24,13 @@ MINUTE = 7500  # frames
 
 
 def memory_mib() -> float:
-    """What the process has in memory now."""
+    """Return the resident memory of this process, MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Noise:
-    """Live audio that never makes the loop wait, and takes down when each frame began and ended."""
+    """Live audio that never makes the loop wait, and records the time of each frame."""
 
     underruns = overruns = 0
 
@@ -40,7 +40,7 @@ class Noise:
         self._frames = frames
         self.milliseconds = np.zeros(frames)
         self.count = 0
-        self.after_a_minute = 0.0
+        self.memory_after_a_minute = 0.0
 
     def start(self) -> None: ...
 
@@ -56,13 +56,13 @@ class Noise:
         self.milliseconds[self.count] = (time.perf_counter_ns() - self._began) / 1e6
         self.count += 1
         if self.count == MINUTE:
-            self.after_a_minute = memory_mib()
+            self.memory_after_a_minute = memory_mib()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of the live loop.")
     parser.add_argument("--bundle", default=DEFAULT_BUNDLE)
-    parser.add_argument("--server", help="HOST:PORT; hints that come in time are fused, though nobody waits for them")
+    parser.add_argument("--server", help="HOST:PORT of a server; hints that arrive on time are fused")
     parser.add_argument("--frames", type=int, default=10 * MINUTE)
     parser.add_argument("--json", type=Path, default=Path("out/live_loop.json"))
     options = parser.parse_args()
@@ -71,10 +71,10 @@ def main() -> None:
     if hints is not None:
         hints.start()
     audio = Noise(options.frames)
-    audio.milliseconds[:] = 1.0  # so that its pages are there
+    audio.milliseconds[:] = 1.0  # allocates the pages of the array
     loop = LiveLoop(model.session(None), model.manifest.model, audio, hints, "1")
     loop.run()
-    growth = memory_mib() - audio.after_a_minute
+    growth = memory_mib() - audio.memory_after_a_minute
     figures = {f"p{q}_ms": round(float(np.percentile(audio.milliseconds, q)), 3) for q in (50, 95, 99, 99.9)}
     figures["max_ms"] = round(float(audio.milliseconds.max()), 3)
     figures["memory_growth_mib"] = round(growth, 2)

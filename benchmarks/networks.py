@@ -1,9 +1,9 @@
-"""Quality over real processes and simulated networks: ``python benchmarks/networks.py --data data/valid-ss``.
+"""Measures quality with real processes and simulated networks: ``python benchmarks/networks.py --data data/valid-ss``.
 
-Starts a kb-server and runs ``kb-client replay`` on the first mixtures of a dataset, once with every hint on time and
-once for each network. Prints the SI-SDRi of the boosted output and the share of hints on time, and writes the same as
-JSON. ``--evaluated FOLDER`` compares the run with every hint on time, item by item, with the items.csv of
-``kb-evaluate``: both must say the same.
+Starts a kb-server, and runs ``kb-client replay`` on the first mixtures of a dataset, once with every hint on time and
+once for each network. Prints the SI-SDRi of the boosted output and the share of hints on time, and writes them as JSON.
+``--evaluated FOLDER`` compares the run with every hint on time with the items.csv of ``kb-evaluate``, item by item.
+Both must have the same figures.
 """
 
 import argparse
@@ -37,7 +37,7 @@ NETWORKS: dict[str, list[str]] = {
 
 
 def replay(folder: Path, server: str, bundle: str, item: Path, index: int, flags: list[str]) -> tuple[float, float]:
-    """SI-SDRi of the boosted output in dB, and the share of hints on time."""
+    """Return the SI-SDRi of the boosted output, dB, and the share of hints on time."""
     sources = [soundfile.read(item / f"source{number:02d}.wav")[0] for number in (0, 1)]
     soundfile.write(folder / "mixture.wav", sources[0] + sources[1], 16000, subtype="FLOAT")
     call = [sys.executable, "-m", "knowledge_boosting.device_client.main", "replay", str(folder / "mixture.wav")]
@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--items", type=int, default=20)
     parser.add_argument("--evaluated", type=Path, help="output folder of kb-evaluate on the same data")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="only these")
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="run only these networks"
+    )
     parser.add_argument("--json", type=Path, default=Path("out/networks.json"))
     arguments = parser.parse_args()
     items = sorted(path for path in (arguments.data / arguments.split).iterdir() if path.name.isdecimal())
@@ -78,13 +80,13 @@ def main() -> None:
         assert server.stdin is not None
         address = server.stdout.readline().decode().split("listening on ")[1].split(",")[0]
         for network in arguments.networks:
-            found = np.array(
+            figures = np.array(
                 [
                     replay(Path(name), address, arguments.bundle, item, index, NETWORKS[network])
                     for index, item in enumerate(items)
                 ]
             )
-            gain, on_time = found.mean(axis=0)
+            gain, on_time = figures.mean(axis=0)
             results[network] = {"si_sdri": round(float(gain), 3), "hints_on_time": round(float(on_time), 4)}
             table.add_row(network, f"{100 * on_time:.1f} %", f"{gain:.2f}")
             if network == "on time" and arguments.evaluated is not None:
@@ -94,13 +96,13 @@ def main() -> None:
                         for line in csv.DictReader(file)
                         if line["system"] == "boosted" and line["trained_delay"] == "true"
                     }
-                furthest = max(abs(found[i, 0] - evaluated[item.name]) for i, item in enumerate(items))
-                results[network]["largest_difference_from_evaluation_db"] = round(float(furthest), 4)
+                largest_difference = max(abs(figures[i, 0] - evaluated[item.name]) for i, item in enumerate(items))
+                results[network]["largest_difference_from_evaluation_db"] = round(float(largest_difference), 4)
         server.stdin.close()
     Console().print(table)
     difference = results.get("on time", {}).get("largest_difference_from_evaluation_db")
     if difference is not None:
-        print(f"furthest from kb-evaluate: {difference} dB")
+        print(f"largest difference from kb-evaluate: {difference} dB")
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     document = {"bundle": arguments.bundle, "items": len(items), "networks": results}
     arguments.json.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""How many devices a server can hold: ``python -m benchmarks.server_sessions ss-48ms-compact``, ``--tiny``.
+"""Measures how many sessions a server supports: ``python -m benchmarks.server_sessions ss-48ms-compact``, ``--tiny``.
 
-Starts a kb-server process and, step by step, more and more sessions that each send a chunk every 8 ms in real time,
-until hints come too late. The latency of a hint runs from when its chunk was due to be sent to when the hint is there;
-client and server share the machine. Prints a table, writes JSON and a plot.
+Starts a kb-server process and increases the number of sessions step by step until hints are late. Each session sends a
+chunk every 8 ms in real time. The latency of a hint is the time from when its chunk should be sent until the hint
+arrives. Client and server share the machine. Prints a table, and writes JSON and a plot.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from tests.processes import Server, cpu_seconds, memory_mib, running_server
 
 QUANTILES = {"p50": 50, "p95": 95, "p99": 99}
 PARTS = ("latency", "lag", "transport", "queue", "compute")
-WARM_UP = 1.0  # seconds of a step that do not count
+WARM_UP = 1.0  # seconds at the start of a step that are not measured
 
 
 @dataclass(frozen=True)
 class Step:
-    """What so many sessions at once came to."""
+    """The result of a number of simultaneous sessions."""
 
     sessions: int
     sent: int
-    lost: int  # hints that never came
-    late: int  # hints that came after they were due
+    lost: int  # hints that never arrived
+    late: int  # hints that arrived after their deadline
     ended: list[str]  # sessions that the server refused or ended
     milliseconds: dict[str, dict[str, float]]  # quantiles by part of the latency
     server_cores: float
@@ -48,11 +48,11 @@ class Step:
 
     @property
     def order(self) -> tuple[int, int, float]:
-        """What makes one try of a step better than another, the smaller."""
+        """The sort key of repeated steps; the smallest is the best."""
         return len(self.ended), self.lost, self.milliseconds["latency"]["p99"]
 
     def within(self, limit_ms: float) -> bool:
-        """Whether hints come in so many milliseconds, 99 of 100, and none is lost."""
+        """Return whether 99 % of the hints arrive within ``limit_ms`` and none is lost."""
         return not self.ended and not self.lost and self.milliseconds["latency"]["p99"] < limit_ms
 
 
@@ -74,7 +74,7 @@ async def measure(server: Server, audio: DeviceAudio, sessions: int, seconds: fl
     return Step(
         sessions=sessions,
         sent=sent,
-        lost=max(lost, 0),  # hints of the warm-up may have come after it
+        lost=max(lost, 0),  # hints of the warm-up can arrive after it
         late=int((parts["latency"] > audio.deadline_ms).sum()),
         ended=ended,
         milliseconds={
@@ -93,7 +93,11 @@ async def measure(server: Server, audio: DeviceAudio, sessions: int, seconds: fl
 async def search(
     server: Server, audio: DeviceAudio, limits: list[float], options: argparse.Namespace
 ) -> tuple[list[Step], dict[float, int]]:
-    """Steps of 1, 2, 4, ... sessions until the largest limit is missed, then finer; the most sessions by limit."""
+    """Run 1, 2, 4, ... sessions until the largest limit is missed, and then refine the search.
+
+    Returns:
+        All steps, and the maximum number of sessions by limit.
+    """
     steps: dict[int, Step] = {}
 
     async def step(sessions: int) -> Step:
@@ -102,7 +106,7 @@ async def search(
         for _ in range(options.tries):
             tried = await measure(server, audio, sessions, options.seconds, options.per_connection)
             Console(stderr=True).print(f"{sessions} sessions: p99 {tried.milliseconds['latency']['p99']} ms")
-            await asyncio.sleep(1)  # for the server to put away what a step has left
+            await asyncio.sleep(1)  # so that the server can release the sessions of this step
             steps[sessions] = min(steps.get(sessions, tried), tried, key=lambda each: each.order)
             if steps[sessions].within(min(limits)):
                 break
@@ -122,7 +126,7 @@ async def search(
     return [steps[count] for count in sorted(steps)], most
 
 
-def show(steps: list[Step], title: str) -> Table:
+def results_table(steps: list[Step], title: str) -> Table:
     table = Table(title=title)
     for name in ("sessions", "p50 ms", "p95", "p99", *PARTS[1:], "late", "lost", "ended", "server", "client"):
         table.add_column(name, justify="right")
@@ -172,21 +176,25 @@ def chosen_bundle(options: argparse.Namespace) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Hint latency and capacity by number of sessions.")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("bundle", nargs="?", help="name or path of a bundle; or one of random weights:")
-    which.add_argument("--tiny", action="store_true", help="whose networks hardly compute")
-    which.add_argument("--full-size", action="store_true", help="of the published sizes")
-    parser.add_argument("--seconds", type=float, default=10, help="of a step, after a second of warm-up")
-    parser.add_argument("--most", type=int, default=128, help="sessions to try at most")
-    parser.add_argument("--tries", type=int, default=1, help="of a step that misses a limit; the best one counts")
+    which.add_argument("bundle", nargs="?", help="name or path of a bundle; or use one with random weights:")
+    which.add_argument("--tiny", action="store_true", help="tiny networks, which need little computation")
+    which.add_argument("--full-size", action="store_true", help="networks of the published sizes")
+    parser.add_argument("--seconds", type=float, default=10, help="duration of a step, after a second of warm-up")
+    parser.add_argument("--most", type=int, default=128, help="maximum number of sessions")
+    parser.add_argument(
+        "--tries", type=int, default=1, help="how often a step that misses a limit is repeated; the best result is used"
+    )
     parser.add_argument("--per-connection", type=int, default=1, help="sessions that share a connection")
-    parser.add_argument("--server-option", action="append", default=[], help="for kb-server: --server-option=--NAME=V")
+    parser.add_argument(
+        "--server-option", action="append", default=[], help="flag of kb-server, as --server-option=--NAME=V"
+    )
     parser.add_argument("--pcm", default="f32", choices=("f32", "s16"))
     parser.add_argument("--hints", default="f16", choices=("f32", "f16", "int8"))
     parser.add_argument("--json", type=Path, default=Path("out/server_sessions.json"))
     parser.add_argument("--plot", type=Path, default=Path("out/server_sessions.png"))
     options = parser.parse_args()
     if options.tries < 1:
-        parser.error("--tries: must be 1 or more")
+        parser.error("--tries: give 1 or more")
     flags = ["--max-sessions", options.most, *options.server_option]
     with chosen_bundle(options) as bundle, running_server(bundle, *flags) as server:
         manifest = read_manifest(bundle)
@@ -195,7 +203,7 @@ def main() -> None:
         steps, most = asyncio.run(search(server, audio, limits, options))
     title = f"{manifest.label}, {options.seconds:g} s a step, {options.per_connection} sessions a connection"
     console = Console(width=150)
-    console.print(show(steps, title))
+    console.print(results_table(steps, title))
     for limit, count in most.items():
         bound = "at least " if count == options.most else ""
         console.print(f"p99 below {limit:g} ms and no hint lost: {bound}{count} sessions")

@@ -1,7 +1,7 @@
-"""A server under steady load for a long time: ``python -m benchmarks.soak --minutes 30 --sessions 20``.
+"""Runs a server under steady load for a long time: ``python -m benchmarks.soak --minutes 30 --sessions 20``.
 
-Sessions each send a chunk every 8 ms in real time, to networks that hardly compute unless --bundle says so. Every ten
-seconds it prints what became of the hints and what the server holds; at the end it writes that as JSON.
+Each session sends a chunk every 8 ms in real time. Without --bundle, the networks are tiny. Every ten seconds it prints
+the latency and loss of hints and the resources of the server; at the end it writes all figures as JSON.
 """
 
 import argparse
@@ -63,11 +63,13 @@ async def soak(server: Server, audio: DeviceAudio, sessions: int, seconds: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A server under steady load.")
-    parser.add_argument("--bundle", help="name or path; else one whose networks hardly compute")
+    parser = argparse.ArgumentParser(description="Run a server under steady load.")
+    parser.add_argument("--bundle", help="name or path of a bundle; by default one with tiny networks")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--sessions", type=int, default=20)
-    parser.add_argument("--server-option", action="append", default=[], help="for kb-server: --server-option=--NAME=V")
+    parser.add_argument(
+        "--server-option", action="append", default=[], help="flag of kb-server, as --server-option=--NAME=V"
+    )
     parser.add_argument("--json", type=Path, default=Path("out/soak.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""Training on this CPU: ``python benchmarks/train_step.py``.
+"""Measures training on this CPU: ``python benchmarks/train_step.py``.
 
-For every instruction set that the processor has, in a process that is limited to it, ours and torch's: GFLOP/s of one
-core in the residual LSTM (of the LSTM's own products alone), and audio-seconds that one core trains in a second of its
-time: forward, backward and optimiser, separation, batch of 2 x 1 s of noise, which costs the same as speech. Then
-``kb-train`` as a whole, on two cores with dynamic mixtures of 4 x 1 s, against the step that it takes. Prints tables
-and writes them as JSON.
+It runs a process for every instruction set of the processor, and measures our C++ library and torch on one core: the
+GFLOP/s of the residual LSTM, counting only the products of the LSTM; and the seconds of audio that a training step
+(forward, backward and optimiser, separation, 2 x 1 s of noise) processes in a second of processor time. Noise costs the
+same as speech. Then it compares ``kb-train`` on two cores, with dynamic mixtures of 4 x 1 s, with its training step
+alone. It prints tables and writes them as JSON.
 """
 
 import argparse
@@ -41,7 +41,7 @@ NETWORKS = {
     "compact": NetworkSize(channels=32, hidden=32, heads=4, self_attention=True),
     "full size": NetworkSize(channels=64, hidden=64, heads=8, self_attention=True),
 }
-# What limits compiler, torch, oneDNN and MKL to an instruction set.
+# The values of VARIABLES that limit the compiler, torch, oneDNN and MKL to an instruction set.
 LIMITS = {
     "AVX-512": ("x86-64-v4", "avx512", "AVX512_CORE", "AVX512"),
     "AVX2": ("x86-64-v3", "avx2", "AVX2", "AVX2"),
@@ -52,7 +52,7 @@ BATCH, COMMAND_BATCH, SECONDS = 2, 4, 1
 
 
 def step_of(size: NetworkSize, batch: int) -> Callable[[], None]:
-    """One optimiser step of one network on a batch of noise."""
+    """Return a function that trains one network for a step on a batch of noise."""
     config = Alone(task="ss", network=size)
     model = build(config).get_submodule("small")
     assert isinstance(model, SmallModel)
@@ -72,8 +72,8 @@ def step_of(size: NetworkSize, batch: int) -> Callable[[], None]:
 
 
 def fastest(function: Callable[[], object], times: int) -> float:
-    """Seconds of the processor's time that one call takes."""
-    function()  # the first one allocates
+    """Return the shortest processor time of a call, s."""
+    function()  # the first call allocates memory
     taken = []
     for _ in range(times):
         started = time.process_time()
@@ -83,7 +83,7 @@ def fastest(function: Callable[[], object], times: int) -> float:
 
 
 @contextmanager
-def torch_alone() -> Iterator[None]:
+def torch_only() -> Iterator[None]:
     with (
         mock.patch.object(cpu_lstm, "fits", lambda *_: False),
         mock.patch.object(cpu_attention, "fits", lambda *_: False),
@@ -91,14 +91,14 @@ def torch_alone() -> Iterator[None]:
         yield
 
 
-def kernel_rates(way: cpu_lstm.ResidualLstm, size: int, times: int) -> dict[str, float]:
-    """GFLOP/s of the LSTM's products, along time: 125 frames, 97 bins, two streams."""
+def kernel_rates(implementation: cpu_lstm.ResidualLstm, size: int, times: int) -> dict[str, float]:
+    """Return the GFLOP/s of the products of an LSTM along time, for 125 frames, 97 bins and two streams."""
     modules = nn.LayerNorm(size), nn.LSTM(size, size), nn.Linear(size, size)
     x, states = torch.randn(2, 125, 97, size, requires_grad=True), torch.zeros(2, 1, 194, size)
     gradient = torch.randn_like(x)
 
     def forward() -> torch.Tensor:
-        return way(x, cpu_lstm.TIME, *modules, *states)[0]
+        return implementation(x, cpu_lstm.TIME, *modules, *states)[0]
 
     alone = fastest(forward, times)
     both = fastest(lambda: forward().backward(gradient), times)
@@ -107,27 +107,30 @@ def kernel_rates(way: cpu_lstm.ResidualLstm, size: int, times: int) -> dict[str,
 
 
 def measure(times: int) -> dict[str, object]:
-    """All of one instruction set, on one core."""
+    """Measure everything with one instruction set on one core."""
     torch.set_num_threads(1)
     keep_freed_memory()
     torch.manual_seed(0)
     kernels: dict[str, object] = {}
     for size in (16, 32, 64):
-        ours, torchs = (kernel_rates(way, size, times) for way in (cpu_lstm.residual_lstm, torch_residual_lstm))
+        ours, torchs = (
+            kernel_rates(implementation, size, times)
+            for implementation in (cpu_lstm.residual_lstm, torch_residual_lstm)
+        )
         kernels[str(size)] = {"ours": ours, "torch": torchs}
     steps: dict[str, object] = {}
     for name, size_of_network in NETWORKS.items():
         step = step_of(size_of_network, BATCH)
         ours_rate = BATCH * SECONDS / fastest(step, times)
-        with torch_alone():
+        with torch_only():
             torch_rate = BATCH * SECONDS / fastest(step, times)
         steps[name] = {"ours": round(ours_rate, 2), "torch": round(torch_rate, 2)}
     instructions = required_library().instructions().decode()
     return {"instructions": instructions, "lstm_gflops": kernels, "audio_s_per_cpu_s": steps}
 
 
-def bare_step(threads: int, steps: int) -> dict[str, float]:
-    """The step that the command takes, again and again."""
+def step_rates(threads: int, steps: int) -> dict[str, float]:
+    """Measure the training step of the command alone."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     step = step_of(NETWORKS["compact"], COMMAND_BATCH)
@@ -143,7 +146,7 @@ def bare_step(threads: int, steps: int) -> dict[str, float]:
 
 
 def command_rates(speech: Path, steps: int, threads: int) -> dict[str, float]:
-    """``kb-train`` without its start and end: what ``steps`` more of them take."""
+    """Measure ``steps`` steps of ``kb-train``, without its start and end."""
     scripts = Path(sys.executable).parent
     make = [scripts / "kb-make-dataset", "--sofa", "samples/hrtf/mit_kemar_normal_pinna.sofa", "--anechoic", 1]
     with tempfile.TemporaryDirectory() as name:
@@ -189,18 +192,18 @@ def run(call: list[object], *, threads: int = 1) -> None:
         sys.exit(result.stderr)
 
 
-def in_process(limits: dict[str, str], *arguments: object) -> dict[str, object]:
-    """What this script measures in a process with these variables."""
+def run_in_process(limits: dict[str, str], *arguments: object) -> dict[str, object]:
+    """Run this script in a process with these environment variables, and return its figures."""
     call = [sys.executable, __file__, *map(str, arguments)]
-    # As kb-train has it.
+    # kb-train sets this variable too.
     environment = {"GOMP_SPINCOUNT": "1000", **os.environ, **limits}
     result = subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, object] = json.loads(result.stdout)
-    return found
+    figures: dict[str, object] = json.loads(result.stdout)
+    return figures
 
 
 def instruction_sets() -> list[str]:
-    """What the processor has, the widest first; only natively elsewhere than on x86."""
+    """Return the instruction sets of the processor, the widest first; only "native" if it is not x86."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["native"]
     capability = torch.backends.cpu.get_cpu_capability()
@@ -215,18 +218,20 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, default=4, help="the fastest of so many is told")
-    parser.add_argument("--steps", type=int, default=40, help="of kb-train")
-    parser.add_argument("--speech", type=Path, default=Path("samples/speech/valid"), help="that kb-train mixes")
+    parser.add_argument("--times", type=int, default=4, help="number of measurements, of which the fastest is reported")
+    parser.add_argument("--steps", type=int, default=40, help="number of steps of kb-train")
+    parser.add_argument(
+        "--speech", type=Path, default=Path("samples/speech/valid"), help="folder of speech for kb-train"
+    )
     parser.add_argument("--json", type=Path, default=Path("out/train_step.json"))
     parser.add_argument("--part", choices=["measure", "bare"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part is not None:
-        part = measure(arguments.times) if arguments.part == "measure" else bare_step(2, arguments.steps)
+        part = measure(arguments.times) if arguments.part == "measure" else step_rates(2, arguments.steps)
         print(json.dumps(part))
         return
     sets = [
-        in_process(
+        run_in_process(
             dict(zip(VARIABLES, (f"-march={LIMITS[name][0]}", *LIMITS[name][1:]), strict=True))
             if name in LIMITS
             else {},
@@ -234,7 +239,7 @@ def main() -> None:
         )
         for name in instruction_sets()
     ]  # fmt: skip
-    bare = in_process({}, "--part", "bare", "--steps", arguments.steps // 2)
+    bare = run_in_process({}, "--part", "bare", "--steps", arguments.steps // 2)
     command = command_rates(arguments.speech, arguments.steps, 2)
     results: dict[str, object] = {
         "torch": torch.__version__,
@@ -245,21 +250,24 @@ def main() -> None:
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-    show(results)
+    print_tables(results)
 
 
-def show(results: dict[str, object]) -> None:
+def print_tables(results: dict[str, object]) -> None:
     console = Console()
     table = Table("with", "what", "ours", "torch", title=f"Training on one core of {results['processor']}")
     sets = results["instruction_sets"]
     assert isinstance(sets, list)
     for each in sets:
         for size, rates in each["lstm_gflops"].items():
-            told = (f"{rates[way]['forward']} / {rates[way]['backward']}" for way in ("ours", "torch"))
-            table.add_row(each["instructions"], f"LSTM of {size}, GFLOP/s forward / backward", *told)
+            cells = (
+                f"{rates[implementation]['forward']} / {rates[implementation]['backward']}"
+                for implementation in ("ours", "torch")
+            )
+            table.add_row(each["instructions"], f"LSTM of {size}, GFLOP/s forward / backward", *cells)
         for name, rates in each["audio_s_per_cpu_s"].items():
-            told = (str(rates[way]) for way in ("ours", "torch"))
-            table.add_row(each["instructions"], f"{name} step, audio s a CPU second", *told)
+            cells = (str(rates[implementation]) for implementation in ("ours", "torch"))
+            table.add_row(each["instructions"], f"{name} step, audio s a CPU second", *cells)
     console.print(table)
     table = Table("compact, 4 x 1 s, two cores", "audio s a second", "audio s a CPU second")
     both = results["two_cores_compact"]

@@ -1,8 +1,8 @@
-"""What a device notices of attacks on its server: ``python -m benchmarks.under_attack pings resets --seconds 10``.
+"""Measures the effect of attacks on a session: ``python -m benchmarks.under_attack pings resets --seconds 10``.
 
-Starts a kb-server process with a network that hardly computes, a session as witness that sends a chunk every 8 ms, and
-the attackers of ``tests/attackers.py``, one of each kind named, each a process of its own; all on this machine, over
-loopback. Prints one line of JSON.
+Starts a kb-server process with a tiny network, and a session that sends a chunk every 8 ms. Then it starts the
+attackers of ``tests/attackers.py``, one process for each given kind. Everything runs on this machine over loopback.
+Prints one line of JSON.
 """
 
 import argparse
@@ -27,25 +27,27 @@ from tests.processes import Server, descriptors, memory_mib, running_server, thr
 WARM_UP = 2.0  # seconds
 
 
-async def witness(server: Server, address: str, bundle: Path, kinds: list[str], attack: str, seconds: float) -> Any:
-    """The figures of one session while a server is attacked."""
+async def measure_session(
+    server: Server, address: str, bundle: Path, kinds: list[str], attack: str, seconds: float
+) -> Any:
+    """Measure one session while its server is attacked."""
     audio, pid = DeviceAudio(read_manifest(bundle)), server.process.pid
-    held: dict[str, list[float]] = {"descriptors": [], "threads": [], "memory_mib": []}
+    usage: dict[str, list[float]] = {"descriptors": [], "threads": [], "memory_mib": []}
 
-    def look() -> None:
+    def sample_usage() -> None:
         for name, of in (("descriptors", descriptors), ("threads", threads), ("memory_mib", memory_mib)):
-            held[name].append(round(of(pid), 1))
+            usage[name].append(round(of(pid), 1))
 
     async with open_load(address, audio, 1) as load:
         await load.run(WARM_UP)
         await load.settle()
         load.take()
         sent = load.sent
-        look()
+        sample_usage()
         with attacked(kinds, attack, seconds + 30, bundle):
             for _ in range(round(seconds)):
                 await load.run(1)
-                look()
+                sample_usage()
         await load.settle()
         parts = load.take().milliseconds()
         latency, lag = parts["latency"], parts["lag"]
@@ -56,14 +58,14 @@ async def witness(server: Server, address: str, bundle: Path, kinds: list[str], 
         "lost": max(0, sent - len(latency)),
         "above_48_ms": int((latency > 48).sum()),
         "above_250_ms": int((latency > 250).sum()),
-        # Without what this process was late to send: all that is left on a machine that others use too.
+        # The latency from when the chunk was actually sent. On a busy machine only this is meaningful.
         "above_48_ms_from_sending": int((latency - lag > 48).sum()),
         "above_250_ms_from_sending": int((latency - lag > 250).sum()),
         "p50_ms": round(float(np.median(latency)), 1) if len(latency) else None,
         "max_ms": round(float(latency.max()), 1) if len(latency) else None,
         "max_own_lag_ms": round(float(lag.max()), 1) if len(lag) else None,
         "ended": ended,
-        **{name: [values[0], max(values)] for name, values in held.items()},  # before, and the most meanwhile
+        **{name: [values[0], max(values)] for name, values in usage.items()},  # before the attack, and the maximum
         "load": os.getloadavg()[0],
     }
 
@@ -72,9 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="+", choices=[*KINDS, "nothing"])
     parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--proxy", action="store_true", help="all come through deploy/haproxy/haproxy.cfg")
-    parser.add_argument("--event-engine", action="store_true", help="gRPC's newer sockets for the server")
-    parser.add_argument("--limit", action="append", default=[], help="of the server, NAME=VALUE")
+    parser.add_argument("--proxy", action="store_true", help="connect through deploy/haproxy/haproxy.cfg")
+    parser.add_argument("--event-engine", action="store_true", help="use the newer event engine of gRPC in the server")
+    parser.add_argument("--limit", action="append", default=[], help="limit of the server, NAME=VALUE")
     options = parser.parse_args()
     if options.event_engine:
         os.environ["GRPC_EXPERIMENTS"] = ""
@@ -89,7 +91,7 @@ def main() -> None:
             from tests.haproxy import running_haproxy
 
             address = stack.enter_context(running_haproxy(server.address))
-        figures = asyncio.run(witness(server, address, bundle, kinds, address, options.seconds))
+        figures = asyncio.run(measure_session(server, address, bundle, kinds, address, options.seconds))
         with attacked(kinds, address, 30, bundle):
             time.sleep(1)
             began = time.monotonic()

@@ -1,9 +1,9 @@
-"""A device that knows a bundle by docs/bundle.md alone: NumPy and ONNX Runtime, nothing of this project.
+"""An example device that needs only docs/bundle.md, NumPy and ONNX Runtime, and no code of this project.
 
 Usage: python examples/device.py BUNDLE VECTORS
 
-Runs the input of test vectors through the bundle's graph, frame by frame, with their hints, and prints the largest
-difference from their output. The exit code is 0 if it is below 1e-4.
+Runs the input of test vectors frame by frame through the graph of the bundle, with their hints, and prints the largest
+difference from their output. The exit code is 0 if the difference is below 1e-4.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import onnxruntime
 
 
 def read_safetensors(path):
-    """The tensors of a safetensors file: a length, a JSON header, and the values one after another."""
+    """Read the tensors of a safetensors file, which consists of a length, a JSON header and the values."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -33,7 +33,7 @@ def read_safetensors(path):
 
 
 def open_bundle(folder):
-    """The manifest and the graph of a bundle, whose digest has been compared."""
+    """Read the manifest of a bundle, and load its graph after checking the digest."""
     manifest = json.loads((folder / "bundle.json").read_text())
     assert manifest["schema_version"] == 2
     graph = (folder / "small.onnx").read_bytes()
@@ -44,12 +44,12 @@ def open_bundle(folder):
 
 
 def device_network(model):
-    """The sizes of the device's network: the small one of a pair, or the one alone."""
+    """Return the size of the device's network: the small one of a pair, or the network alone."""
     return model["small"] if "small" in model else model["network"]
 
 
 def speaker_inputs(folder, model, embedding):
-    """What a speaker's embedding multiplies and adds between the blocks, the same for a whole session."""
+    """Compute the modulation between the blocks from a speaker embedding. It is constant for a session."""
     weights = read_safetensors(folder / "small.safetensors")
     bins = (model["framing"]["chunk"] + model["framing"]["lookahead"]) // 2 + 1
     inputs = {}
@@ -62,7 +62,7 @@ def speaker_inputs(folder, model, embedding):
 
 
 class Stream:
-    """One stream through a graph."""
+    """The state of one stream through the graph."""
 
     def __init__(self, graph, model, speaker):
         self.graph, self.chunk = graph, model["framing"]["chunk"]
@@ -79,18 +79,26 @@ class Stream:
         self.number = 0
 
     def step(self, window, hint):
-        """The next frame: its samples [microphones, chunk + lookahead], and the hint of ``delay`` frames ago."""
+        """Process the next frame.
+
+        Args:
+            window: its samples, [microphones, chunk + lookahead].
+            hint: the hint of ``delay`` frames ago, or None.
+
+        Returns:
+            Samples of the estimate, [sources * microphones, chunk].
+        """
         inputs, row = self.inputs, self.number % self.window
         inputs["window"] = window
         if "hint" in inputs:
             inputs["hint"] = np.zeros_like(inputs["hint"]) if hint is None else hint
         for name, features in self.waiting.items():
-            # The features of the frame that the hint is of: zeros as long as there was none.
+            # The features of the frame that the hint belongs to. They are zeros in the first frames.
             ready = len(features) == self.delay
             inputs[name] = features.pop(0) if ready else np.zeros_like(inputs[name])
         masks = [inputs[name] for name in ("mask", "self_mask") if name in inputs]
         for mask in masks:
-            mask[row] = -np.inf  # the oldest row, whose place the new frame takes
+            mask[row] = -np.inf  # the oldest row, which the new frame replaces
         outputs = dict(zip(self.outputs, self.graph.run(None, inputs), strict=True))
         for mask in masks:
             mask[row] = 0
@@ -131,7 +139,7 @@ def main(bundle, vectors):
     given = iter(hints)
     worst = 0.0
     for frame in range(sound.shape[1] // chunk):
-        # Which frames have a hint is part of the vectors: a device takes what has come in time.
+        # The vectors define which frames have a hint. A real device uses the hints that arrive on time.
         hint = next(given) if frame in about["frames_with_hints"] else None
         samples = stream.step(np.ascontiguousarray(padded[:, frame * chunk :][:, : chunk + lookahead]), hint)
         worst = max(worst, float(np.abs(samples - expected[:, frame * chunk :][:, :chunk]).max()))

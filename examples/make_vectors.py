@@ -1,6 +1,6 @@
-"""Test vectors of a bundle, for devices in other languages: ``python examples/make_vectors.py BUNDLE FOLDER``.
+"""Makes test vectors of a bundle for devices in other languages: ``python examples/make_vectors.py BUNDLE FOLDER``.
 
-They hold 60 frames: noise with pauses, and hints that are sometimes missing. docs/bundle.md says what the files are.
+They have 60 frames of noise with pauses, and hints for some of the frames. docs/bundle.md describes the files.
 """
 
 import json
@@ -12,11 +12,11 @@ import numpy as np
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.models.bundle import Bundle
 
-FRAMES = 60  # more than attention remembers
+FRAMES = 60  # more than the window of attention
 
 
 def main(bundle: str, folder: Path) -> None:
-    """Write them."""
+    """Write the test vectors."""
     loaded, rng = OnnxModel(Bundle(bundle)), np.random.default_rng(0)
     model = loaded.manifest.model
     framing = model.framing
