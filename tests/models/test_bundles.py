@@ -1,4 +1,4 @@
-"""Bundles: written by kb-export, read back, refused when changed."""
+"""Bundles are written by kb-export, read back, and refused when they were changed."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def test_a_published_checkpoint_becomes_a_bundle_that_computes_the_same(
     ]
 
 
-def test_untrained_bundles_follow_their_seed_and_say_what_they_are(tmp_path: Path) -> None:
+def test_untrained_bundles_depend_on_their_seed_and_are_marked(tmp_path: Path) -> None:
     ids = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         result = run("kb-export", "--untrained", "--seed", seed, "--config", DEMO, "-o", tmp_path / name)
@@ -115,7 +115,7 @@ def test_a_training_configuration_and_a_note_make_a_bundle_and_its_card(tmp_path
     assert "## Data\n\nRead English." in (tmp_path / "whole" / "README.md").read_text()
     assert read_manifest(tmp_path / "whole").model == MODEL.validate_python(config["model"])
 
-    # Speaker layers, most of it, take half the space; everything else stays as it was.
+    # Speaker layers, most of the bundle, take half the space. Everything else does not change.
     result = run(
         *("kb-export", "--config", CONFIGS / "baselines/SM-TSE-25.json", "--untrained", "--half-speaker", "-o"),
         tmp_path / "half",
@@ -146,7 +146,7 @@ def test_check_finds_what_was_changed(golden_bundle: Callable[[str], Path], tmp_
     assert "no bundle of that name" in refusal("kb-export", "--check", "nothing-like-it")
 
 
-def test_recorded_figures_stand_in_manifest_and_card_once(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_recorded_figures_are_in_manifest_and_card_once(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(golden_bundle(CASE), copy)
     before = read_manifest(copy)
@@ -164,7 +164,7 @@ def test_recorded_figures_stand_in_manifest_and_card_once(golden_bundle: Callabl
 
 
 def test_bundles_and_configurations_of_schema_version_1_are_read(tmp_path: Path) -> None:
-    """As ``ss-alone`` and ``ss-48ms-compact`` were written before there was a version 2."""
+    """``ss-alone`` and ``ss-48ms-compact`` were first written with schema version 1."""
     size = {"channels": 16, "hidden": 16, "blocks": 3, "heads": 4, "self_attention": False, "window": 50}
     framing = {"sample_rate": 16000, "chunk": 128, "lookahead": 64}
     alone = {"task": "ss", "microphones": 2, "framing": framing, "small": size, "large": None, "boosting": None}
@@ -210,8 +210,8 @@ def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read as Linux gives it")
-def test_sizes_that_only_the_manifest_has_cost_no_memory(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    """A manifest that is consistent, of a network as large as may be, beside the weights of another one."""
+def test_wrong_sizes_in_the_manifest_cost_no_memory(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """The manifest is consistent and describes a very large network, but the weights belong to another network."""
     bundle = tmp_path / "bundle"
     shutil.copytree(golden_bundle("ss_delay6_compression2"), bundle)
     document = json.loads((bundle / "bundle.json").read_text())
@@ -230,4 +230,4 @@ def test_sizes_that_only_the_manifest_has_cost_no_memory(golden_bundle: Callable
     result = subprocess.run([sys.executable, "-c", script, bundle], capture_output=True, text=True, check=True)
     why, grown = result.stdout.splitlines()
     assert "has shape" in why
-    assert int(grown) < 100_000, "KiB"  # the network would take ten times as much
+    assert int(grown) < 100_000, "KiB"  # the network would need ten times as much

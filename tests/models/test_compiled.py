@@ -55,7 +55,7 @@ def libraries(folder: Path) -> list[Path]:
         ("#!/bin/sh\nwhile [ $# -gt 1 ]; do [ $1 = -o ] && echo rubbish > $2; shift; done\n", "file too short"),
     ],
 )
-def test_training_goes_on_without_it_and_says_once_that_it_is_slower(compiler: str, fault: str, tmp_path: Path) -> None:
+def test_training_without_the_library_warns_once_that_it_is_slower(compiler: str, fault: str, tmp_path: Path) -> None:
     path = tmp_path / "c++"
     if compiler:
         path.write_text(compiler)
@@ -69,7 +69,7 @@ def test_training_goes_on_without_it_and_says_once_that_it_is_slower(compiler: s
 
 
 @needs_compiler
-def test_a_processor_without_the_vectors_it_is_made_for_has_torch_s(tmp_path: Path) -> None:
+def test_without_supported_vector_instructions_torch_is_used(tmp_path: Path) -> None:
     flags = "-O0 -U__AVX512F__ -U__AVX2__ -U__SSE2__ -U__ARM_NEON"
     result = run(TRAIN, CXXFLAGS=flags, XDG_CACHE_HOME=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -78,7 +78,7 @@ def test_a_processor_without_the_vectors_it_is_made_for_has_torch_s(tmp_path: Pa
 
 
 @needs_compiler
-def test_a_cache_folder_that_cannot_be_written_is_told_and_done_without(tmp_path: Path) -> None:
+def test_a_cache_folder_without_write_access_is_reported_and_not_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = run(TRAIN, XDG_CACHE_HOME=tmp_path / "file")
     assert result.returncode == 0, result.stderr
@@ -89,7 +89,7 @@ def test_a_cache_folder_that_cannot_be_written_is_told_and_done_without(tmp_path
 
 
 @needs_compiler
-def test_what_is_kept_is_ours_alone_whatever_the_umask(tmp_path: Path) -> None:
+def test_the_cached_library_is_private_with_any_umask(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
     with umask(0):
@@ -102,7 +102,7 @@ def test_what_is_kept_is_ours_alone_whatever_the_umask(tmp_path: Path) -> None:
     assert kept.stat().st_mode & 0o077 == 0
     assert result.stdout.strip() == str(kept)
     made = kept.stat().st_mtime_ns
-    folder.chmod(0o777)  # as an earlier version or a user left it
+    folder.chmod(0o777)  # as if an earlier version or the user had made it
     assert run(LOADED, XDG_CACHE_HOME=cache).stdout.strip() == str(kept)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert kept.stat().st_mtime_ns == made
@@ -110,12 +110,12 @@ def test_what_is_kept_is_ours_alone_whatever_the_umask(tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("planted", ["writable", "link", "others"])
-def test_a_library_that_others_could_have_put_there_is_not_loaded(planted: str, tmp_path: Path) -> None:
+def test_a_library_that_others_could_have_written_is_not_loaded(planted: str, tmp_path: Path) -> None:
     assert not run(LOADED, XDG_CACHE_HOME=tmp_path).stderr
     (kept,) = libraries(tmp_path)
     whole = kept.read_bytes()
     kept.unlink()
-    # What would be loaded says so at once.
+    # This library prints a word when it is loaded.
     source = tmp_path / "planted.c"
     source.write_text('#include <stdio.h>\n__attribute__((constructor)) void f(void) { puts("planted"); }\n')
     other = tmp_path / "planted.so"
@@ -138,7 +138,7 @@ def test_a_library_that_others_could_have_put_there_is_not_loaded(planted: str, 
 
 @needs_compiler
 @pytest.mark.parametrize("unsafe", ["cache", "others"])
-def test_in_a_folder_that_others_can_write_nothing_is_kept(unsafe: str, tmp_path: Path) -> None:
+def test_nothing_is_cached_in_a_folder_that_others_can_write(unsafe: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     folder = cache / "knowledge-boosting"
     folder.mkdir(parents=True)
@@ -155,8 +155,8 @@ def test_in_a_folder_that_others_can_write_nothing_is_kept(unsafe: str, tmp_path
     assert result.stdout.startswith(str(temporary))
     assert result.stderr.count("others can write there, so the library is not kept") == 1
     assert len(result.stderr.splitlines()) == 1
-    assert not libraries(tmp_path)  # also the temporary one is gone again
-    cache.chmod(0o1777)  # where nobody can replace what is others', as in /tmp
+    assert not libraries(tmp_path)  # the temporary library is deleted too
+    cache.chmod(0o1777)  # a sticky folder like /tmp, in which users cannot replace files of others
     os.chown(folder, os.getuid(), -1)
     assert not run(LOADED, XDG_CACHE_HOME=cache).stderr
     assert libraries(cache)

@@ -1,4 +1,4 @@
-"""Self-attention for training on a CPU against the formulas in torch, forward and back."""
+"""The forward and backward pass of self-attention for training on a CPU equal the formulas in torch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = needs_compiler
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], unseen: Tensor) -> Tensor:
-    """Attention with a mask over all frames; ``[B, L, T, value size]``."""
+    """Compute attention with a mask over all frames. Returns ``[B, L, T, value size]``."""
     window, steps = past[0].shape[2], query.shape[2]
     keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
     distance = torch.arange(window + steps) - torch.arange(steps)[:, None]
@@ -94,8 +94,10 @@ def test_norms_of_heads_equal_their_formula(
 
 @pytest.mark.parametrize("steps", [2, 7, 60])
 @pytest.mark.parametrize("kind", ["self-attention", "hints"])
-def test_layers_are_the_same_with_it_and_without(kind: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output, next state and the gradients of all weights, from streams at different frames."""
+def test_layers_are_the_same_with_the_library_and_without(
+    kind: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare output, next state and the gradients of all weights, for streams at different frames."""
     torch.manual_seed(0)
     bins, window, channels = 5, 20, 8
     if kind == "hints":
@@ -125,7 +127,7 @@ def test_layers_are_the_same_with_it_and_without(kind: str, steps: int, monkeypa
     assert_near(actual, run())
 
 
-def test_what_it_is_not_made_for_is_left_to_torch() -> None:
+def test_unsupported_inputs_are_left_to_torch() -> None:
     assert cpu_attention.fits(torch.zeros(1, 2, 5, 8))
     assert not cpu_attention.fits(torch.zeros(1, 2, 5, 8, dtype=torch.float64))
     assert not cpu_attention.fits(torch.zeros(1, 2, 5, 1025))

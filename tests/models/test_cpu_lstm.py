@@ -1,4 +1,4 @@
-"""The LSTM for training on a CPU against torch's own, forward and back."""
+"""The forward and backward pass of the LSTM for training on a CPU equal those of torch."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def layers(channels: int, units: int, *, bidirectional: bool) -> tuple[nn.LayerN
 def by_torch(
     x: Tensor, axis: int, norm: nn.LayerNorm, lstm: nn.LSTM, linear: nn.Linear, hidden: Tensor, cell: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula, one sequence of features ``[B, T, F, D]`` after another."""
+    """Compute the formula for one sequence of features ``[B, T, F, D]`` after another."""
     others = x.unbind(3 - axis)
     parts = x.shape[0], len(others)
     columns = []
@@ -50,7 +50,7 @@ def by_torch(
         ((1, 1, 5, 48), 16, TIME, True),
     ],
 )
-def test_outputs_states_and_gradients_equal_torch_s(
+def test_outputs_states_and_gradients_equal_those_of_torch(
     shape: tuple[int, int, int, int],
     units: int,
     axis: int,
@@ -64,7 +64,7 @@ def test_outputs_states_and_gradients_equal_torch_s(
     modules = layers(shape[3], units, bidirectional=bidirectional)
     weights = [weight for module in modules for weight in module.parameters()]
     for weight in weights:
-        nn.init.normal_(weight, std=0.3)  # gates that open and close
+        nn.init.normal_(weight, std=0.3)  # large enough for gates to open and close
     x = torch.randn(shape, requires_grad=True)
     sequences = shape[0] * shape[3 - axis]
     states = [torch.randn(1 + bidirectional, sequences, units, requires_grad=True) for _ in range(2)]
@@ -75,7 +75,7 @@ def test_outputs_states_and_gradients_equal_torch_s(
     assert_near(actual, expected)
 
 
-def test_inputs_that_are_no_numbers_come_out_as_such() -> None:
+def test_nan_inputs_give_nan_outputs() -> None:
     x = torch.zeros(1, 3, 2, 16)
     x[0, 1, 0, 0] = torch.nan
     zeros = torch.zeros(1, 2, 16)
@@ -97,7 +97,7 @@ def test_sums_of_any_size_saturate(scale: float, build: str, monkeypatch: pytest
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_gradients_can_be_computed_again_and_of_a_part_of_the_outputs() -> None:
+def test_gradients_of_some_outputs_can_be_computed_repeatedly() -> None:
     modules = layers(16, 16, bidirectional=False)
     x, zeros = torch.randn(1, 3, 2, 16, requires_grad=True), torch.zeros(1, 2, 16)
     y, _, cell = cpu_lstm.residual_lstm(x, TIME, *modules, zeros, zeros)
@@ -107,7 +107,7 @@ def test_gradients_can_be_computed_again_and_of_a_part_of_the_outputs() -> None:
         assert_near([*gradients], [*torch.autograd.grad(expected.sum(), x, retain_graph=True)])
 
 
-def test_what_it_is_not_made_for_is_left_to_torch() -> None:
+def test_unsupported_inputs_are_left_to_torch() -> None:
     assert not cpu_lstm.fits(torch.zeros(1, 2, 2, 12), nn.LSTM(12, 16))
     assert not cpu_lstm.fits(torch.zeros(1, 2, 2, 16), nn.LSTM(16, 8))
     assert not cpu_lstm.fits(torch.zeros(1, 2, 2, 16, dtype=torch.float64), nn.LSTM(16, 16))
@@ -120,7 +120,7 @@ def instructions() -> str:
 
 
 class Counted:
-    """A way to compute it that counts its calls, and computes everything so often."""
+    """An implementation that counts its calls, and computes everything ``times`` times."""
 
     def __init__(self, way: cpu_lstm.ResidualLstm, times: int = 1) -> None:
         self.calls = 0
@@ -134,7 +134,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("slow", ["ours", "torch"])
-def test_the_faster_one_is_taken(slow: str) -> None:
+def test_the_faster_implementation_is_used(slow: str) -> None:
     ours = Counted(cpu_lstm.residual_lstm, 20 if slow == "ours" else 1)
     torchs = Counted(torch_residual_lstm, 20 if slow == "torch" else 1)
     faster = cpu_lstm.FasterLstm(ours, torchs)
@@ -143,7 +143,7 @@ def test_the_faster_one_is_taken(slow: str) -> None:
     expected = torch.rand(1)
     torch.manual_seed(0)
     faster(x, TIME, *modules, zeros, zeros)
-    assert torch.equal(torch.rand(1), expected)  # measuring takes no draws from what is trained
+    assert torch.equal(torch.rand(1), expected)  # the measurement does not affect the random numbers
     before = ours.calls, torchs.calls
     for _ in range(3):
         faster(x, TIME, *modules, zeros, zeros)
@@ -155,7 +155,7 @@ def test_the_faster_one_is_taken(slow: str) -> None:
     )
 
 
-def test_without_gradients_torch_s_is_taken() -> None:
+def test_without_gradients_torch_is_used() -> None:
     ours, torchs = Counted(cpu_lstm.residual_lstm), Counted(torch_residual_lstm)
     zeros = torch.zeros(1, 2, 16)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Analysis and synthesis against NumPy and a closed form."""
+"""Analysis and synthesis equal NumPy and a closed form."""
 
 import numpy as np
 import pytest
@@ -33,12 +33,12 @@ def test_analysis_is_the_fourier_transform_of_windowed_frames(framing: Framing) 
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(1, 700), chunk=st.sampled_from([32, 64, 128]), half=st.booleans())
 def test_synthesis_of_the_analysis_is_the_signal(length: int, chunk: int, half: bool) -> None:
-    """Sum of w^2 x over sum of w^2 is x, except where the first frame's missing predecessor is counted."""
+    """The sum of w^2 x over the sum of w^2 is x, except in the first samples, which lack the frame before."""
     framing = Framing(chunk=chunk, lookahead=chunk // 2 if half else chunk)
     stft = Stft(framing)
     samples = torch.randn(1, 2, length, generator=torch.Generator().manual_seed(length))
     spectrum = stft.analyse(pad_to_frames(samples, framing))
-    # Per output signal (real, imaginary), where the analysis has all real parts first.
+    # The synthesis expects (real, imaginary) for each signal, and the analysis gives all real parts first.
     spectrum = spectrum.unflatten(-1, (2, 2)).transpose(-1, -2).flatten(-2)
     back, _ = stft.synthesise(spectrum, stft.initial_overlap(1, 2))
     squared = torch.hamming_window(framing.n_fft).square()

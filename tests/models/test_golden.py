@@ -1,4 +1,4 @@
-"""The networks against what the published computation gives, whole and in pieces."""
+"""The networks equal the published computation, for whole signals and in pieces."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ from tests.golden_cases import NAMES, TOLERANCE, Golden, worst
 
 @torch.inference_mode()
 def run_in_pieces(case: Golden, pieces: Sequence[int], *, hints: bool = True) -> PairOutput:
-    """Both networks over the case's mixture, ``pieces`` frames at a time."""
+    """Run both networks on the mixture of a case, with ``pieces`` frames in the calls."""
     pair, framing = case.pair, case.pair.config.framing
     batch, _, length = case.mixture.shape
     samples = pad_to_frames(case.mixture, framing)
@@ -70,7 +70,7 @@ def test_frame_by_frame_equals_the_published_computation(name: str, golden: Call
 def test_any_split_into_calls_gives_the_same(name: str, golden: Callable[[str], Golden], data: st.DataObject) -> None:
     case = golden(name)
     total = case.hint.shape[1]
-    # Short pieces and pieces longer than the attention windows, in any order.
+    # The pieces can be short, or longer than the attention windows.
     cuts = data.draw(st.lists(st.integers(1, total - 1), max_size=12, unique=True).map(sorted))
     edges = [0, *cuts, total]
     pieces = [end - start for start, end in pairwise(edges)]

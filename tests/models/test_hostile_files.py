@@ -1,4 +1,4 @@
-"""Files that say more than they hold: each is refused in a line, before anything is made of it."""
+"""Malformed and malicious files are refused with one line, before they can cost memory or run code."""
 
 import json
 import shutil
@@ -62,7 +62,9 @@ def refused(call: Callable[[], object]) -> str:
         ),
     ],
 )
-def test_absurd_sizes_are_refused_before_anything_is_made(changes: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_excessive_sizes_are_refused_before_memory_is_allocated(
+    changes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
     path = tmp_path / "model.json"
     path.write_text(json.dumps(DOCUMENT))
     read_config(path)
@@ -81,7 +83,7 @@ def test_absurd_sizes_are_refused_before_anything_is_made(changes: dict[str, Any
         ("1" * 10_000, "not readable as JSON"),
     ],
 )
-def test_strange_json(content: str, why: str, tmp_path: Path) -> None:
+def test_malformed_json_is_refused(content: str, why: str, tmp_path: Path) -> None:
     path = tmp_path / "bundle.json"
     path.write_text(content)
     assert why in refused(lambda: read_config(path))
@@ -89,7 +91,7 @@ def test_strange_json(content: str, why: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["a = " + "[" * 100_000, "#" * 300_000])
-def test_strange_toml(content: str, tmp_path: Path) -> None:
+def test_malformed_toml_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     path.write_text(content)
     path.chmod(0o600)
@@ -118,7 +120,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_checkpoints_of_strange_tensors(kind: str, tmp_path: Path) -> None:
+def test_checkpoints_with_unusual_tensors_are_refused(kind: str, tmp_path: Path) -> None:
     spoil, why = CHECKPOINTS[kind]
     path, state = tmp_path / "run.ckpt", dict(build(CONFIG).state_dict())
     torch.save(state, path)
@@ -136,8 +138,8 @@ def test_a_compressed_checkpoint_is_not_opened(tmp_path: Path) -> None:
     assert "it is compressed" in refused(lambda: read_checkpoint(packed, CONFIG))
 
 
-def resealed(bundle: Path) -> Path:
-    """A bundle whose manifest says of its files that they are as they should be."""
+def with_matching_digests(bundle: Path) -> Path:
+    """Update the digests in the manifest of a bundle, so that its changed files match them."""
     manifest = bundle / "bundle.json"
     document = json.loads(manifest.read_text())
     document["digests"] = {part: file_digest(bundle / f"{part}.safetensors") for part in document["digests"]}
@@ -149,7 +151,7 @@ def resealed(bundle: Path) -> Path:
 
 @pytest.fixture
 def bundle(golden_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
-    """One that may be spoilt."""
+    """A bundle that a test can change."""
     return Path(shutil.copytree(golden_bundle(SS), tmp_path / "bundle"))
 
 
@@ -158,25 +160,27 @@ def test_weights_are_no_integers_nor_complex(kind: torch.dtype, bundle: Path) ->
     path = bundle / "large.safetensors"
     state = {name: value.to(kind) for name, value in safetensors.torch.load_file(path).items()}
     safetensors.torch.save_file(state, path)
-    assert f"is of {str(kind).removeprefix('torch.')}" in refused(lambda: load_large(Bundle(resealed(bundle))))
+    assert f"is of {str(kind).removeprefix('torch.')}" in refused(
+        lambda: load_large(Bundle(with_matching_digests(bundle)))
+    )
 
 
-def dynamic(graph: onnx.ModelProto) -> None:
+def dynamic_shape(graph: onnx.ModelProto) -> None:
     graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "n"
 
 
-def enormous(graph: onnx.ModelProto) -> None:
+def excessive_input(graph: onnx.ModelProto) -> None:
     graph.graph.input.append(helper.make_tensor_value_info("new", TensorProto.FLOAT, [2**20, 2**20]))
 
 
-def another(graph: onnx.ModelProto) -> None:
+def other_graph(graph: onnx.ModelProto) -> None:
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("a", "b")]
     made = helper.make_graph([helper.make_node("Identity", ["a"], ["b"])], "other", value[:1], value[1:])
     graph.graph.CopyFrom(made)
 
 
-def failing(graph: onnx.ModelProto) -> None:
-    """Its first step is a division of shapes that do not fit, which is found only as it runs."""
+def failing_node(graph: onnx.ModelProto) -> None:
+    """Add a node with an index that does not exist, which is found only when the graph runs."""
     nodes = graph.graph.node
     index = helper.make_tensor("far", TensorProto.INT64, [1], [10**6])
     graph.graph.initializer.append(index)
@@ -185,13 +189,13 @@ def failing(graph: onnx.ModelProto) -> None:
     graph.graph.output.append(helper.make_tensor_value_info("taken", TensorProto.FLOAT, None))
 
 
-@pytest.mark.parametrize("spoil", [dynamic, enormous, another, failing])
-def test_graphs_that_are_not_of_the_bundle(spoil: Callable[[onnx.ModelProto], None], bundle: Path) -> None:
+@pytest.mark.parametrize("spoil", [dynamic_shape, excessive_input, other_graph, failing_node])
+def test_graphs_that_do_not_fit_the_bundle_are_refused(spoil: Callable[[onnx.ModelProto], None], bundle: Path) -> None:
     path = bundle / "small.onnx"
     graph = onnx.load(path)
     spoil(graph)
     path.write_bytes(graph.SerializeToString())
-    line = refused(lambda: OnnxModel(Bundle(resealed(bundle))))
+    line = refused(lambda: OnnxModel(Bundle(with_matching_digests(bundle))))
     assert "small.onnx: not " in line
 
 
@@ -215,7 +219,7 @@ def test_embeddings_are_read_by_what_their_header_says(tmp_path: Path) -> None:
     assert str(path) in refused(lambda: read_embedding(path))
 
 
-def test_a_damaged_sofa_file(tmp_path: Path) -> None:
+def test_a_damaged_sofa_file_is_refused_or_read(tmp_path: Path) -> None:
     path, content = tmp_path / "head.sofa", SOFA.read_bytes()
     for at in (10, 100, 1000, 5000, len(content) // 2):
         path.write_bytes(content[:at] + b"\xff" * 100 + content[at + 100 :])

@@ -1,4 +1,4 @@
-"""A running level: what networks make of a signal follows its level, and nothing else of it."""
+"""With a running level, the level of the output follows that of the input, and nothing else changes."""
 
 from collections.abc import Callable
 
@@ -35,24 +35,24 @@ def pair() -> BoostedPair:
     assert isinstance(model, BoostedPair)
     bias = model.small.network.output_conv.conv.bias
     assert bias is not None
-    torch.nn.init.normal_(bias, std=0.5)  # what an untrained one lacks
+    torch.nn.init.normal_(bias, std=0.5)  # an untrained network has no bias
     return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def signal() -> Tensor:
-    """Two seconds that begin with silence, pause, and vary in level as speech does, -26 dBFS."""
+    """A signal of two seconds at -26 dBFS, with silence at the start, a pause, and a level that varies like speech."""
     time = torch.arange(2 * SECOND) / SECOND
     samples = torch.randn(1, 2, 2 * SECOND, generator=torch.Generator().manual_seed(1))
     samples *= (2 * torch.pi * 3 * time).sin().clamp_min(0) + 0.2
-    # Windows have half of a beginning, or nothing: with the very first samples alone they are below the floor.
+    # The signal begins in the middle of a window. A window with only its first samples would be below the floor.
     samples[..., : 32 * 128 + 64] = 0
     samples[..., SECOND : 156 * 128 + 64] = 0
     return 0.05 * samples / samples.square().mean().sqrt()
 
 
 def by_frames(pair: BoostedPair, samples: Tensor) -> Tensor:
-    """The small network's output, frame by frame, with the large one's hints as they come."""
+    """Compute the output of the small network frame by frame, with the hints of the large one."""
     framing, delay = CONFIG.framing, CONFIG.delay
     padded = pad_to_frames(samples, framing)
     small, large = pair.small.initial_state(1), pair.large.initial_state(1)
@@ -69,7 +69,7 @@ def by_frames(pair: BoostedPair, samples: Tensor) -> Tensor:
 
 
 def by_graph(pair: BoostedPair, samples: Tensor) -> Tensor:
-    """The same under ONNX Runtime, with hints of the pair's whole signal."""
+    """Compute the same with ONNX Runtime, with the hints for the whole signal."""
     framing, delay = CONFIG.framing, CONFIG.delay
     padded = pad_to_frames(samples, framing)[0].numpy()
     hints = pair(samples).hints[0].numpy()
@@ -101,19 +101,19 @@ def test_the_output_follows_the_input_level(pair: BoostedPair, signal: Tensor, w
 @pytest.mark.parametrize("way", WAYS)
 def test_silence_gives_silence(pair: BoostedPair, signal: Tensor, way: str) -> None:
     assert not WAYS[way](pair, torch.zeros_like(signal)).any()
-    # Also where a signal pauses, when the last window that reaches into it is over.
+    # A pause is silent too, after the last window that overlaps the signal before it.
     framing = CONFIG.framing
     pause = WAYS[way](pair, signal)[..., SECOND + framing.n_fft : 156 * 128 - framing.n_fft]
     assert not pause.any()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_offset_has_no_part(pair: BoostedPair, signal: Tensor, way: str) -> None:
+def test_a_dc_offset_has_no_effect(pair: BoostedPair, signal: Tensor, way: str) -> None:
     expected = pair(signal).small
     shifted = WAYS[way](pair, signal + 0.3)
-    # The windows of the last frames reach past the end of the signal, where the offset ends too.
+    # The windows of the last frames extend past the end of the signal, where the offset ends.
     whole = slice(None, -CONFIG.framing.n_fft)
-    # An offset takes the last bits of single precision from the signal, in what was silence above all.
+    # The offset costs the last bits of single precision, which matters most where the signal is silent.
     torch.testing.assert_close(
         shifted[..., whole], expected[..., whole], rtol=0, atol=1e-2 * float(expected.abs().max())
     )
@@ -122,13 +122,13 @@ def test_an_offset_has_no_part(pair: BoostedPair, signal: Tensor, way: str) -> N
 def test_the_level_is_that_of_the_loudest_frame_and_fades() -> None:
     framing = Framing()
     level = RunningLevel(framing, 2)
-    # Frames of white noise, RMS 0.1, then a hundred 40 dB weaker, then one of 0.2.
+    # 50 frames of white noise have an RMS of 0.1, the next 100 frames are 40 dB weaker, and the last one has 0.2.
     rms = torch.tensor([0.1] * 50 + [0.001] * 100 + [0.2])
     samples = torch.randn(1, 2, 151 * 192, generator=torch.Generator().manual_seed(2)) * rms.repeat_interleave(192)
     frames = samples.unfold(-1, 192, 192)
     basis = Stft(framing).analyse(frames.transpose(1, 2).reshape(151, 2, 192)).transpose(0, 1)
     scale = level(basis, torch.zeros(1)).scale[0, :, 0, 0] * 0.1
-    # A hundred frames of 8 ms fade by 8 dB; the loudest of fifty is some more than their mean.
+    # The level fades by 8 dB in 100 frames of 8 ms. The loudest of 50 frames is a little louder than their mean.
     assert 0.1 < scale[49] < 0.13
     assert 20 * torch.log10(scale[149] / scale[49]) == pytest.approx(-8, abs=0.2)
     assert scale[150] == pytest.approx(0.2, rel=0.15)
@@ -150,7 +150,7 @@ def test_slots_keep_every_stream_at_its_own_level(pair: BoostedPair, signal: Ten
             torch.testing.assert_close(own, expected[0, start : start + 4], rtol=0, atol=2e-4)
 
 
-def test_without_it_configurations_and_ids_are_as_before() -> None:
+def test_without_a_running_level_configurations_and_ids_do_not_change() -> None:
     plain = CONFIG.model_copy(update={"running_level": False})
     assert "running_level" not in plain.model_dump()
     assert CONFIG.model_dump()["running_level"] is True

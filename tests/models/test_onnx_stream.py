@@ -1,4 +1,4 @@
-"""Networks with self-attention as graphs: what torch computes, over more frames than attention sees."""
+"""Graphs of networks with self-attention equal torch, for more frames than the window of attention."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ FRAMES = 30
 
 
 def one_network(config: ModelConfig) -> SmallModel:
-    """A network whose affine parts and slopes, which begin all alike, differ."""
+    """Build a network with random affine parts and slopes, which are initialised to constants otherwise."""
     torch.manual_seed(0)
     network = build(config).get_submodule("small").eval().requires_grad_(False)
     assert isinstance(network, SmallModel)
@@ -78,7 +78,7 @@ def test_self_attention_over_more_frames_than_its_window(
     expected = network(torch.from_numpy(mixture)[None], network.initial_state(1, speaker), given)[0][0]
 
     stream = OnnxStream(load_graph(frame_graph(network)), config, speaker_inputs(network, speaker))
-    # The second time after a reset, which leaves nothing of the first in the rings.
+    # The second run follows a reset, which must clear the rings.
     for _ in range(2):
         estimates = [stream.step(window, hint) for window, hint in zip(windows(mixture, config), hints, strict=True)]
         assert worst(np.concatenate(estimates, axis=-1), expected) < TOLERANCE * float(expected.abs().max())
@@ -89,7 +89,7 @@ def test_self_attention_over_more_frames_than_its_window(
 def test_a_large_network_alone_gives_what_the_published_computation_gives(
     case_name: str, golden: Callable[[str], Golden], tmp_path: Path
 ) -> None:
-    """As a bundle, from its published configuration and checkpoint where there is one."""
+    """The bundle is made from the published configuration and checkpoint, if the case has one."""
     case = golden(case_name)
     checkpoint, config, bundle = FOLDER / case_name / "large.pt", tmp_path / "alone.json", tmp_path / "large-alone"
     published = json.loads((FOLDER / case_name / "config.json").read_text())
@@ -125,7 +125,7 @@ def test_a_graph_that_lacks_the_network_s_self_attention_is_refused(tmp_path: Pa
         OnnxModel(Bundle(bundle))
 
 
-def test_rings_that_no_device_could_have_are_refused() -> None:
+def test_rings_that_are_too_large_for_a_device_are_refused() -> None:
     size = NetworkSize(channels=4, hidden=1, blocks=1, heads=4, self_attention=True, window=10_000)
     network = one_network(Alone(task="ss", network=size))
     with pytest.raises(InputError, match=r"too large to run on a device: self_keys_0 has .* shorter window"):

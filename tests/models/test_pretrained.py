@@ -1,4 +1,4 @@
-"""The bundles that come with the software, and what they do for the sample mixture."""
+"""The shipped bundles are complete, and they improve the sample mixture."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ NAMES = sorted(path.name for path in PRETRAINED.iterdir())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_bundle_is_whole_and_tells_what_it_is(name: str) -> None:
+def test_a_shipped_bundle_is_complete_and_documented(name: str) -> None:
     result = run("kb-export", "--check", name)
     assert result.returncode == 0, result.stderr
     manifest = Bundle(name).manifest
@@ -30,7 +30,7 @@ def test_a_shipped_bundle_is_whole_and_tells_what_it_is(name: str) -> None:
         assert word in card, word
 
 
-def test_nobody_of_the_validation_speech_was_trained_on() -> None:
+def test_no_speaker_of_the_validation_speech_was_in_training() -> None:
     listed = (ROOT / "configs/compact/train-utterances.txt").read_text().split()
     trained = {utterance.split("-")[0] for utterance in listed}
     validation = {path.name for path in (ROOT / "samples/speech/valid").iterdir() if path.is_dir()}
@@ -38,7 +38,7 @@ def test_nobody_of_the_validation_speech_was_trained_on() -> None:
     assert len(validation) == 5
     assert not trained & validation
     for manifest in (bundle.manifest for bundle in Bundle.shipped()):
-        # Of voices that kb-make-voices made, who they were made of. Speakers with too little speech were left out.
+        # Voices of kb-make-voices count as their speakers. Speakers with too little speech were left out of training.
         heard = {name.partition("~")[0] for name in manifest.provenance.training_speakers}
         assert len(heard) > 200
         assert heard <= trained
@@ -54,7 +54,7 @@ def test_the_tracked_tree_stays_small() -> None:
 
 @pytest.mark.parametrize("task", ["ss", "tse"])
 def test_the_demo_improves_the_mixture_without_clipping_or_clicks(task: str, tmp_path: Path) -> None:
-    """What ``make demo`` runs; for separation, with every default."""
+    """Run the commands of ``make demo``; for separation with all defaults."""
     samples = ROOT / "samples"
     flags: list[object] = ["--reference", samples / "source1.flac"]
     if task == "ss":

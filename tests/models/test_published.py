@@ -1,4 +1,4 @@
-"""Import of published configurations and checkpoints, and what is wrong with bad ones."""
+"""Published configurations and checkpoints are imported, and bad ones are refused with a reason."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def published(name: str = CASE) -> dict[str, Any]:
 
 
 def test_a_whole_published_training_configuration_is_read(tmp_path: Path) -> None:
-    """Import paths, optimiser and data fields stand around the sizes, and the task is in the import path."""
+    """The document also has import paths, optimiser and data fields. The task follows from the import path."""
     sizes = published("tse_delay6")
     del sizes["task"]
     network = "src.models.tfgridnet_TSE_causal_torch_stft_layernorm.net.Net"
@@ -111,8 +111,8 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
         read_checkpoint(path, config)
 
 
-class Evil:
-    """What unpickling without ``weights_only`` would run."""
+class MaliciousObject:
+    """An object that runs code if it is unpickled without ``weights_only``."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return (Path.touch, (Path("ran"),))  # type: ignore[return-value]
@@ -120,7 +120,7 @@ class Evil:
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    torch.save({"state_dict": MaliciousObject()}, tmp_path / "evil.ckpt")
     with pytest.raises(InputError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "evil.ckpt", read_config(FOLDER / CASE / "config.json"))
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""States of many streams in one batch."""
+"""The states of several streams can be stacked in one batch."""
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -12,7 +12,7 @@ from tests.golden_cases import TOLERANCE, Golden, load, worst
 
 
 def tensors(state: Any) -> list[Tensor]:
-    """All tensors in a state container."""
+    """Return all tensors in a state."""
     if isinstance(state, Tensor):
         return [state]
     if isinstance(state, tuple):
@@ -24,7 +24,7 @@ def tensors(state: Any) -> list[Tensor]:
 
 
 def stack(first: Any, second: Any) -> Any:
-    """Two states as one with both streams."""
+    """Stack two states."""
     if isinstance(first, Tensor):
         return torch.cat([first, second])
     if isinstance(first, tuple):
@@ -47,7 +47,7 @@ def test_every_state_tensor_has_the_batch_axis_first(golden: Callable[[str], Gol
 
 @torch.inference_mode()
 def test_streams_at_different_frames_share_a_batch(golden: Callable[[str], Golden]) -> None:
-    """One stream past the attention window, one at its start: together as each alone."""
+    """A stream past its attention window and one at its start give the same results together as alone."""
     case = golden("ss_delay6_compression2")
     pair, framing = case.pair, case.pair.config.framing
     samples = pad_to_frames(case.mixture, framing)
@@ -88,8 +88,8 @@ def test_a_step_writes_one_row_of_each_attention_cache(golden: Callable[[str], G
 
 
 @torch.inference_mode()
-def test_the_speaker_is_looked_at_once_a_session() -> None:
-    case = load("tse_delay6")  # a copy of its own, to be spoilt
+def test_the_speaker_layers_run_once_a_session() -> None:
+    case = load("tse_delay6")  # a separate copy, because the test changes it
     small, framing = case.pair.small, case.pair.config.framing
     state = small.initial_state(2, case.speaker_embedding)
     for weight in small.network.speaker.parameters():

@@ -1,4 +1,4 @@
-"""Training configurations: the twenty published ones in both forms, what they build, and what bad ones are told."""
+"""The twenty published training configurations in both forms, their networks, and the errors of bad ones."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ Document = dict[str, Any]
 Task = Literal["tse", "ss"]
 CODES: tuple[tuple[str, Task], ...] = (("BS", "ss"), ("TSE", "tse"))
 
-# The published configurations, by what tells them apart.
+# The published configurations, with the values that differ between them.
 BASELINES: dict[str, tuple[Task, str]] = {
     f"baselines/{prefix}-{code}-{number}": (task, size)
     for prefix, number, size in (("BM", 500, "large"), ("MM", 37, "medium"), ("SM", 25, "small"))
@@ -54,7 +54,7 @@ def network_params(size: str, **more: object) -> Document:
 
 
 def published(name: str) -> Document:
-    """A published configuration as the published code has it."""
+    """Return a configuration in the published form."""
     task = BASELINES[name][0] if name in BASELINES else PAIRS[name][0]
     arguments: Document = {
         "loss_params": {"name": "sisdr" if task == "tse" else "pit_sisdr"},
@@ -139,7 +139,7 @@ def test_a_configuration_of_ours_is_the_published_one_of_its_name(name: str, tmp
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_values_of_training_are_the_published_ones(name: str) -> None:
-    """What both forms could get wrong alike."""
+    """Check values that could be wrong in both forms."""
     config = ours(name)
     pair = name in PAIRS
     assert (config.epochs, config.batch_size, config.seed) == (20 if pair else 100, 8, 42)
@@ -162,13 +162,13 @@ def test_the_values_of_training_are_the_published_ones(name: str) -> None:
 
 
 def parameters(module: nn.Module, layers: str = "") -> int:
-    """Parameters of a network, or those of one kind of layers."""
+    """Return the number of parameters of a network, or of one kind of layer."""
     return sum(weight.numel() for name, weight in module.named_parameters() if layers in name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_have_their_published_sizes(name: str) -> None:
-    """About 23 k parameters (35 k with fusion), 37 k and 517 k, and what the speaker layers add to them."""
+    """They have about 23 k (35 k with fusion), 37 k and 517 k parameters, without those of the speaker layers."""
     config = ours(name).model
     model = build(config)
     parts = {"small": BASELINES[name][1]} if name in BASELINES else {"small": "small", "large": "large"}
@@ -186,7 +186,7 @@ def test_networks_have_their_published_sizes(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def voices() -> Tensor:
-    """Half a second of both sample speakers, two items, ``[B, S, M, N]``."""
+    """Two items with half a second of both sample speakers, ``[B, S, M, N]``."""
     clips = []
     for start in (1, 4):
         pair = [
@@ -198,7 +198,7 @@ def voices() -> Tensor:
 
 
 def estimate(model: nn.Module, config: ModelConfig, mixture: Tensor, speaker: Tensor | None) -> Tensor:
-    """What the network that is trained makes of a mixture."""
+    """Return the estimate of the trained network for a mixture."""
     if isinstance(model, BoostedPair):
         small: Tensor = model(mixture, speaker).small
         return small
@@ -211,7 +211,7 @@ def estimate(model: nn.Module, config: ModelConfig, mixture: Tensor, speaker: Te
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_optimiser_step_moves_every_weight(name: str, voices: Tensor) -> None:
-    """A pair's loss is the small network's alone; it reaches hint encoder and large network through the hints."""
+    """The loss of a pair is that of its small network. Its gradients reach the large network through the hints."""
     torch.manual_seed(0)
     config = ours(name)
     model = build(config.model)
@@ -231,7 +231,7 @@ def test_an_optimiser_step_moves_every_weight(name: str, voices: Tensor) -> None
         assert not torch.equal(weight, before[key]), key
 
 
-# One change to a good document, and what its error must name. Keys are paths; ABSENT takes the key out.
+# A change to a good document, and a text that its error must contain. Keys are paths; ABSENT removes the key.
 ABSENT = object()
 Change = tuple[str, object, str]
 
@@ -349,14 +349,12 @@ def test_unusable_dynamic_data_is_refused_naming_the_key(key: str, value: object
 @pytest.mark.parametrize(
     ("key", "value"), [("large_checkpoint", "large.pt"), ("freeze_large", True), ("hint_dropout", 0.1)]
 )
-def test_one_network_alone_has_no_large_one_to_start_or_freeze_and_no_hints(
-    key: str, value: object, tmp_path: Path
-) -> None:
+def test_options_of_pairs_are_refused_for_one_network_alone(key: str, value: object, tmp_path: Path) -> None:
     document = json.loads((CONFIGS / "baselines/SM-BS-25.json").read_text()) | {key: value}
     assert_refused(document, key, tmp_path / "config.json")
 
 
-def test_noise_is_of_speaker_components_and_without_them_of_nothing(tmp_path: Path) -> None:
+def test_speaker_noise_needs_speaker_components(tmp_path: Path) -> None:
     stage = Recipe(CONFIGS / "compact/recipe.toml").stage("tse-large", tmp_path)
     document = stage.model_dump(mode="json") | {"speaker_noise": 0.5}
     (tmp_path / "config.json").write_text(json.dumps(document))
@@ -448,7 +446,7 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
         read_training_config(tmp_path)
 
 
-def test_published_values_that_differ_are_taken_over(tmp_path: Path) -> None:
+def test_changed_values_of_a_published_configuration_are_used(tmp_path: Path) -> None:
     document = published(PAIR)
     for path, value in (
         ("epochs", 3),

@@ -1,4 +1,4 @@
-"""Folders of speech: whose utterance is whose, and what is drawn from them."""
+"""The speakers and utterances in folders of speech, and the segments that are drawn from them."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def speaker(name: str, *seconds: float) -> Speaker:
         (["84-1-1.ogg", "valid/174-1-1.ogg", "valid/174-1-1.txt", "valid/.x-1.wav"], ["174", "84"]),
     ],
 )
-def test_every_layout_tells_the_speakers(files: list[str], speakers: list[str], tmp_path: Path) -> None:
+def test_the_speakers_of_every_layout_are_found(files: list[str], speakers: list[str], tmp_path: Path) -> None:
     for file in files:
         if file.endswith(".txt") or "/." in file:
             (tmp_path / file).write_text("a transcript")
@@ -74,7 +74,7 @@ def test_a_corpus_is_the_same_wherever_it_lies(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
-def test_what_is_not_speech_of_a_speaker_is_named(tmp_path: Path) -> None:
+def test_folders_without_speech_of_a_known_speaker_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         find_speech(tmp_path / "none", skip_broken=False)
     with pytest.raises(InputError, match="holds no usable speech"):
@@ -125,7 +125,7 @@ def test_higher_rates_are_resampled(tmp_path: Path) -> None:
     found = read_segment(Segment(utterance, start, length))
     expected = 0.5 * np.sin(2 * np.pi * 440 * (np.arange(length) + start) / SAMPLE_RATE)
     np.testing.assert_allclose(found[500:-500], expected[500:-500], atol=1e-3)
-    # The last sample there is.
+    # This segment includes the last sample of the file.
     assert read_segment(Segment(utterance, utterance.length - length, length)).shape == (length,)
 
 

@@ -1,4 +1,4 @@
-"""Examples: from a folder in the published layout, and mixed anew; their order, and who reads them."""
+"""Examples from a folder in the published layout and from dynamic mixing, their order and their loading."""
 
 import math
 import shutil
@@ -40,7 +40,7 @@ def model(task: Task) -> ModelConfig:
 
 
 def voice(item: int, source: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """What the files of the folder below hold, ``[N, M]``."""
+    """Return the samples ``[N, M]`` of a file in the folder below."""
     random = np.random.default_rng([item, source])
     return random.uniform(-0.4, 0.4, (LENGTH, 2)).astype(np.float32)
 
@@ -67,7 +67,7 @@ def _pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(_pristine: Path, tmp_path: Path) -> Path:
-    """A dataset of six items that a test may break."""
+    """A dataset of six items that a test can change."""
     return Path(shutil.copytree(_pristine, tmp_path / "data"))
 
 
@@ -85,7 +85,7 @@ def folder_of(
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two examples or batches are the same to the last bit."""
+    """Return whether two examples or batches are identical."""
     return bool(one.keys() == other.keys()) and all(
         torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
         for key, value in one.items()
@@ -93,7 +93,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def test_items_come_in_the_order_of_their_numbers(root: Path) -> None:
-    """Numbers are not padded alike in every dataset."""
+    """The padding of the numbers differs between datasets."""
     shutil.move(root / "val" / "09", root / "val" / "9")
     shutil.move(root / "val" / "02", root / "val" / "0002")
     assert [path.name for path in folder_of(root).items] == ["00", "01", "0002", "9", "10", "11"]
@@ -116,7 +116,7 @@ def test_separation_gets_both_sources_and_their_sum(root: Path) -> None:
 
 
 def targets(folder: MixtureFolder, epoch: int) -> list[int]:
-    """Which source each item's target is, having checked that the embedding is that speaker's."""
+    """Return which source is the target of each item, after checking that the embedding belongs to it."""
     found = []
     for index, path in enumerate(folder.items):
         item, example = int(path.name), folder.example((epoch, index))
@@ -154,8 +154,8 @@ def truncate(path: Path, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
-class Evil:
-    """What unpickling without ``weights_only`` would run."""
+class MaliciousObject:
+    """An object that runs code if it is unpickled without ``weights_only``."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = mark
@@ -189,7 +189,7 @@ EMBEDDING_DAMAGES: list[tuple[str, str, Damage]] = [
     ("another size", "spk_id00.pt", lambda path: torch.save(torch.zeros(1, 192), path)),
     ("no tensor", "spk_id00.pt", lambda path: torch.save([0.0] * 256, path)),
     ("NaN", "spk_id00.pt", lambda path: torch.save(torch.full((1, 256), math.nan), path)),
-    ("malicious", "spk_id00.pt", lambda path: torch.save(Evil(path.parent / "ran"), path)),
+    ("malicious", "spk_id00.pt", lambda path: torch.save(MaliciousObject(path.parent / "ran"), path)),
 ]
 
 
@@ -204,7 +204,7 @@ EMBEDDING_DAMAGES: list[tuple[str, str, Damage]] = [
 def test_a_broken_item_is_an_error_or_left_out(
     task: Task, file: str, damage: Damage, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error names the file; with skipping on, a warning does, and the next item takes its place."""
+    """The error names the file. If broken items are skipped, a warning names it, and the next item replaces it."""
     good = folder_of(root, task)
     expected = good.example((0, 3))
     item = root / "val" / "02"
@@ -280,7 +280,7 @@ def test_all_devices_together_see_the_batches_of_one(items: int, batch_size: int
 
 
 def test_no_device_is_left_without_an_example() -> None:
-    """Every device must take as many steps, so one left without an example in the last batch repeats one."""
+    """All devices take the same number of steps, so a device without an example in the last batch repeats one."""
     shares = [batches(EpochOrder(9, 4, seed=0, shuffle=False, rank=rank, devices=4)) for rank in range(4)]
     assert [share[-1] for share in shares] == [[(0, 8)]] * 4
 
@@ -318,7 +318,7 @@ def test_an_interrupted_epoch_goes_on_where_it_stopped(first: int) -> None:
     assert batches(rest, 7) == batches(whole, 7)  # the next epoch is whole again
 
 
-# Who reads them.
+# Loading in worker processes.
 
 
 @pytest.mark.parametrize("task", ["ss", "tse"])
@@ -344,7 +344,7 @@ def test_worker_processes_change_nothing(task: Task, root: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_item_is_told_alike_wherever_it_is_read(workers: int, root: Path) -> None:
+def test_a_broken_item_gives_the_same_error_in_every_process(workers: int, root: Path) -> None:
     (root / "val" / "01" / "source00.wav").unlink()
     loader = Loader(folder_of(root), EpochOrder(6, 2, seed=0, shuffle=False), workers)
     with pytest.raises(InputError) as caught:
@@ -353,7 +353,7 @@ def test_a_broken_item_is_told_alike_wherever_it_is_read(workers: int, root: Pat
     assert "\n" not in str(caught.value)
 
 
-def test_a_process_that_leaves_in_mid_epoch_ends_those_that_read(root: Path) -> None:
+def test_a_process_that_exits_during_an_epoch_ends_its_workers(root: Path) -> None:
     script = (
         "from knowledge_boosting.models.config import MODEL\n"
         "from knowledge_boosting.training.config import FolderData\n"
@@ -365,7 +365,7 @@ def test_a_process_that_leaves_in_mid_epoch_ends_those_that_read(root: Path) -> 
         "batches = iter(Loader(folder, EpochOrder(6, 2, seed=0, shuffle=False), 1))\n"
         "print(len(next(batches)['names']))\n"
     )
-    # If it waits for them, it does so for ever.
+    # If the process waited for its workers, it would not end.
     left = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
     )
@@ -379,7 +379,7 @@ def test_items_of_different_lengths_do_not_make_a_batch(root: Path) -> None:
         list(Loader(folder_of(root), EpochOrder(6, 2, seed=0, shuffle=False), 0))
 
 
-# Mixing anew.
+# Dynamic mixing.
 
 SECONDS = 0.5
 TAPS = 300
@@ -387,7 +387,7 @@ TAPS = 300
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three rooms whose responses are noise that dies away, the second ear weaker."""
+    """Three rooms, whose responses are decaying noise, weaker at the second ear."""
     random = np.random.default_rng(0)
     responses = random.standard_normal((3, 2, 2, TAPS)) * np.exp(-np.arange(TAPS) / 40) * [[1.0], [0.5]]
     path = tmp_path_factory.mktemp("bank") / "responses.safetensors"
@@ -430,13 +430,13 @@ def collate(examples: Sequence[dict[str, Any]]) -> Batch:
 
 @pytest.fixture(scope="module")
 def drawn(bank: Path) -> Batch:
-    """Eight examples of separation, before they are rendered."""
+    """Eight examples for separation before rendering."""
     examples = mixing(bank)
     return collate([examples.example((0, index)) for index in range(8)])
 
 
 def power(signal: Tensor) -> Tensor:
-    """Mean square over microphones and samples of ``[..., M, N]``."""
+    """Return the mean square of ``[..., M, N]`` over microphones and samples."""
     return signal.double().square().mean((-2, -1))
 
 
@@ -456,7 +456,7 @@ def test_an_example_is_two_speakers_in_a_room_of_the_bank(bank: Path, drawn: Bat
 
 @pytest.fixture(scope="module")
 def disturbed(bank: Path, tmp_path_factory: pytest.TempPathFactory) -> DynamicMixing:
-    """Mixing with all conditions, in a bank of two listeners."""
+    """Dynamic mixing with all conditions and a bank with two listeners."""
     folder = tmp_path_factory.mktemp("disturbed")
     responses = load_file(bank)["responses"]
     mono = np.repeat(responses[:, :, :1], 2, axis=2)
@@ -491,7 +491,7 @@ def test_noise_is_as_far_below_the_voices_as_drawn(disturbed: DynamicMixing) -> 
     batch = collate([disturbed.example((1, index)) for index in range(8)])
     rendered = render(batch)
     noise = rendered["mixture"] - rendered["sources"].sum(1)
-    # Taken back is what changes the level along the way.
+    # The change of level is undone.
     way = 10 ** (batch["level_change_db"][:, None] * torch.linspace(-0.5, 0.5, noise.shape[-1]) / 20)
     ratio = power(rendered["sources"].sum(1) / way[:, None]) / power(noise / way[:, None])
     torch.testing.assert_close(10 * ratio.log10(), batch["noise_db"].double(), atol=0.05, rtol=0)
@@ -526,7 +526,7 @@ def test_speakers_pause_in_their_share_of_mixtures(disturbed: DynamicMixing, ban
     paused = [index for index in range(40) if max(silences(disturbed, index)) > RATE // 20]
     assert 10 <= len(paused) <= 30
     assert not [index for index in range(40) if max(silences(undisturbed, index)) > RATE // 20]
-    # Nobody is silent for all of it.
+    # No speaker is silent for the whole mixture.
     assert all(max(silences(disturbed, index)) <= 0.75 * RATE * SECONDS for index in paused)
 
 
@@ -584,7 +584,7 @@ def test_the_mixture_is_the_sum_of_the_sources_at_the_level_drawn(drawn: Batch) 
 
 
 def test_peaks_stay_below_full_scale(drawn: Batch) -> None:
-    """Two clicks in half a second of silence cannot be brought to a speech level."""
+    """Two clicks in half a second of silence cannot be amplified to the level of speech."""
     clicks = torch.zeros_like(drawn["speech"])
     clicks[:, 0, 100] = 1
     clicks[:, 1, 5000] = 1
@@ -597,7 +597,7 @@ def test_peaks_stay_below_full_scale(drawn: Batch) -> None:
 
 
 def test_rendering_is_convolution_with_the_responses(drawn: Batch) -> None:
-    """But for one gain a speaker, which both ears share."""
+    """They are equal except for one gain for each speaker, which is the same for both ears."""
     sources = render(drawn)["sources"].double().numpy()
     speech, responses = drawn["speech"].double().numpy(), drawn["responses"].double().numpy()
     for item in range(len(sources)):
@@ -639,18 +639,18 @@ def test_playback_speed_changes_the_speech_but_not_its_length(bank: Path) -> Non
         speech = fast.example((0, index))["speech"]
         assert speech.shape == (2, RATE * SECONDS)
         assert torch.isfinite(speech).all()
-        assert (speech[:, -RATE // 10 :].abs().amax(1) > 0).all()  # no padding: the segment was long enough
+        assert (speech[:, -RATE // 10 :].abs().amax(1) > 0).all()  # without padding, because the segment is long enough
 
 
 @pytest.fixture(scope="module")
 def targeted(bank: Path) -> Batch:
-    """Three examples of target speech extraction, before they are rendered."""
+    """Three examples for target speech extraction before rendering."""
     examples = mixing(bank, "tse")
     return collate([examples.example((0, index)) for index in range(3)])
 
 
 def test_the_embeddings_are_of_the_speakers(targeted: Batch) -> None:
-    """Each is closer to its speaker's utterances than to the other's, though of another segment."""
+    """Each embedding is closer to the utterance of its speaker than to the other one, though its segment differs."""
     assert targeted["speaker_embedding"].shape == (3, 2, 256)
     for name, found in zip(targeted["names"], targeted["speaker_embedding"], strict=True):
         whole = torch.stack(
@@ -665,7 +665,7 @@ def test_the_embeddings_are_of_the_speakers(targeted: Batch) -> None:
 
 
 def test_the_embeddings_are_of_voices_at_the_speed_they_play_at(bank: Path) -> None:
-    """On average closer to what plays than the same speakers' voices at their own speed are."""
+    """They are closer to the played speech, on average, than embeddings of the same speakers at normal speed."""
     own, fast = mixing(bank, "tse"), mixing(bank, "tse", speed=0.3, seconds=2.0)
     voices = dict(zip(sorted(own.speakers), own.speaker_embeddings(), strict=True))
     closer = []
@@ -678,7 +678,7 @@ def test_the_embeddings_are_of_voices_at_the_speed_they_play_at(bank: Path) -> N
     assert np.mean(closer) > 0.05
 
 
-def test_extraction_hears_every_mixture_for_both_of_its_speakers(targeted: Batch) -> None:
+def test_extraction_uses_every_mixture_for_both_of_its_speakers(targeted: Batch) -> None:
     rendered = render(targeted)
     separated = render(cast("Batch", {key: value for key, value in targeted.items() if key != "speaker_embedding"}))
     assert rendered["names"] == [name for name in targeted["names"] for _ in range(2)]
@@ -691,7 +691,7 @@ def test_extraction_hears_every_mixture_for_both_of_its_speakers(targeted: Batch
 
 
 def test_the_second_speaker_is_the_least_like_the_first_of_the_candidates(bank: Path) -> None:
-    """Of all others as candidates it is the same one whenever the first is, and less like it than the average."""
+    """If all others are candidates, it is the speaker least similar to the first."""
     examples = mixing(bank, "tse", candidates=5)
     voices = torch.nn.functional.normalize(examples.speaker_embeddings(), dim=1)
     likeness = voices @ voices.T
@@ -724,7 +724,7 @@ def test_speech_of_one_speaker_or_without_a_bank_is_refused(bank: Path, tmp_path
 
 @pytest.fixture
 def spoilt(tmp_path: Path) -> Iterator[Path]:
-    """Speech of two speakers, of whom one has silence and the other, beside a good file, one that is NaN further on."""
+    """Speech of two speakers, one of whom has a good file and a file with NaN."""
     random = np.random.default_rng(0)
     noise = 0.1 * random.standard_normal(RATE)
     soundfile.write(tmp_path / "1-noise.wav", noise, RATE, subtype="FLOAT")

@@ -1,4 +1,4 @@
-"""kb-evaluate against figures computed apart, on four mixtures of one second."""
+"""kb-evaluate gives the figures of a separate computation on four mixtures of one second."""
 
 import csv
 import io
@@ -62,7 +62,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call of kb-evaluate left behind."""
+    """The result of a call of kb-evaluate."""
 
     code: int
     stdout: str
@@ -78,7 +78,7 @@ class Outcome:
             return list(csv.DictReader(file))
 
     def of_items(self, metric: str) -> dict[tuple[str, str, str], list[float]]:
-        """A figure of every item by model, system and delay."""
+        """Return a figure of every item by model, system and delay."""
         found: dict[tuple[str, str, str], list[float]] = {}
         for line in self.table("items.csv"):
             key = line["model"], line["system"], line["delay_frames"]
@@ -87,7 +87,7 @@ class Outcome:
 
 
 def call(*arguments: object, output: Path) -> Outcome:
-    """kb-evaluate in this process, which is faster than a process of its own."""
+    """Run kb-evaluate in this process, which is faster than a separate process."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with redirect_stdout(stdout), redirect_stderr(stderr):
         code = call_here("kb-evaluate", *arguments, "-o", output)
@@ -101,7 +101,7 @@ def evaluate(*arguments: object, output: Path) -> Outcome:
 
 
 def refusal(*arguments: object, output: Path) -> str:
-    """The one line that a call is refused with; nothing is left behind."""
+    """Return the one line of a refused call, after checking that it wrote no files."""
     before = sorted(output.parent.iterdir())
     outcome = call(*arguments, output=output)
     assert outcome.code == 2, outcome.stderr
@@ -119,7 +119,7 @@ def ends(figure: Figure) -> tuple[float, float, float]:
     return figure.mean, figure.low, figure.high
 
 
-# Figures computed apart
+# The separate computation of figures.
 
 
 def read_item(dataset: Path, item: int) -> Tensor:
@@ -129,7 +129,7 @@ def read_item(dataset: Path, item: int) -> Tensor:
 
 
 def expected_figures(estimate: Tensor, sources: Tensor, mixture: Tensor, *, slow: bool = True) -> dict[str, float]:
-    """Figures of an estimate ``[S, M, N]`` by torchmetrics alone, under the best order of its sources."""
+    """Compute the figures of an estimate ``[S, M, N]`` with torchmetrics, for the best order of its sources."""
 
     def si_sdr(signals: Tensor) -> float:
         return float(scale_invariant_signal_distortion_ratio(signals, sources, zero_mean=True).mean())
@@ -148,11 +148,11 @@ def expected_figures(estimate: Tensor, sources: Tensor, mixture: Tensor, *, slow
 
 @torch.inference_mode()
 def expected_outputs(pair: BoostedPair, mixture: Tensor, other: Tensor) -> dict[str, Tensor]:
-    """What the systems of a pair for separation make of a mixture ``[M, N]``, with another one for wrong hints."""
+    """Compute the outputs of the systems of a pair for a mixture ``[M, N]``, with wrong hints from ``other``."""
     output = pair(mixture[None])
     steps = output.hints.shape[1]
     alone = pair(mixture[None], None, torch.zeros(steps))
-    # The pair's small network on this mixture, its large one on the other.
+    # The small network processes this mixture, and the large network the other one.
     padded = torch.nn.functional.pad(mixture, (0, steps * 128 + 64 - mixture.shape[-1]))
     late = delay_hints(pair(other[None]).hints, pair.config.delay)
     wrong, _ = pair.small(padded[None], pair.small.initial_state(1), late)
@@ -166,7 +166,7 @@ def expected_outputs(pair: BoostedPair, mixture: Tensor, other: Tensor) -> dict[
 
 @pytest.fixture(scope="module")
 def measured(dataset: Path, golden_bundle: Made, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One pair, everything measured, STOI and PESQ in a process of their own."""
+    """All figures of one pair, with STOI and PESQ from a worker process."""
     output = tmp_path_factory.mktemp("measured") / "out"
     return evaluate(golden_bundle(DELAY6), "--data", dataset, "--workers", 1, output=output)
 
@@ -217,7 +217,7 @@ def test_figures_are_those_of_torchmetrics_on_the_models_own_output(
 ) -> None:
     pair = golden(DELAY6).pair
     sources = [read_item(dataset, item) for item in range(ITEMS)]
-    for item in (0, ITEMS - 1):  # the last one's wrong hints are those of the first
+    for item in (0, ITEMS - 1):  # the last item gets the hints of the first as wrong hints
         mixture = sources[item].sum(0)
         outputs = expected_outputs(pair, mixture, sources[(item + 1) % ITEMS].sum(0))
         for system, estimate in {"mixture": mixture.expand(2, -1, -1), **outputs}.items():
@@ -244,7 +244,7 @@ def test_streaming_agrees_with_whole_signals_and_says_how_far(streamed: Outcome,
     for metric in ("si_sdri", "snri"):
         whole = measured.of_items(metric)
         for key, of_items in streamed.of_items(metric).items():
-            # With two items the wrong hints of the second are those of the first.
+            # With two items, the second gets the hints of the first as wrong hints.
             shared = 1 if key[1] == "boosted_wrong_hints" else 2
             differences += np.abs(np.subtract(of_items[:shared], whole[key][:shared])).tolist()
     assert max(differences) < 0.01
@@ -253,10 +253,10 @@ def test_streaming_agrees_with_whole_signals_and_says_how_far(streamed: Outcome,
     assert measured.results.streaming is None
 
 
-def test_what_streaming_does_otherwise_is_found(
+def test_a_difference_between_streaming_and_whole_signals_is_found(
     dataset: Path, golden_bundle: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The comparison is no formality: a small network that forgets its hints when it streams is told."""
+    """A small network that ignores its hints when streaming is found by the comparison."""
     from knowledge_boosting.models.pair import SmallModel
 
     forward = SmallModel.forward
@@ -306,7 +306,7 @@ def test_several_bundles_at_their_own_and_at_other_delays(
     assert outcome.stdout.count("16 ms*") == 2
     assert "trained for another delay" in outcome.stdout
 
-    # The same weights as a pair made for two frames.
+    # These are the same weights in a pair with a delay of two frames.
     pair = golden(DELAY6).pair
     boosting = pair.config.boosting.model_copy(update={"delay": 2})
     retimed = BoostedPair(pair.config.model_copy(update={"boosting": boosting})).eval()
@@ -337,13 +337,13 @@ def test_what_a_pair_gains_over_a_network_alone_is_counted_item_by_item(
     for gain in found:
         differences = np.subtract(of_items["pair", gain.system], of_items["lone", "alone"])
         assert gain.si_sdri.mean == pytest.approx(differences.mean(), abs=1e-3)
-        # The interval of four differences lies within their range, and is not that of the two means apart.
+        # The interval is that of the four differences, so it lies within their range.
         _, low, high = ends(gain.si_sdri)
         assert differences.min() - 1e-3 <= low < differences.mean() < high <= differences.max() + 1e-3
     boosted = found[1].si_sdri
     assert f"{boosted.mean:+.2f} ({boosted.low:+.2f}…{boosted.high:+.2f})" in outcome.stdout
 
-    # What was measured now stands in the bundles, which load as before.
+    # The figures are in the bundles now, and the bundles can still be loaded.
     manifest = read_manifest(tmp_path / "pair")
     by_system = {
         row.system: row for row in outcome.results.rows if row.model == "pair" and row.trained_delay is not False
@@ -363,7 +363,7 @@ def test_target_speech_extraction(
     outcome = evaluate(golden_bundle(TSE), *arguments, output=tmp_path / "out")
     assert outcome.results.task == "tse"
     found = outcome.of_items("si_sdri")
-    for item in (0, 1):  # the target is the item's number, even or odd
+    for item in (0, 1):  # the target is source 0 for even items and source 1 for odd items
         sources = read_item(dataset, item)
         target = sources[item : item + 1]
         speaker = torch.load(dataset / "test" / str(item) / f"spk_id{item:02d}.pt")
@@ -384,7 +384,7 @@ def test_the_bootstrap_interval_is_that_of_normal_data() -> None:
     assert (high - mean, mean - low) == pytest.approx((half, half), rel=0.1)
     assert bootstrap(values, seed=0) == figure
     assert bootstrap(values, seed=1) != figure
-    # How narrow an interval is follows from the items, not from the number of draws.
+    # The width of an interval depends on the number of items, not on the number of resamples.
     assert RESAMPLES >= 2000
     _, low10, high10 = ends(bootstrap(values[:40], seed=0))
     assert (high10 - low10) / (high - low) == pytest.approx(np.sqrt(10), rel=0.3)
@@ -414,7 +414,7 @@ def test_the_same_call_gives_the_same_files_and_the_seed_is_of_the_bootstrap_alo
         assert ends(row.figures["si_sdri"]) == pytest.approx(ends(bootstrap(np.array(values), seed=1)), abs=2e-4)
 
 
-def test_untrained_weights_are_called_so_wherever_figures_stand(
+def test_untrained_weights_are_marked_wherever_figures_appear(
     dataset: Path, golden_bundle: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: list[str] = []
@@ -435,9 +435,9 @@ def test_untrained_weights_are_called_so_wherever_figures_stand(
 
     mixed = evaluate(golden_bundle(DELAY6), random, *arguments, output=tmp_path / "mixed")
     assert mixed.results.notice is not None
-    for told in (mixed.results.notice, titles[-1], mixed.stdout.splitlines()[1]):
-        assert "UNTRAINED: random " in told
-        assert DELAY6 not in told.replace(str(tmp_path), "")
+    for text in (mixed.results.notice, titles[-1], mixed.stdout.splitlines()[1]):
+        assert "UNTRAINED: random " in text
+        assert DELAY6 not in text.replace(str(tmp_path), "")
     assert f"{DELAY6} (UNTRAINED)" not in mixed.stdout
 
     trained = evaluate(golden_bundle(DELAY6), *arguments, output=tmp_path / "trained")
@@ -473,7 +473,7 @@ def test_an_item_without_speech_has_no_stoi(dataset: Path, golden_bundle: Made, 
 
 @pytest.fixture
 def run_folder(golden: Callable[[str], Golden], dataset: Path, tmp_path: Path) -> Path:
-    """A run whose second checkpoint is its best, and holds the weights of a parity case."""
+    """A run whose best checkpoint is the second one, with the weights of a parity case."""
     pair = golden(DELAY6).pair
     data = FolderData(root=str(dataset), split="test")
     folder = tmp_path / "my-run"
@@ -500,7 +500,7 @@ def test_a_run_is_its_best_checkpoint(run_folder: Path, dataset: Path, golden_bu
     assert "no checkpoint" in refusal(run_folder, *arguments, output=tmp_path / "refused")
 
 
-def test_models_of_one_name_are_told_apart(dataset: Path, tmp_path: Path) -> None:
+def test_models_with_the_same_name_are_distinguished(dataset: Path, tmp_path: Path) -> None:
     paths = [tmp_path / parent / "same" for parent in ("a", "b")]
     for path in paths:
         write_bundle(path, build(TINY), TINY, untrained=True, source="random", configuration="test")
@@ -575,7 +575,7 @@ def test_calls_that_cannot_be_carried_out(
 
 def test_data_that_cannot_be_measured(dataset: Path, golden_bundle: Made, tmp_path: Path) -> None:
     def broken(item: int, name: str, samples: NDArray[np.float64] | None, rate: int = 16000) -> Path:
-        """A copy of the dataset with another file, or none, in place of one of an item."""
+        """Copy the dataset, and replace or delete a file of one item."""
         root = tmp_path / f"data{len(list(tmp_path.iterdir()))}"
         path = shutil.copytree(dataset, root) / "test" / str(item) / name
         path.unlink()
@@ -599,12 +599,12 @@ def test_data_that_cannot_be_measured(dataset: Path, golden_bundle: Made, tmp_pa
     for name, root, messages in cases:
         line = refusal(golden_bundle(name), "--data", root, output=tmp_path / "out")
         assert all(message in line for message in messages), line
-    # What is too short for STOI and PESQ is long enough for the others, and lengths may differ.
+    # Other metrics support short items, and items of different lengths.
     outcome = evaluate(golden_bundle(DELAY6), "--data", short, "--metrics", "snri", output=tmp_path / "out")
     assert outcome.results.data.seconds == pytest.approx((3 * LENGTH + 3000) / 16000, abs=1e-3)
 
 
-def test_fewer_items_than_asked_for_are_told(dataset: Path, tmp_path: Path) -> None:
+def test_fewer_items_than_requested_give_a_warning(dataset: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "lone", build(TINY), TINY, untrained=True, source="random", configuration="test")
     arguments = ("--data", dataset, "--items", 9, "--metrics", "si_sdri")
     outcome = evaluate(tmp_path / "lone", *arguments, output=tmp_path / "out")

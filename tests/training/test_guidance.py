@@ -1,4 +1,4 @@
-"""Guidance of fusion: ideal hints and the loss of what fusion hears, against closed forms."""
+"""Guidance: ideal hints and the additional loss equal closed forms."""
 
 import math
 
@@ -13,7 +13,7 @@ from knowledge_boosting.models.pair import BoostedPair, SmallModel
 from knowledge_boosting.training.learning.guidance import Guidance, ideal_embedding, source_spectra
 
 SIZE = {"channels": 4, "hidden": 4, "blocks": 3}
-COMPILED = {"channels": 16, "hidden": 16, "blocks": 3}  # sizes that have operations of their own in training
+COMPILED = {"channels": 16, "hidden": 16, "blocks": 3}  # sizes that the C++ library supports
 
 
 def pair_of(task: str, size: dict[str, int] = SIZE) -> BoostedPair:
@@ -24,7 +24,7 @@ def pair_of(task: str, size: dict[str, int] = SIZE) -> BoostedPair:
 
 
 def voices(batch: int, count: int) -> Tensor:
-    """Noise at two ears ``[B, S, 2, 2000]``: the last one twice as strong at the left ear, the others at the right."""
+    """Return noise ``[B, S, 2, 2000]``. The last source is stronger at the left ear, the others at the right."""
     noise = torch.randn(batch, count, 2, 2000, generator=torch.Generator().manual_seed(1))
     noise[:, -1, 0] *= 2
     noise[:, :-1, 1] *= 2
@@ -32,10 +32,10 @@ def voices(batch: int, count: int) -> Tensor:
 
 
 def test_ideal_hints_are_made_of_the_sources_the_left_one_first() -> None:
-    """As a large network's embedding they would sound like the sources, but for one gain."""
+    """As the spectral estimate of a large network, they give the sources except for a gain."""
     pair, sources = pair_of("ss"), voices(3, 2)
     heard = pair.large.estimate(ideal_embedding(source_spectra(pair.large.stft, sources)))[..., :2000]
-    # The first 64 samples lack the frame before them.
+    # The first 64 samples lack the frame before.
     torch.testing.assert_close(heard[..., 64:] / 4, sources.flip(1)[..., 64:], rtol=0, atol=1e-4)
 
 
@@ -49,7 +49,7 @@ def test_spectra_are_the_fourier_transforms_of_windowed_frames() -> None:
 
 @pytest.mark.parametrize("size", [SIZE, COMPILED])
 @pytest.mark.parametrize("task", ["ss", "tse"])
-def test_the_loss_of_heads_that_know_nothing_is_a_coin_s(task: str, size: dict[str, int]) -> None:
+def test_the_loss_of_zero_heads_is_that_of_a_coin(task: str, size: dict[str, int]) -> None:
     pair = pair_of(task, size)
     guidance = Guidance(pair.small)
     for head in guidance.heads:
@@ -59,7 +59,7 @@ def test_the_loss_of_heads_that_know_nothing_is_a_coin_s(task: str, size: dict[s
     mixture = sources.sum(1)
     wanted = source_spectra(pair.large.stft, sources[:, : pair.config.sources])
     whole = source_spectra(pair.large.stft, mixture[:, None])[..., 0, :]
-    for _ in range(2):  # what was heard before does not count
+    for _ in range(2):  # features of an earlier run do not count
         guidance.reset()
         pair(mixture, torch.zeros(2, 256) if task == "tse" else None)
         loss = guidance.loss(wanted, whole)
@@ -74,12 +74,12 @@ def test_the_large_network_may_choose_which_source_comes_first() -> None:
     spectra = source_spectra(pair.large.stft, sources)
     pair(sources.sum(1))
     torch.testing.assert_close(guidance.loss(spectra, whole), guidance.loss(spectra.flip(3), whole))
-    half = torch.cat([spectra[:1], spectra[1:].flip(3)])  # each example has an order of its own
+    half = torch.cat([spectra[:1], spectra[1:].flip(3)])  # each example has its own order
     torch.testing.assert_close(guidance.loss(half, whole), guidance.loss(spectra, whole))
 
 
 @pytest.mark.parametrize("task", ["ss", "tse"])
-def test_guidance_of_a_network_alone_moves_its_blocks_and_what_names_the_speaker(task: str) -> None:
+def test_guidance_of_a_network_alone_trains_its_blocks_and_speaker_layers(task: str) -> None:
     torch.manual_seed(0)
     alone = SmallModel(MODEL.validate_python({"task": task, "small": SIZE}))
     guidance = Guidance(alone)
@@ -90,7 +90,7 @@ def test_guidance_of_a_network_alone_moves_its_blocks_and_what_names_the_speaker
         alone(samples, alone.initial_state(2, torch.randn(2, 256) if task == "tse" else None))
 
     alone.eval()
-    hear()  # what is heard outside training does not count
+    hear()  # features outside of training do not count
     alone.train()
     hear()
     whole = source_spectra(alone.stft, sources.sum(1)[:, None])[..., 0, :]
@@ -101,7 +101,7 @@ def test_guidance_of_a_network_alone_moves_its_blocks_and_what_names_the_speaker
     assert not any(name.startswith("network.output_conv") for name in moved)
 
 
-def test_guidance_moves_what_comes_before_it_and_the_hint_encoder() -> None:
+def test_guidance_trains_the_layers_before_it_and_the_hint_encoder() -> None:
     pair = pair_of("ss")
     pair.large.network.requires_grad_(False)
     guidance = Guidance(pair.small)

@@ -1,4 +1,4 @@
-"""The training loss: against torchmetrics, against brute force, and where signals are silent."""
+"""The training loss equals torchmetrics and brute force, and is finite for silent signals."""
 
 from itertools import permutations
 
@@ -16,7 +16,7 @@ TOLERANCE = 1e-4  # dB
 
 
 def random_pair(sources: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Estimates and references ``[B, S, M, N]``; every estimate is a blend of all references, with an offset."""
+    """Return estimates and references ``[B, S, M, N]``. Every estimate is a blend of all references with an offset."""
     random = torch.Generator().manual_seed(seed)
     references = torch.randn(BATCH, sources, MICROPHONES, SAMPLES, generator=random)
     blend = torch.rand(BATCH, sources, sources, MICROPHONES, 1, generator=random)
@@ -24,7 +24,7 @@ def random_pair(sources: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def closed_form(estimate: Tensor, reference: Tensor) -> float:
-    """SI-SDR of two signals ``[N]`` as it is defined, in double precision."""
+    """Compute the SI-SDR of two signals ``[N]`` by its definition, in double precision."""
     estimate, reference = estimate.double(), reference.double()
     estimate, reference = estimate - estimate.mean(), reference - reference.mean()
     target = (estimate @ reference) / (reference @ reference) * reference
@@ -32,7 +32,7 @@ def closed_form(estimate: Tensor, reference: Tensor) -> float:
 
 
 def brute_force(estimates: Tensor, references: Tensor) -> list[float]:
-    """SI-SDR of every source of ``[S, M, N]`` under the order whose sum is largest, source first."""
+    """Compute the SI-SDR of every source of ``[S, M, N]`` for the order with the largest sum."""
     orders = [
         [
             closed_form(estimates[estimate, microphone], references[reference, microphone])
@@ -96,10 +96,10 @@ def test_permutations_are_those_of_brute_force(sources: int) -> None:
             own = slice(microphone, microphone + 1)
             alone = torch.tensor(brute_force(estimates[item, :, own], references[item, :, own]))
             assert torch.allclose(apart[item, :, microphone], alone, atol=TOLERANCE)
-    assert not torch.allclose(joint, apart, atol=1)  # the two do differ on these inputs
+    assert not torch.allclose(joint, apart, atol=1)  # the two differ for these inputs
 
 
-def test_only_channels_apart_undo_a_swap_in_one_channel() -> None:
+def test_only_per_channel_permutation_undoes_a_swap_in_one_channel() -> None:
     _, references = random_pair(2)
     random = torch.Generator().manual_seed(2)
     estimates = references + 0.01 * torch.randn(references.shape, generator=random)
@@ -110,7 +110,7 @@ def test_only_channels_apart_undo_a_swap_in_one_channel() -> None:
     assert torch.equal(permuted_si_sdr(estimates.flip(1), references, "joint"), plain)
     assert torch.equal(permuted_si_sdr(swapped, references, "per_channel"), plain)
     torn = permuted_si_sdr(swapped, references, "joint")
-    assert ((torn > 35).sum((1, 2)) == 2).all()  # one channel is right, the other crossed
+    assert ((torn > 35).sum((1, 2)) == 2).all()  # one channel is correct, the other is swapped
 
 
 def test_one_source_has_nothing_to_permute() -> None:

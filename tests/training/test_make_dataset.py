@@ -1,4 +1,4 @@
-"""kb-make-dataset: the same bytes whoever makes them, data that are what their metadata say, and clear refusals."""
+"""kb-make-dataset makes reproducible bytes and data that match their metadata, and refuses bad calls clearly."""
 
 import contextlib
 import csv
@@ -48,7 +48,7 @@ def _read(*sofa: Path) -> Renderer:
 
 
 def renderer(sofa: Sequence[Path]) -> Renderer:
-    """Read once, for it takes seconds."""
+    """Return a cached renderer, because making one takes seconds."""
     return _read(*sofa)
 
 
@@ -59,7 +59,7 @@ def make(*arguments: object) -> int:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a call is refused with."""
+    """Return the one line of a refused call."""
     capsys.readouterr()
     assert make(*arguments) == 2
     printed = capsys.readouterr()
@@ -86,7 +86,7 @@ def rows(folder: Path) -> list[Row]:
 
 
 def sources(item: Path) -> list[npt.NDArray[np.int64]]:
-    """Both sources, ``[2, N]``, in steps of 16 bits."""
+    """Read both sources, ``[2, N]``, as 16-bit integers."""
     found = []
     for number in ("00", "01"):
         header = soundfile.info(item / f"source{number}.wav")
@@ -105,7 +105,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def valid_dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path, str]:
-    """An SS dataset of two corpora with a broken file each: the flags without its folder, the folder, what was said."""
+    """An SS dataset of two corpora with a broken file each: its flags without the folder, the folder, the warnings."""
     folder = tmp_path_factory.mktemp("two-corpora")
     for corpus, names in (("speech", ("1034", "1088")), ("valid", ("2989", "3168", "4340", "7278"))):
         (folder / corpus).mkdir()
@@ -124,7 +124,7 @@ def valid_dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
-    """Three dozen SS items with the default ranges: what they say of themselves, and their sources."""
+    """The records and the sources of 36 SS items with the default ranges."""
     folder = tmp_path_factory.mktemp("many")
     speakers = split_speakers(select_speakers(find_speech(SPEECH, skip_broken=False), SECONDS * 16000, 0), ["train"], 0)
     mixtures = MixtureMaker(
@@ -166,7 +166,7 @@ def test_one_worker_or_two_make_the_same_bytes(dataset: Path, tmp_path: Path) ->
     assert tree(tmp_path / "data") == tree(dataset)
 
 
-def test_a_killed_run_is_gone_on_with_to_the_same_bytes(
+def test_a_killed_run_can_be_continued_to_the_same_bytes(
     valid_dataset: tuple[list[object], Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags, finished, _ = valid_dataset
@@ -177,14 +177,14 @@ def test_a_killed_run_is_gone_on_with_to_the_same_bytes(
         while time.monotonic() < deadline and process.poll() is None and not (root / "train" / "000001").exists():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        # The end of its output comes when the worker, which has the same pipe, ended too.
+        # The output ends when the worker, which shares the pipe, has ended too.
         process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL
     assert not list(root.rglob("metadata.csv"))
     made = {path: path.stat().st_mtime_ns for path in root.glob("*/0*/*.wav")}
     total = sum(SS_COUNTS.values())
     assert 4 <= len(made) < 2 * total
-    # What a run may be killed in the middle of.
+    # Incomplete files of a killed run.
     for leftover in (root / "train" / ".000011-x", root / ".dataset-x.json", root / "val" / ".metadata-x.csv"):
         leftover.parent.mkdir(exist_ok=True)
         leftover.mkdir() if leftover.suffix == "" else leftover.write_text("half")
@@ -214,7 +214,7 @@ def test_splits_share_no_speaker(dataset: Path) -> None:
     assert sum(map(len, speakers.values())) == len(set.union(*speakers.values()))
 
 
-@pytest.mark.filterwarnings("ignore")  # of the packages that Resemblyzer builds on
+@pytest.mark.filterwarnings("ignore")  # warnings of the packages that Resemblyzer uses
 def test_embeddings_are_resemblyzers_of_another_segment(dataset: Path) -> None:
     import resemblyzer
 
@@ -238,7 +238,7 @@ def test_sources_are_the_utterances_they_say(many: list[Item]) -> None:
             size = 4 * SECONDS * 16000
             spectra = np.fft.rfft(source.sum(0), size) * np.fft.rfft(speech, size).conj()
             lags = np.fft.irfft(spectra / (np.abs(spectra) + 1e-9), size)
-            # Propagation, the filters of pyroomacoustics, and reflections that are louder at both ears together.
+            # The lag includes propagation, the filters of pyroomacoustics, and perhaps a louder reflection.
             lag = int(lags.argmax())
             direct = float(row[f"distance{number}_m"]) / 343 * 16000 + 35
             assert direct - 5 < lag < direct + 200
@@ -254,7 +254,7 @@ def test_ears_differ_as_the_azimuth_says(many: list[Item]) -> None:
             size = 2 * source.shape[1]
             spectrum = np.fft.rfft(source[0], size) * np.fft.rfft(source[1], size).conj()
             correlation = np.fft.irfft(spectrum, size)
-            lags = np.arange(-16, 17)  # 1 ms: more than any head
+            lags = np.arange(-16, 17)  # 1 ms, more than for any head
             times.append(np.sign(-lags[correlation[lags].argmax()]) == left)
     assert len(levels) == 72
     assert np.mean(levels) >= 0.95
@@ -307,7 +307,8 @@ def test_broken_files_are_skipped_and_counted(
     assert "9-text.wav: not readable" in first
     assert second.startswith("warning: broken files left out: 1, the first ")
     assert "8-cut.flac: " in second
-    # The one shows before anything is made, the other when it is drawn: what was made by then is whole.
+    # The first fault is found before anything is made. The second is found when the file is drawn, and all items made
+    # before are complete.
     strict = [flag for flag in flags if flag != "--skip-broken"]
     assert "9-text.wav: not readable" in refusal(capsys, *strict, "-o", tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -321,7 +322,7 @@ def test_broken_files_are_skipped_and_counted(
     assert all({path.name for path in item.iterdir()} == whole for item in tmp_path.glob("data/train/*"))
 
 
-def test_every_condition_is_rendered_as_told(tmp_path: Path) -> None:
+def test_every_condition_is_rendered_as_recorded(tmp_path: Path) -> None:
     noise = tmp_path / "noise" / "rain"
     noise.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -345,7 +346,7 @@ def test_every_condition_is_rendered_as_told(tmp_path: Path) -> None:
         voices, mixture = parts[0] + parts[1], sum(parts)
         assert np.abs(mixture).max() < 32768
         ratio = 10 * np.log10(np.mean(voices**2.0) / np.mean(parts[2] ** 2.0))
-        # Of the quietest mixtures, noise is a few units of 16 bits.
+        # In the quietest mixtures, the noise has only a few 16-bit steps.
         assert ratio == pytest.approx(float(row["noise_ratio_db"]), abs=0.2 if np.std(parts[2]) > 3 else 3)
         assert row["noise"] in ("rain/short.wav", "rain/long.wav")
         if row["listener"] == "mono":
@@ -354,7 +355,7 @@ def test_every_condition_is_rendered_as_told(tmp_path: Path) -> None:
         if abs(difference) > 6:
             assert abs(difference) == 20
             weak.append(row["listener"])
-            # The room and the head make the sides unequal too.
+            # The room and the head also make the sides unequal.
             left, right = (10 * np.log10(np.mean(voices[side] ** 2.0)) for side in (0, 1))
             assert left - right == pytest.approx(difference, abs=12)
         if row["listener"] == "microphones":

@@ -1,4 +1,4 @@
-"""Figures of merit: closed forms where there are any, a real clip where there are none."""
+"""The metrics equal closed forms, or behave as expected for a real clip."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ TOLERANCE = 1e-3  # dB
 
 
 def tone(cycles: int) -> Tensor:
-    """One of any number of orthogonal zero-mean signals of power 1, ``[N]``."""
+    """Return one of many orthogonal zero-mean signals ``[N]`` of power 1."""
     return math.sqrt(2) * torch.sin(2 * math.pi * cycles * torch.arange(LENGTH, dtype=torch.float64) / LENGTH)
 
 
@@ -29,12 +29,12 @@ def references() -> Tensor:
 
 
 def with_error(references: Tensor, level: float) -> Tensor:
-    """References with an orthogonal error of ``level`` dB against them."""
+    """Add an orthogonal error of ``level`` dB to references."""
     return references + 10 ** (level / 20) * tone(101)
 
 
 def test_si_sdr_improvement_is_what_error_and_mixture_say(references: Tensor) -> None:
-    """The other source is as loud, so the mixture's SI-SDR is 0 dB; the error is 12 dB below, whatever the gain."""
+    """Both sources are equally loud, so the SI-SDR of the mixture is 0 dB. The error is 12 dB below, with any gain."""
     mixture = references.sum(1)
     estimates = 0.3 * with_error(references, -12) + 0.7
     assert torch.allclose(si_sdr_improvement(estimates, references, mixture), mixture.new_tensor([12.0, 12.0]))
@@ -45,7 +45,7 @@ def test_snr_improvement_is_what_error_and_mixture_say(references: Tensor) -> No
     assert torch.allclose(
         snr_improvement(with_error(references, -12), references, mixture), mixture.new_tensor([12.0, 12.0])
     )
-    # Half as loud, the error is half the signal: unlike SI-SDR this counts the gain.
+    # If the estimate is halved, the error is half the signal, because SNR, unlike SI-SDR, depends on the gain.
     halved = snr_improvement(0.5 * references, references, mixture)
     assert torch.allclose(halved, halved.new_tensor([20 * math.log10(2)] * 2), atol=TOLERANCE)
 
@@ -54,18 +54,18 @@ def test_snr_improvement_is_what_error_and_mixture_say(references: Tensor) -> No
 def test_improvement_is_over_the_mixture(
     improvement: Callable[[Tensor, Tensor, Tensor], Tensor], references: Tensor
 ) -> None:
-    """One source 6 dB louder than the other: the mixture stands at +6 and -6 dB, 0 on average."""
+    """One source is 6 dB louder than the other, so the mixture has +6 and -6 dB, 0 dB on average."""
     scale = torch.tensor([2.0, 1.0], dtype=torch.float64)[:, None, None]
     sources = scale * references
     mixture = sources.sum(1)
     same = improvement(mixture[:, None].expand_as(sources).contiguous(), sources, mixture)
     assert torch.allclose(same, torch.zeros_like(same), atol=TOLERANCE)
     target = improvement(with_error(sources, -20)[:, :1], sources[:, :1], mixture)
-    # The target has power 4, the error 1/100, the other source 1.
+    # The target has a power of 4, and the other source of 1. The error is at 1/100 of its source.
     assert torch.allclose(target, target.new_tensor([20.0, 20.0]), atol=TOLERANCE)
 
 
-def test_items_are_scored_apart(references: Tensor) -> None:
+def test_items_are_scored_separately(references: Tensor) -> None:
     level = torch.tensor([-10.0, -20.0], dtype=torch.float64)[:, None, None, None]
     estimates = references + 10 ** (level / 20) * tone(101)
     expected = estimates.new_tensor([10.0, 20.0])
@@ -86,7 +86,7 @@ def test_estimates_are_put_in_the_order_of_the_references(references: Tensor) ->
 
 
 def test_one_assignment_holds_for_all_microphones(references: Tensor) -> None:
-    """Evaluation does not forgive what the training loss may: sources that cross over from ear to ear."""
+    """Sources that are swapped at one ear lower the metrics, unlike the training loss."""
     crossed = references.clone()
     crossed[:, :, 1] = references[:, :, 1].flip(1)
     assert (si_sdr_improvement(with_error(crossed, -12), references, references.sum(1)) < 0).all()
@@ -94,7 +94,7 @@ def test_one_assignment_holds_for_all_microphones(references: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def clip() -> Tensor:
-    """Three seconds of the two sample speakers, ``[1, 2, 2, N]``."""
+    """Three seconds of both sample speakers, ``[1, 2, 2, N]``."""
     voices = [
         soundfile.read(SAMPLES / f"source{number}.flac", 3 * SAMPLE_RATE, SAMPLE_RATE, dtype="float32")[0].T
         for number in (1, 2)
@@ -114,11 +114,11 @@ def test_stoi_and_pesq_fall_with_what_is_left_of_the_other_voice(
     faint = clip + 0.1 * clip.flip(1)
     loud = clip + 0.8 * clip.flip(1)
     assert float(score(clip, clip)) > float(score(faint, clip)) > float(score(loud, clip))
-    assert torch.equal(score(faint.flip(1), clip), score(faint, clip))  # in whatever order they come
+    assert torch.equal(score(faint.flip(1), clip), score(faint, clip))  # in any order
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of pesq, which divides by the peak
-def test_pesq_counts_only_what_it_can_judge(clip: Tensor) -> None:
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # pesq divides by the peak
+def test_pesq_is_nan_without_speech(clip: Tensor) -> None:
     silent = clip.clone()
     silent[:, 1] = 0
     assert float(pesq(silent, silent)) == pytest.approx(4.64, abs=0.01)
@@ -126,4 +126,4 @@ def test_pesq_counts_only_what_it_can_judge(clip: Tensor) -> None:
     both = pesq(torch.cat([clip, nothing]), torch.cat([clip, nothing]))
     assert torch.isnan(both).tolist() == [False, True]
     assert torch.isnan(pesq(nothing, clip)).all()
-    assert torch.isnan(pesq(clip[..., :3000], clip[..., :3000])).all()  # it wants a quarter of a second
+    assert torch.isnan(pesq(clip[..., :3000], clip[..., :3000])).all()  # PESQ needs a quarter of a second

@@ -1,4 +1,4 @@
-"""Recipes: what their stages are, what they start from, and what is refused."""
+"""The stages of recipes, their initial weights, and the recipes that are refused."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.processes import refusal
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-# The configurations of every stage, as they were when each was a file of its own.
+# The configurations of all stages from the time when each was a separate file.
 STAGES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "stages.json").read_text())
 
 
@@ -29,7 +29,7 @@ def stage(folder: str, name: str) -> TrainingConfig:
 
 
 @pytest.mark.parametrize("folder", ["compact", "full_size", "listeners"])
-def test_stages_are_what_they_were(folder: str) -> None:
+def test_stages_equal_their_former_configurations(folder: str) -> None:
     before = {name.partition("/")[2]: stage for name, stage in STAGES.items() if name.startswith(f"{folder}/")}
     assert recipe(folder).stages == tuple(before)
     for name, document in before.items():
@@ -42,8 +42,8 @@ def test_the_recipes_are_short() -> None:
     assert sum(len(path.read_text().splitlines()) for path in recipes) <= 500
 
 
-def test_what_is_trained_on_starts_from_weights_that_fit() -> None:
-    """And from weights that have heard nobody who is kept for validation."""
+def test_initial_checkpoints_fit_their_stages() -> None:
+    """Their training speakers do not include the speakers who are kept for validation."""
     for name in recipe("listeners").stages:
         config = stage("listeners", name)
         assert isinstance(config.train, DynamicData)
@@ -56,7 +56,7 @@ def test_what_is_trained_on_starts_from_weights_that_fit() -> None:
 
 
 @pytest.mark.parametrize("folder", ["compact", "full_size"])
-def test_stages_go_on_with_the_networks_of_the_stage_they_start_from(folder: str) -> None:
+def test_stages_have_the_networks_of_the_stage_they_start_from(folder: str) -> None:
     for name in recipe(folder).stages:
         config = stage(folder, name)
         if config.initial_checkpoint is not None:
@@ -65,9 +65,9 @@ def test_stages_go_on_with_the_networks_of_the_stage_they_start_from(folder: str
 
 @pytest.mark.parametrize("task", ["ss", "tse"])
 @pytest.mark.parametrize("folder", ["compact", "full_size"])
-def test_what_boosting_is_compared_with_had_at_least_as_many_updates(folder: str, task: str) -> None:
+def test_the_network_alone_has_at_least_as_many_updates_as_the_boosted_one(folder: str, task: str) -> None:
     def updates(name: str) -> dict[str, int]:
-        """Of every stage whose weights went into the small network."""
+        """Return the updates of every stage whose weights are part of the small network."""
         config = stage(folder, name)
         assert isinstance(config.train, DynamicData)
         seen = {name: config.train.items // config.batch_size * config.epochs}
@@ -98,7 +98,7 @@ warm = 1
 """
 
 
-def test_what_comes_later_counts_and_tables_are_merged(tmp_path: Path) -> None:
+def test_later_values_override_and_tables_are_merged(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(SMALL.replace("warm = 1\n", ""))
     one, two = (Recipe(path).stage(name, tmp_path / "runs") for name in ("one", "two"))

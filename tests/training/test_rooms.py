@@ -1,4 +1,4 @@
-"""Rooms, and what two ears hear in them."""
+"""Rooms, and the responses at two ears in them."""
 
 import pickle
 from collections import Counter
@@ -78,7 +78,7 @@ def test_rooms_keep_to_their_ranges() -> None:
             assert (turn + 180) % 360 - 180 == pytest.approx(0, abs=1e-6)
 
 
-def test_separation_goes_round_the_back() -> None:
+def test_separation_is_measured_across_180_degrees() -> None:
     ranges = RoomRanges(separation=60)
     for seed in range(100):
         first, second = draw_room(np.random.default_rng(seed), ranges, HEADS).speakers
@@ -96,7 +96,7 @@ def test_reverberation_time_of_a_known_room() -> None:
 
 
 @pytest.mark.parametrize("facing", [0, 130])
-def test_the_nearer_ear_hears_first_and_louder(renderer: Renderer, facing: float) -> None:
+def test_the_sound_is_earlier_and_louder_at_the_nearer_ear(renderer: Renderer, facing: float) -> None:
     left, right = renderer.responses(room(90, -90, facing=facing))
     assert left.shape == (2, RESPONSE_LENGTH)
     for near, far in (left, right[::-1]):
@@ -122,11 +122,11 @@ def test_reflections_follow_and_fade(renderer: Renderer) -> None:
     np.testing.assert_allclose(wet[..., :100], dry[..., :100], atol=0.02 * np.abs(dry).max())
 
 
-def test_a_renderer_survives_the_way_to_another_process(renderer: Renderer) -> None:
+def test_a_renderer_can_be_pickled(renderer: Renderer) -> None:
     drawn = draw_room(np.random.default_rng(1), RoomRanges(), HEADS)
     again = pickle.loads(pickle.dumps(renderer))
     np.testing.assert_array_equal(again.responses(drawn), renderer.responses(drawn))
-    # Nor does it remember the room before.
+    # The renderer also has no state from the room before.
     renderer.responses(room(0, 90))
     np.testing.assert_array_equal(again.responses(drawn), renderer.responses(drawn))
 
@@ -152,7 +152,7 @@ def test_levels(level: float, clips: bool) -> None:
 
 
 def copy_sofa(path: Path, *, without: str = "", receivers: int = 2, delay: float = 0, lowest: float = -40) -> Path:
-    """The KEMAR file, small and with a fault."""
+    """Write a small copy of the KEMAR file with a fault."""
     with netCDF4.Dataset(SOFA) as source, netCDF4.Dataset(path, "w") as copy:
         copy.setncatts({name: source.getncattr(name) for name in source.ncattrs()})
         kept = np.flatnonzero(source["SourcePosition"][:, 1] >= lowest)[::7]
@@ -173,7 +173,7 @@ def copy_sofa(path: Path, *, without: str = "", receivers: int = 2, delay: float
     return path
 
 
-def test_ears_are_told_by_their_positions(tmp_path: Path) -> None:
+def test_ears_are_identified_by_their_positions(tmp_path: Path) -> None:
     straight = Renderer([copy_sofa(tmp_path / "straight.sofa")])
     path = copy_sofa(tmp_path / "swapped.sofa")
     with netCDF4.Dataset(path, "a") as file:
@@ -184,12 +184,12 @@ def test_ears_are_told_by_their_positions(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Renderer([path]).responses(swapped), straight.responses(ordered))
 
 
-def test_two_microphones_hear_the_same_sound_apart(renderer: Renderer) -> None:
-    # From the left, 20 cm apart: 20 cm / 343 m/s = 9.3 samples, and no head between them.
+def test_two_microphones_differ_by_the_propagation_time(renderer: Renderer) -> None:
+    # The microphones are 20 cm apart, and the sound comes from the left: 20 cm / 343 m/s = 9.3 samples.
     pair = renderer.responses(room(90, 0, distance=1.5, listener=Listener(MICROPHONES, spacing=0.2)))
     left, right = np.abs(pair[0]).argmax(-1)
     assert right - left == pytest.approx(0.2 / 343 * 16000, abs=1)
-    np.testing.assert_allclose(pair[1, 0], pair[1, 1], atol=1e-6)  # from the front they hear the same
+    np.testing.assert_allclose(pair[1, 0], pair[1, 1], atol=1e-6)  # sound from the front is the same at both
     louder = renderer.responses(room(90, 0, distance=1.5, listener=Listener(MICROPHONES, spacing=0.2, difference=6)))
     np.testing.assert_allclose(louder[0, 0], pair[0, 0] * 10 ** (3 / 20), rtol=1e-5)
     np.testing.assert_allclose(louder[0, 1], pair[0, 1] / 10 ** (3 / 20), rtol=1e-5)
@@ -266,13 +266,11 @@ def test_banks_that_cannot_be_used(tmp_path: Path) -> None:
         read_bank(tmp_path / "listeners.safetensors")
 
 
-def test_a_file_that_is_read_for_ever_or_crashes_its_reader_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As HDF5 does with some damaged files: another process looks, with a limit."""
+def test_a_file_that_hangs_or_crashes_its_reader_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HDF5 does this with some damaged files, so a separate process with a time limit checks the file."""
     readers = {"for ever": "while True: pass", "crash": "import os; os.abort()"}
     for name, does in readers.items():
-        # In place of netCDF4, as the process that looks finds it.
+        # The process that checks the file imports this module in place of netCDF4.
         folder = tmp_path / name
         folder.mkdir()
         (folder / "netCDF4.py").write_text(f"def Dataset(path):\n    {does}\n")

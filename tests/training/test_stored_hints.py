@@ -1,4 +1,4 @@
-"""Stored hints: the same mixtures and hints as without, for another large network refused."""
+"""Training with stored hints equals training without, and hints of another large network are refused."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def settings(folder: Path, task: str, **changes: Any) -> TrainingConfig:
 
 @pytest.fixture(scope="module")
 def stored(folder: Path) -> Path:
-    """Forty mixtures for separation: one full file and one that is not."""
+    """Forty mixtures for separation, in one full file and one that is not full."""
     store_hints(settings(folder, "ss"), folder / "ss", 40)
     return folder / "ss"
 
@@ -99,19 +99,19 @@ def test_a_step_learns_the_same_from_stored_hints(folder: Path, stored: Path, ta
     other.load_state_dict(module.state_dict())
     mixing = DynamicMixing(live.train, live.model, seed=live.seed, skip_broken=False)  # type: ignore[arg-type]
     expected = batch_of(mixing, indices)
-    # Of extraction both speakers of a mixture are kept, one after the other.
+    # For extraction, both speakers of a mixture are stored, one after the other.
     found = batch_of(examples, indices if task == "ss" else [2, 3])
     for key in ("mixture", "sources", *(["speaker_embedding"] if task == "tse" else [])):
         tolerance = 1e-3 * float(expected[key].abs().max())  # type: ignore[literal-required]
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=tolerance)  # type: ignore[literal-required]
     loss, live_loss = module.training_step(found, 0).detach(), other.training_step(expected, 0).detach()
     assert float(loss) == pytest.approx(float(live_loss), abs=0.02)
-    # The hints are what makes the step: with others it comes out otherwise.
+    # The step depends on the hints.
     changed = dict(found, embedding=torch.randn_like(found["embedding"]))
     assert abs(float(module.training_step(changed, 0) - module.training_step(found, 0))) > 1e-4  # type: ignore[arg-type]
 
 
-def test_an_interrupted_folder_is_gone_on_with(folder: Path, stored: Path, tmp_path: Path) -> None:
+def test_an_interrupted_folder_can_be_continued(folder: Path, stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored, tmp_path / "again")
     (tmp_path / "again" / "000001.safetensors").unlink()
     before = (tmp_path / "again" / "000000.safetensors").stat().st_mtime_ns
@@ -138,7 +138,7 @@ def test_hints_of_another_large_network_are_refused(folder: Path, stored: Path, 
         store_hints(settings(folder, "ss"), stored, 41)
 
 
-def test_the_digest_tells_what_the_large_network_is_given() -> None:
+def test_the_digest_depends_on_the_input_of_the_large_network() -> None:
     def digest(**changes: Any) -> str:
         torch.manual_seed(0)
         document = {"task": "ss", "small": SIZE, "large": SIZE, "boosting": {"delay": 2}, **changes}
@@ -148,7 +148,7 @@ def test_the_digest_tells_what_the_large_network_is_given() -> None:
     assert digest() == digest(boosting={"delay": 6}) != digest(running_level=True)
 
 
-def test_what_stored_hints_are_not_for(folder: Path, tmp_path: Path) -> None:
+def test_unsuitable_configurations_and_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set freeze_large"):
         from_stored(folder, tmp_path, "ss", freeze_large=False)
     with pytest.raises(InputError, match="give the configuration of a pair with freeze_large"):
@@ -160,7 +160,7 @@ def test_what_stored_hints_are_not_for(folder: Path, tmp_path: Path) -> None:
         store_hints(settings(folder, "ss"), tmp_path / "full", 4)
 
 
-def test_damaged_files_are_one_line(folder: Path, stored: Path, tmp_path: Path) -> None:
+def test_damaged_files_give_one_line(folder: Path, stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored, tmp_path / "cut")
     (tmp_path / "cut" / "000000.safetensors").write_bytes(b"no tensors")
     _, examples = opened(from_stored(folder, tmp_path / "cut", "ss"))
@@ -188,7 +188,7 @@ def test_the_commands_run_and_resume(folder: Path, tmp_path: Path) -> None:
     config.write_text(train.model_dump_json())
     trained = run("kb-train", "--config", config, "--run_dir", tmp_path / "run")
     assert trained.returncode == 0, trained.stderr
-    # A run that goes on knows whose hints it began with.
+    # A resumed run knows the large network of its hints.
     longer = train.model_copy(update={"epochs": 2, "large_checkpoint": "gone.pt"})
     config.write_text(longer.model_dump_json())
     resumed = run("kb-train", "--config", config, "--run_dir", tmp_path / "run", "--resume")

@@ -1,4 +1,4 @@
-"""kb-train: real runs of tiny networks, interrupted, resumed, shared by processes, and fitted."""
+"""kb-train trains tiny networks: runs are interrupted, resumed, shared by processes, and fitted to data."""
 
 import json
 import os
@@ -42,7 +42,7 @@ PAIR: dict[str, Any] = {
 
 
 def write_dataset(root: Path, items: int, seconds: float, splits: tuple[str, ...] = ("train", "val")) -> Path:
-    """The sample voices cut into items in the published layout."""
+    """Cut the sample sources into items in the published layout."""
     sources = [soundfile.read(SAMPLES / f"source{number}.flac")[0] for number in (1, 2)]
     length = round(16000 * seconds)
     for split in splits:
@@ -98,7 +98,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 14 epochs of 3 steps, never interrupted."""
+    """A run of 14 epochs of 3 steps without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     config = write_config(folder, dataset, epochs=14)
     train("--config", config, "--run_dir", folder / "run")
@@ -117,8 +117,8 @@ def test_a_run_leaves_checkpoints_logs_and_its_configuration(
     assert "holds a run already" in line
 
 
-def test_an_interrupted_run_goes_on_exactly(whole_run: Path, tmp_path: Path) -> None:
-    """Wherever SIGTERM meets it, at the start, in mid-epoch or never: the same weights after the same steps."""
+def test_an_interrupted_run_continues_exactly(whole_run: Path, tmp_path: Path) -> None:
+    """SIGTERM can arrive at the start, during an epoch or never; the weights after the same steps are the same."""
     document = json.loads((whole_run / "config.json").read_text()) | {"workers": 1}
     (tmp_path / "config.json").write_text(json.dumps(document))
     call = ["--config", tmp_path / "config.json", "--run_dir", tmp_path / "run"]
@@ -126,10 +126,10 @@ def test_an_interrupted_run_goes_on_exactly(whole_run: Path, tmp_path: Path) -> 
         command("kb-train", *call), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + PATIENCE
-    while not list((tmp_path / "run").glob("best/epoch*")):  # into the second epoch
+    while not list((tmp_path / "run").glob("best/epoch*")):  # wait for the second epoch
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)  # its worker too, as a service manager or a terminal does
+    os.killpg(process.pid, signal.SIGTERM)  # to the worker too, like a service manager or a terminal
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     stopped = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"]
@@ -140,8 +140,8 @@ def test_an_interrupted_run_goes_on_exactly(whole_run: Path, tmp_path: Path) -> 
     assert largest_difference(tmp_path / "run" / "last.ckpt", whole_run / "run" / "last.ckpt") < 1e-6
 
 
-def test_a_run_goes_on_where_its_first_weights_are_gone(dataset: Path, tmp_path: Path) -> None:
-    """On another machine there is the repository, the data and one checkpoint file."""
+def test_a_run_continues_without_its_initial_weights(dataset: Path, tmp_path: Path) -> None:
+    """Another machine has only the repository, the data and one checkpoint file."""
     first = tmp_path / "first"
     torch.manual_seed(0)
     alone = MODEL.validate_python({"task": "ss", "small": PAIR["small"]})
@@ -158,7 +158,7 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(dataset: Path, tmp_path:
     assert "small.pt: no such file" in refusal("kb-train", "--config", config, "--run_dir", tmp_path / "third")
 
 
-def test_speakers_of_training_are_kept_and_never_measured_on(
+def test_training_speakers_are_recorded_and_never_measured_on(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -173,7 +173,7 @@ def test_speakers_of_training_are_kept_and_never_measured_on(
     last = tmp_path / "run" / "last.ckpt"
     assert torch.load(last, weights_only=True)["training_speakers"] == ["19", "26"]
 
-    # A run that starts from these weights has heard them too.
+    # A run that starts from these weights has these training speakers too.
     write_speakers(data / "train", "30", "31")
     other = torch.load(last, weights_only=True) | {"training_speakers": ["50"]}
     torch.save(other, tmp_path / "other.ckpt")
@@ -221,7 +221,7 @@ def test_a_run_can_start_from_a_bundle(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_guided_run_goes_on_and_becomes_a_pair_without_its_guidance(dataset: Path, tmp_path: Path) -> None:
+def test_a_guided_run_continues_and_becomes_a_pair_without_guidance(dataset: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, dataset, epochs=2, guidance=5.0, ideal_hints=True, freeze_large=True)
     whole, half = tmp_path / "whole", tmp_path / "half"
     train("--config", config, "--run_dir", whole)
@@ -238,9 +238,7 @@ def test_a_guided_run_goes_on_and_becomes_a_pair_without_its_guidance(dataset: P
             assert torch.equal(value, begun[name]), name  # frozen
 
 
-def test_a_run_on_whitened_speakers_becomes_a_model_that_takes_embeddings_as_they_are(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_a_run_with_whitening_becomes_a_model_without_whitening(dataset: Path, tmp_path: Path) -> None:
     model = {**PAIR, "task": "tse"}
     changes = {"model": model, "speaker_components": 1, "speaker_noise": 0.2, "guidance": 5.0, "learning_rate": 0.01}
     config = write_config(tmp_path, dataset, epochs=2, **changes)
@@ -251,7 +249,7 @@ def test_a_run_on_whitened_speakers_becomes_a_model_that_takes_embeddings_as_the
     assert module.whitening is not None
     embeddings = torch.stack([torch.full((256,), 0.1), torch.full((256,), 0.2)])
     whitened = module.whitening(embeddings)
-    # Two speakers are told apart by one component, one standard deviation to either side of the mean.
+    # Two speakers differ in one component, by one standard deviation on each side of the mean.
     assert sorted(whitened.norm(dim=1).tolist()) == pytest.approx([1, 1], abs=1e-3)
     torch.testing.assert_close(whitened[0], -whitened[1], rtol=0, atol=1e-3)
     for training in (False, True):
@@ -270,7 +268,7 @@ def test_a_run_on_whitened_speakers_becomes_a_model_that_takes_embeddings_as_the
     for name in ("small", "large"):
         torch.testing.assert_close(getattr(found, name), expected[name], rtol=1e-3, atol=1e-4)
 
-    # What starts from it computes the same, and a run that goes on is one that was never interrupted.
+    # A run that starts from the checkpoint computes the same, and a resumed run equals one without interruption.
     again = write_config(
         tmp_path / "again", dataset, **{**changes, "initial_checkpoint": str(tmp_path / "run" / "last.ckpt")}
     )
@@ -290,7 +288,7 @@ def test_a_run_on_whitened_speakers_becomes_a_model_that_takes_embeddings_as_the
 
 
 def test_dropped_hints_are_no_hints(dataset: Path, tmp_path: Path) -> None:
-    """With every hint dropped the loss is that of the small network with zeros; without dropout, that of the pair."""
+    """If all hints are dropped, the loss is that of the small network with zeros; else it is that of the pair."""
     batch: Batch = {"names": ["a"], "sources": torch.randn(1, 2, 2, 4000, generator=torch.Generator().manual_seed(0))}
     batch["mixture"] = batch["sources"].sum(1)
     losses = {}
@@ -300,7 +298,9 @@ def test_dropped_hints_are_no_hints(dataset: Path, tmp_path: Path) -> None:
         module = TrainingModule(config)
         assert isinstance(module.model, BoostedPair)
         for fusion in module.model.small.network.fusion:
-            torch.nn.init.ones_(fusion.get_submodule("norm_merge").get_parameter("weight"))  # begins next to nothing
+            torch.nn.init.ones_(
+                fusion.get_submodule("norm_merge").get_parameter("weight")
+            )  # its initial value is almost zero
         losses[dropout] = float(module.training_step(batch, 0).detach())
         for kept in (1.0, 0.0):
             estimate = module.model(batch["mixture"], None, torch.full((1, 1), kept)).small
@@ -322,13 +322,13 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 def test_killing_a_run_at_any_moment_leaves_readable_checkpoints(dataset: Path, tmp_path: Path) -> None:
     config, folder = write_config(tmp_path, dataset, epochs=1000), tmp_path / "run"
     for kill in range(3):
-        # A run killed before its first minute has no last checkpoint; its best ones serve as well.
+        # A run that is killed in its first minute has no last checkpoint, so its best ones are used.
         known = set(folder.glob("best/epoch*.ckpt"))
         flags = ["--resume", "--ckpt", max(known, key=lambda path: path.stat().st_mtime)] if kill else []
         call = command("kb-train", "--config", config, "--run_dir", folder, *flags)
         process = subprocess.Popen(call, env=environment(), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + PATIENCE
-        # Checkpoints are written all the time: every epoch has three steps.
+        # Every epoch has three steps, so checkpoints are written all the time.
         while not set(folder.glob("best/epoch*.ckpt")) - known:
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -342,7 +342,7 @@ def test_killing_a_run_at_any_moment_leaves_readable_checkpoints(dataset: Path, 
             assert torch.load(checkpoint, weights_only=True)["global_step"] > 0
 
 
-def test_a_loss_that_is_no_number_stops_with_the_names_of_its_batch(dataset: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_stops_with_the_names_of_its_batch(dataset: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, dataset, learning_rate=1e30, gradient_clip=0.0)
     result = run("kb-train", "--config", config, "--run_dir", tmp_path / "run")
     assert result.returncode == 1
@@ -354,7 +354,7 @@ def test_a_loss_that_is_no_number_stops_with_the_names_of_its_batch(dataset: Pat
 
 @pytest.mark.slow
 def test_hints_of_a_fitted_large_network_help_the_small_one(tmp_path: Path) -> None:
-    """Learning is real: a reduced pair fitted to four mixtures, large network first, the published way."""
+    """A reduced pair is fitted to four mixtures in the published way, the large network first."""
     data = write_dataset(tmp_path / "data", 4, 0.5, ("train",))
     large = {"channels": 32, "hidden": 32, "blocks": 1}
     small = {"channels": 4, "hidden": 4, "blocks": 2}
@@ -404,7 +404,7 @@ def test_a_run_becomes_a_bundle_and_is_tested(whole_run: Path, tmp_path: Path) -
     pair, manifest = load_pair(bundle), bundle.manifest
     assert not manifest.untrained
 
-    # The same networks and hints, on validation with the energy and the sign of the sources.
+    # The networks and hints are the same, but the outputs have the energy and the sign of the sources.
     settings = read_training_config(whole_run / "config.json")
     trained = read_checkpoint(folder / "last.ckpt", settings.model)
     items = MixtureFolder(settings.validation, settings.model, seed=0, training=False, skip_broken=False)
@@ -456,7 +456,7 @@ def test_calls_that_cannot_be_used(
     assert not new.exists()
 
 
-def test_skipped_items_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_items_give_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_dataset(tmp_path / "data", 4, 0.25)
     (data / "train" / "002" / "source01.wav").write_bytes(b"no audio")
     config = write_config(tmp_path, data, epochs=1)

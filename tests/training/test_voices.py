@@ -1,4 +1,4 @@
-"""kb-make-voices: pitch and formants are where they were sent, and the new folder is a corpus like any other."""
+"""kb-make-voices changes pitch and formants as requested, and its output is a normal corpus."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ PITCH, FORMANT = 120.0, 900.0  # Hz
 
 
 def vowel() -> Samples:
-    """A second of pulses through one resonance."""
+    """Return a second of pulses, filtered by one resonance."""
     pulses = np.zeros(SAMPLE_RATE)
     pulses[np.round(np.arange(0, SAMPLE_RATE - 1, SAMPLE_RATE / PITCH)).astype(int)] = 1
     pole = 0.97 * np.exp(2j * np.pi * FORMANT / SAMPLE_RATE)
@@ -35,7 +35,7 @@ def changed(pitch: float, formants: float) -> Samples:
 
 
 def pitch_of(sound: Samples) -> float:
-    """By the first peak of the autocorrelation."""
+    """Return the pitch from the first peak of the autocorrelation, Hz."""
     middle = sound[SAMPLE_RATE // 4 : -SAMPLE_RATE // 4].astype(np.float64)
     correlation = np.correlate(middle, middle, "full")[len(middle) - 1 :]
     shortest = SAMPLE_RATE // 400
@@ -43,7 +43,7 @@ def pitch_of(sound: Samples) -> float:
 
 
 def formant_of(sound: Samples) -> float:
-    """By the centre of the power around the resonance."""
+    """Return the frequency of the resonance from the centre of the power around it, Hz."""
     frequencies, power = scipy.signal.welch(sound, SAMPLE_RATE, nperseg=1024)
     near = (frequencies > FORMANT / 2) & (frequencies < FORMANT * 2)
     near &= power > power[near].max() / 30
@@ -71,13 +71,13 @@ def voices(speech: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("pitch", "formants"), [(1.0, 1.0), (1.25, 1.0), (0.8, 1.0), (1.0, 1.15), (1.3, 0.88)])
-def test_pitch_and_formants_move_apart(pitch: float, formants: float) -> None:
+def test_pitch_and_formants_change_independently(pitch: float, formants: float) -> None:
     sound = changed(pitch, formants)
     assert pitch_of(sound) == pytest.approx(pitch * PITCH, rel=0.02)
     assert formant_of(sound) == pytest.approx(formants * formant_of(vowel()), rel=0.04)
 
 
-def test_a_voice_is_as_long_and_as_loud_as_what_it_was_made_of() -> None:
+def test_a_voice_has_the_length_and_level_of_its_original() -> None:
     sound = changed(1.3, 1.1)
     assert sound.shape == vowel().shape
     assert np.square(sound).mean() == pytest.approx(np.square(vowel()).mean(), rel=0.01)
@@ -100,7 +100,7 @@ def test_every_speaker_is_there_as_recorded_and_in_other_voices(speech: Path, vo
     assert len({(each["pitch"], each["formants"]) for each in factors}) == 2 * len(recorded.speakers)
 
 
-def test_a_voice_made_of_a_speaker_is_that_speaker_where_trained_and_measured_must_differ(tmp_path: Path) -> None:
+def test_a_derived_voice_counts_as_its_speaker_in_training_and_evaluation(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("speaker00,speaker01\n1034,2989\n")
     refuse_shared_speakers(["103~1", "10~34"], tmp_path)
     with pytest.raises(InputError, match="speaker 2989"):
@@ -123,7 +123,7 @@ def test_a_voice_made_of_a_speaker_is_that_speaker_where_trained_and_measured_mu
         (["--voices", 0], "--voices"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_a_line(
+def test_unusable_calls_are_refused_in_a_line(
     arguments: list[object], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "voices"
@@ -135,7 +135,7 @@ def test_what_cannot_be_made_is_refused_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_file_is_named_or_left_out_and_the_same_seed_makes_the_same_voices(
+def test_broken_files_are_reported_or_skipped_and_the_seed_decides_the_voices(
     speech: Path, voices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(speech, tmp_path / "speech")

@@ -1,4 +1,4 @@
-"""Weights from a related model: of the other task, or of the small network without hints."""
+"""Initial weights from a related model, of the other task or without hints."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def small_of(model: torch.nn.Module) -> SmallModel:
 
 
 def test_extraction_starts_as_the_first_separated_voice(separation: Path) -> None:
-    """As long as the speaker layers modulate by nothing, which a speaker embedding of zeros makes them do."""
+    """With a speaker embedding of zeros, the speaker layers have no effect at first."""
     separating, extracting = build(SS), build(TSE)
     separating.load_state_dict(torch.load(separation, weights_only=True))
     left = warm_start(extracting, separation, TSE)
@@ -71,9 +71,7 @@ def test_weights_of_another_size_are_refused(separation: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.float64])
-def test_a_pair_can_start_between_itself_and_the_network_trained_alone(
-    separation: Path, precision: torch.dtype
-) -> None:
+def test_a_pair_can_start_at_the_mean_with_the_network_trained_alone(separation: Path, precision: torch.dtype) -> None:
     alone = {name: value.to(precision) for name, value in torch.load(separation, weights_only=True).items()}
     torch.save(alone, separation)
     pair = build(PAIR)
@@ -115,6 +113,6 @@ def test_a_frozen_large_network_computes_the_same() -> None:
     assert not frozen.embedding.requires_grad
     torch.testing.assert_close(frozen.small, free.small, rtol=0, atol=1e-5)
     frozen.small.square().sum().backward()
-    # What encodes the hints still learns.
+    # The hint encoder is still trained.
     assert pair.large.encoder.conv.weight.grad is not None
     assert all(weight.grad is None for weight in pair.large.network.parameters())
