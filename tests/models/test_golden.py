@@ -27,8 +27,8 @@ def run_in_pieces(case: Golden, pieces: Sequence[int], *, hints: bool = True) ->
         hint, embedding, large_state = pair.large(stretch, large_state)
         encoded.append(hint)
         embeddings.append(embedding)
-        late = delay_hints(torch.cat(encoded, dim=1), pair.config.delay)[:, first:]
-        estimate, small_state = pair.small(stretch, small_state, late if hints else torch.zeros_like(late))
+        delayed = delay_hints(torch.cat(encoded, dim=1), pair.config.delay)[:, first:]
+        estimate, small_state = pair.small(stretch, small_state, delayed if hints else torch.zeros_like(delayed))
         estimates.append(estimate)
         first += frames
     embedding = torch.cat(embeddings, dim=1)

@@ -39,9 +39,9 @@ def test_no_speaker_of_the_validation_speech_was_in_training() -> None:
     assert not trained & validation
     for manifest in (bundle.manifest for bundle in Bundle.shipped()):
         # Voices of kb-make-voices count as their speakers. Speakers with too little speech were left out of training.
-        heard = {name.partition("~")[0] for name in manifest.provenance.training_speakers}
-        assert len(heard) > 200
-        assert heard <= trained
+        trained_on = {name.partition("~")[0] for name in manifest.provenance.training_speakers}
+        assert len(trained_on) > 200
+        assert trained_on <= trained
 
 
 def test_the_tracked_tree_stays_small() -> None:

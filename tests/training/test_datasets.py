@@ -506,12 +506,12 @@ def test_ears_differ_and_levels_change_as_drawn(disturbed: DynamicMixing) -> Non
     assert (level.abs() <= 6).all()
     before, after = render(cast("Batch", plain))["sources"], render(batch)["sources"]
     change = 20 * (after / before).abs().log10()
-    heard = before.abs() > 1e-4
-    left, right = (change[:, :, ear].masked_fill(~heard[:, :, ear], torch.nan).nanmedian(-1)[0] for ear in (0, 1))
+    audible = before.abs() > 1e-4
+    left, right = (change[:, :, ear].masked_fill(~audible[:, :, ear], torch.nan).nanmedian(-1)[0] for ear in (0, 1))
     torch.testing.assert_close((left - right).nanmedian(1)[0], ears, atol=0.6, rtol=0)
     quarter = change.shape[-1] // 4
     first, last = (
-        change[..., part].masked_fill(~heard[..., part], torch.nan).flatten(1).nanmedian(-1)[0]
+        change[..., part].masked_fill(~audible[..., part], torch.nan).flatten(1).nanmedian(-1)[0]
         for part in (slice(quarter), slice(-quarter, None))
     )
     torch.testing.assert_close(last - first, 0.75 * level, atol=0.6, rtol=0)
@@ -602,9 +602,11 @@ def test_rendering_is_convolution_with_the_responses(drawn: Batch) -> None:
     speech, responses = drawn["speech"].double().numpy(), drawn["responses"].double().numpy()
     for item in range(len(sources)):
         for speaker in (0, 1):
-            heard = fftconvolve(speech[item, speaker][None], responses[item, speaker], axes=-1)[:, : sources.shape[-1]]
-            gain = (heard * sources[item, speaker]).sum() / (heard * heard).sum()
-            assert np.allclose(sources[item, speaker], gain * heard, atol=1e-6)
+            convolved = fftconvolve(speech[item, speaker][None], responses[item, speaker], axes=-1)[
+                :, : sources.shape[-1]
+            ]
+            gain = (convolved * sources[item, speaker]).sum() / (convolved * convolved).sum()
+            assert np.allclose(sources[item, speaker], gain * convolved, atol=1e-6)
 
 
 def test_other_batches_are_left_as_they_are(root: Path) -> None:
@@ -724,7 +726,7 @@ def test_speech_of_one_speaker_or_without_a_bank_is_refused(bank: Path, tmp_path
 
 @pytest.fixture
 def spoilt(tmp_path: Path) -> Iterator[Path]:
-    """Speech of two speakers, one of whom has a good file and a file with NaN."""
+    """Speech of two speakers, the second with a good file and a file with NaN."""
     random = np.random.default_rng(0)
     noise = 0.1 * random.standard_normal(RATE)
     soundfile.write(tmp_path / "1-noise.wav", noise, RATE, subtype="FLOAT")

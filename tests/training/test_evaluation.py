@@ -154,8 +154,8 @@ def expected_outputs(pair: BoostedPair, mixture: Tensor, other: Tensor) -> dict[
     alone = pair(mixture[None], None, torch.zeros(steps))
     # The small network processes this mixture, and the large network the other one.
     padded = torch.nn.functional.pad(mixture, (0, steps * 128 + 64 - mixture.shape[-1]))
-    late = delay_hints(pair(other[None]).hints, pair.config.delay)
-    wrong, _ = pair.small(padded[None], pair.small.initial_state(1), late)
+    delayed = delay_hints(pair(other[None]).hints, pair.config.delay)
+    wrong, _ = pair.small(padded[None], pair.small.initial_state(1), delayed)
     return {
         "small_without_hints": alone.small[0],
         "boosted": output.small[0],

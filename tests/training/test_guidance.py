@@ -34,9 +34,9 @@ def voices(batch: int, count: int) -> Tensor:
 def test_ideal_hints_are_made_of_the_sources_the_left_one_first() -> None:
     """As the spectral estimate of a large network, they give the sources except for a gain."""
     pair, sources = pair_of("ss"), voices(3, 2)
-    heard = pair.large.estimate(ideal_embedding(source_spectra(pair.large.stft, sources)))[..., :2000]
+    estimate = pair.large.estimate(ideal_embedding(source_spectra(pair.large.stft, sources)))[..., :2000]
     # The first 64 samples lack the frame before.
-    torch.testing.assert_close(heard[..., 64:] / 4, sources.flip(1)[..., 64:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(estimate[..., 64:] / 4, sources.flip(1)[..., 64:], rtol=0, atol=1e-4)
 
 
 def test_spectra_are_the_fourier_transforms_of_windowed_frames() -> None:
@@ -86,13 +86,13 @@ def test_guidance_of_a_network_alone_trains_its_blocks_and_speaker_layers(task: 
     sources = voices(2, 2)
     samples = pad_to_frames(sources.sum(1), alone.config.framing)
 
-    def hear() -> None:
+    def run() -> None:
         alone(samples, alone.initial_state(2, torch.randn(2, 256) if task == "tse" else None))
 
     alone.eval()
-    hear()  # features outside of training do not count
+    run()  # features outside of training do not count
     alone.train()
-    hear()
+    run()
     whole = source_spectra(alone.stft, sources.sum(1)[:, None])[..., 0, :]
     guidance.loss(source_spectra(alone.stft, sources[:, : alone.config.sources]), whole).backward()
     moved = {name for name, weight in alone.named_parameters() if weight.grad is not None and weight.grad.any()}

@@ -88,15 +88,15 @@ def test_all_channels_find_the_one_permutation_that_torchmetrics_finds(sources: 
 def test_permutations_are_those_of_brute_force(sources: int) -> None:
     estimates, references = random_pair(sources, seed=1)
     joint = permuted_si_sdr(estimates, references, "joint")
-    apart = permuted_si_sdr(estimates, references, "per_channel")
+    per_channel = permuted_si_sdr(estimates, references, "per_channel")
     for item in range(BATCH):
         expected = torch.tensor(brute_force(estimates[item], references[item])).view(sources, MICROPHONES)
         assert torch.allclose(joint[item], expected, atol=TOLERANCE)
         for microphone in range(MICROPHONES):
             own = slice(microphone, microphone + 1)
             alone = torch.tensor(brute_force(estimates[item, :, own], references[item, :, own]))
-            assert torch.allclose(apart[item, :, microphone], alone, atol=TOLERANCE)
-    assert not torch.allclose(joint, apart, atol=1)  # the two differ for these inputs
+            assert torch.allclose(per_channel[item, :, microphone], alone, atol=TOLERANCE)
+    assert not torch.allclose(joint, per_channel, atol=1)  # the two differ for these inputs
 
 
 def test_only_per_channel_permutation_undoes_a_swap_in_one_channel() -> None:

@@ -231,8 +231,8 @@ def test_embeddings_are_resemblyzers_of_another_segment(dataset: Path) -> None:
 
 
 def test_sources_are_the_utterances_they_say(many: list[Item]) -> None:
-    for row, heard in many[:8]:
-        for number, source in zip(("00", "01"), heard, strict=True):
+    for row, item_sources in many[:8]:
+        for number, source in zip(("00", "01"), item_sources, strict=True):
             start = int(row[f"offset{number}_samples"])
             speech, _ = soundfile.read(SPEECH / row[f"utterance{number}"], start=start, frames=SECONDS * 16000)
             size = 4 * SECONDS * 16000
@@ -246,8 +246,8 @@ def test_sources_are_the_utterances_they_say(many: list[Item]) -> None:
 
 def test_ears_differ_as_the_azimuth_says(many: list[Item]) -> None:
     levels, times = [], []
-    for row, heard in many:
-        for number, source in zip(("00", "01"), heard, strict=True):
+    for row, item_sources in many:
+        for number, source in zip(("00", "01"), item_sources, strict=True):
             left = np.sign(np.sin(np.radians(float(row[f"azimuth{number}_deg"]))))
             power = np.square(source).sum(-1)
             levels.append(np.sign(np.log(power[0] / power[1])) == left)
@@ -263,13 +263,16 @@ def test_ears_differ_as_the_azimuth_says(many: list[Item]) -> None:
 
 def test_speakers_are_apart_and_levels_as_drawn(many: list[Item]) -> None:
     limited = 0
-    for row, heard in many:
-        apart = (float(row["azimuth00_deg"]) - float(row["azimuth01_deg"]) + 180) % 360 - 180
-        assert abs(apart) >= 15
-        decibels = [10 * np.log10(np.mean(np.square(signal / 32768))) for signal in (*heard, heard[0] + heard[1])]
+    for row, item_sources in many:
+        separation = (float(row["azimuth00_deg"]) - float(row["azimuth01_deg"]) + 180) % 360 - 180
+        assert abs(separation) >= 15
+        decibels = [
+            10 * np.log10(np.mean(np.square(signal / 32768)))
+            for signal in (*item_sources, item_sources[0] + item_sources[1])
+        ]
         assert -5 <= float(row["level_difference_db"]) <= 5
         assert decibels[0] - decibels[1] == pytest.approx(float(row["level_difference_db"]), abs=0.02)
-        peak = max(np.abs(signal).max() for signal in (*heard, heard[0] + heard[1]))
+        peak = max(np.abs(signal).max() for signal in (*item_sources, item_sources[0] + item_sources[1]))
         assert peak <= 0.99 * 32768 + 1
         wanted = float(row["mixture_level_dbfs"])
         assert -35 <= wanted <= -20

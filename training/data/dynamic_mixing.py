@@ -220,8 +220,8 @@ def _convolve(signals: Tensor, responses: Tensor) -> Tensor:
     # A transform of an arbitrary length can take several times as long.
     size = scipy.fft.next_fast_len(length + responses.shape[-1] - 1, real=True)
     spectrum = torch.fft.rfft(signals, n=size)[:, :, None] * torch.fft.rfft(responses, n=size)
-    heard: Tensor = torch.fft.irfft(spectrum, n=size)[..., :length]
-    return heard
+    convolved: Tensor = torch.fft.irfft(spectrum, n=size)[..., :length]
+    return convolved
 
 
 def render(batch: Batch) -> Batch:
@@ -232,10 +232,10 @@ def render(batch: Batch) -> Batch:
     """
     if "speech" not in batch:
         return batch
-    heard = _convolve(batch["speech"], batch["responses"])  # [B, 2, M, N]
-    level = heard.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-8)
-    signs = torch.tensor([1.0, -1.0], device=heard.device)
-    sources = heard / level * _to_gain(batch["level_difference_db"][:, None] / 2 * signs)[..., None, None]
+    convolved = _convolve(batch["speech"], batch["responses"])  # [B, 2, M, N]
+    level = convolved.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-8)
+    signs = torch.tensor([1.0, -1.0], device=convolved.device)
+    sources = convolved / level * _to_gain(batch["level_difference_db"][:, None] / 2 * signs)[..., None, None]
     if "ear_difference_db" in batch:
         sources = sources * _to_gain(batch["ear_difference_db"][:, None] / 2 * signs)[:, None, :, None]
     mixture = sources.sum(1)

@@ -88,12 +88,12 @@ class Guidance(nn.Module):
         weight = mixture.abs()[..., None, :]
         weight = weight / weight.mean((1, 2), keepdim=True).clamp_min(1e-8)
         total = spectra.new_zeros((), dtype=share.dtype)
-        for head, heard in zip(self.heads, self._features, strict=True):
-            found = head(heard).unflatten(-1, (self._sources, self._microphones))
+        for head, features in zip(self.heads, self._features, strict=True):
+            logits = head(features).unflatten(-1, (self._sources, self._microphones))
             # The order of the sources is the choice of the large network, so the order with the smallest loss is used.
             losses = [
                 (
-                    functional.binary_cross_entropy_with_logits(found[..., list(order), :], share, reduction="none")
+                    functional.binary_cross_entropy_with_logits(logits[..., list(order), :], share, reduction="none")
                     * weight
                 )
                 .flatten(1)
