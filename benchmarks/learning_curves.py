@@ -1,8 +1,10 @@
-"""Draws learning curves: ``python benchmarks/learning_curves.py runs/compact/ss-alone runs/compact/ss-48ms …``.
+"""Draws the learning curves of a recipe.
 
-Reads the TensorBoard logs of ``kb-train``, and writes validation SI-SDRi and smoothed training loss by step, as JSON
-and as a picture. ``--with FILE`` copies the curves of such a JSON file into the new one. They are also drawn for those
-given runs whose folders do not exist any more.
+``python benchmarks/learning_curves.py configs/compact/recipe.toml runs/compact``
+
+Reads the TensorBoard logs of ``kb-train``, and writes validation SI-SDRi and smoothed training loss of every stage by
+step, as JSON. The picture shows the validation figure of each network from its first stage to its last. ``--with FILE``
+reads the curves of stages whose run folders do not exist any more from such a JSON file.
 """
 
 import argparse
@@ -13,7 +15,9 @@ import matplotlib
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from knowledge_boosting.models.tasks import TASKS
 from knowledge_boosting.training.learning.module import MONITOR
+from knowledge_boosting.training.recipes import Recipe
 
 matplotlib.use("Agg")
 
@@ -21,10 +25,14 @@ from matplotlib import pyplot as plt
 
 LOSS = "train/loss"
 _SMOOTHING_STEPS = 10  # logged steps
+Curves = dict[str, list[list[float]]]
+# The last stage of each network, after the name of its task, and its colour (Okabe and Ito).
+_LAST = {"large network": ("large", "large-voices"), "boosted": ("48ms",), "small network alone": ("alone",)}
+_COLOURS = {"large network": "#009E73", "boosted": "#0072B2", "small network alone": "#CC79A7"}
 
 
-def read_curves(run: Path) -> dict[str, list[list[float]]]:
-    """Return the curves of a run by name, as lists of (step, value). The loss is averaged over ten logged steps."""
+def read_curves(run: Path) -> Curves:
+    """Return the curves of a run by name, as lists of [step, value]. The loss is averaged over ten logged steps."""
     log = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     log.Reload()
     tags = log.Tags()["scalars"]
@@ -44,36 +52,63 @@ def read_curves(run: Path) -> dict[str, list[list[float]]]:
     return curves
 
 
+def chain(recipe: Recipe, stage: str) -> list[str]:
+    """Return the stages that the weights of a stage come from, in their order, and the stage itself."""
+    config = recipe.stage(stage, Path())
+    source = config.initial_checkpoint or config.warm_start
+    return [*(chain(recipe, Path(source).parent.name) if source else []), stage]
+
+
+def curve(stages: list[str], curves: dict[str, Curves], task: str) -> list[tuple[float, float]]:
+    """Return validation SI-SDRi of one task by the thousands of updates of all stages so far."""
+    points: list[tuple[float, float]] = []
+    before = 0.0
+    for stage in stages:
+        found = curves.get(stage, {})
+        if stage.startswith(f"{task}-"):
+            points += [((before + step) / 1000, value) for step, value in found.get(MONITOR, [])]
+        before += max((values[-1][0] for values in found.values() if values), default=0)
+    return points
+
+
+def draw(recipe: Recipe, curves: dict[str, Curves], path: Path) -> None:
+    """Draw one panel a task."""
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, (name, task) in zip(axes, reversed(TASKS.items()), strict=True):
+        for network, endings in _LAST.items():
+            last = [f"{name}-{ending}" for ending in endings if f"{name}-{ending}" in recipe.stages][-1]
+            points = curve(chain(recipe, last), curves, name)
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", markersize=3, color=_COLOURS[network], label=network)
+        axis.set_title(task.label, loc="left", fontsize=10)
+        axis.set_xlabel("thousands of updates, all stages")
+        axis.set_ylim(bottom=0)
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("validation SI-SDRi, dB")
+    axes[0].legend(frameon=False, loc="lower right")
+    figure.suptitle("Would more training still help?", fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--with", dest="before", type=Path, help="JSON file of an earlier call")
+    """Read, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("runs", type=Path, help="folder with a run for every stage")
+    parser.add_argument("--with", dest="before", type=Path, help="JSON that was written before")
     parser.add_argument("--json", type=Path, default=Path("out/learning_curves.json"))
     parser.add_argument("--plot", type=Path, default=Path("out/learning_curves.png"))
     arguments = parser.parse_args()
-    before = json.loads(arguments.before.read_text()) if arguments.before is not None else {}
-    selected = {
-        run.name: read_curves(run) if run.is_dir() or run.name not in before else before[run.name]
-        for run in arguments.runs
+    recipe = Recipe(arguments.recipe)
+    curves: dict[str, Curves] = json.loads(arguments.before.read_text()) if arguments.before is not None else {}
+    curves |= {
+        stage: read_curves(arguments.runs / stage) for stage in recipe.stages if (arguments.runs / stage).is_dir()
     }
-    figure, (loss, validation) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for number, (name, curves) in enumerate(selected.items()):
-        colour = plt.colormaps["tab20"](number % 20)
-        if curves[LOSS]:
-            steps, values = np.array(curves[LOSS]).T
-            loss.plot(steps, -values, color=colour, label=name)
-        if curves.get(MONITOR):
-            validation.plot(*np.array(curves[MONITOR]).T, "o-", markersize=3, color=colour, label=name)
-    for axis, title in ((loss, "training mixtures: SI-SDR, dB"), (validation, "validation items: SI-SDRi, dB")):
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("updates")
-        axis.grid(color="0.9")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*validation.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     for path in (arguments.json, arguments.plot):
         path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.plot, dpi=110)
-    arguments.json.write_text(json.dumps(before | selected) + "\n")
+    draw(recipe, curves, arguments.plot)
+    arguments.json.write_text(json.dumps(curves) + "\n")
 
 
 if __name__ == "__main__":

@@ -148,20 +148,34 @@ def plot(steps: list[Step], limits: list[float], title: str, path: Path) -> None
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 7), constrained_layout=True)
+    figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    above, below = axes
     sessions = [step.sessions for step in steps]
     for name in QUANTILES:
-        above.plot(sessions, [step.milliseconds["latency"][name] for step in steps], "o-", label=name)
+        above.plot(sessions, [step.milliseconds["latency"][name] for step in steps], "o-", markersize=4, label=name)
     for limit in limits:
-        above.axhline(limit, color="grey", linestyle=":")
-    above.set(yscale="log", ylabel="from chunk to hint, ms", title=title)
-    above.legend()
+        above.axhline(limit, color="0.4", linestyle="--", linewidth=1)
+        above.annotate(f"{limit:g} ms", (1, limit), (-3, 3), ("axes fraction", "data"), "offset points", ha="right")
+    above.set(ylabel="chunk sent to hint received, ms")
+    above.set_title("latency of the hints", loc="left", fontsize=10)
     for part in PARTS[1:]:
-        below.plot(sessions, [step.milliseconds[part]["p50"] for step in steps], "o-", label=part)
-    below.set(yscale="symlog", xlabel="sessions", ylabel="parts, p50, ms")
-    below.legend()
+        # A part of no time at all has no place on a logarithmic axis.
+        median = [max(step.milliseconds[part]["p50"], 0.1) for step in steps]
+        below.plot(sessions, median, "o-", markersize=4, label=part)
+    below.set(xlabel="devices", ylabel="p50, ms")
+    below.set_title("where that time goes", loc="left", fontsize=10)
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    figure.suptitle(f"How many devices can this server carry?\n{title}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -201,7 +215,7 @@ def main() -> None:
         audio = DeviceAudio(manifest, pcm=options.pcm, hints=options.hints)
         limits = [audio.deadline_ms, audio.deadline_ms / 2]
         steps, most = asyncio.run(search(server, audio, limits, options))
-    title = f"{manifest.label}, {options.seconds:g} s a step, {options.per_connection} sessions a connection"
+    title = f"{manifest.label}, {options.seconds:g} s for each number of devices"
     console = Console(width=150)
     console.print(results_table(steps, title))
     for limit, count in most.items():
