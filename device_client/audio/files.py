@@ -102,7 +102,7 @@ def open_audio(path: Path, longest: float = np.inf) -> Iterator[AudioFile]:
 
 def _looked_at(path: Path, place: Path, longest: float) -> AudioFile:
     with _named(path), sound_files.open_sound(place) as sound:
-        length = sound_files.promised(sound)
+        length = sound_files.declared_length(sound)
         if length <= longest * sound.samplerate:
             length = 0
             for block in sound_files.blocks(sound):

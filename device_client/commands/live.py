@@ -15,7 +15,7 @@ from typing import TextIO
 from rich.live import Live
 
 from knowledge_boosting.common.call_credentials import Credentials
-from knowledge_boosting.common.cli import console, end_signals, warn
+from knowledge_boosting.common.cli import console, termination_signals, warn
 from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.common.files import check_files, is_standard_output, is_stream
 from knowledge_boosting.device_client import speakers
@@ -102,7 +102,7 @@ def live(options: LiveOptions) -> None:
             warn(UNTRAINED_NOTICE)
         if isinstance(manifest.model, Pair) and hints is None:
             warn("no --server was given: the small network works alone")
-        for number in (signal.SIGINT, *end_signals()):
+        for number in (signal.SIGINT, *termination_signals()):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: sound.stop()))
         session = _Session(manifest, loop, sound, hints)
         stack.callback(sys.setswitchinterval, sys.getswitchinterval())

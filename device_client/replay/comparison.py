@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
-from knowledge_boosting.common.pictures import any_words
+from knowledge_boosting.common.pictures import literal_text
 from knowledge_boosting.device_client.audio.files import write_audio
 from knowledge_boosting.device_client.replay.plot import Spectrogram, draw_spectrogram
 from knowledge_boosting.models.bundle import Bundle
@@ -75,7 +75,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
     _draw(folder / PICTURE, comparison)
 
 
-@any_words()
+@literal_text()
 def _draw(path: Path, comparison: Comparison) -> None:
     curve = _quality_by_delay(comparison.task)
     gains = comparison.gains

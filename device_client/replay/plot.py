@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
-from knowledge_boosting.common.pictures import any_words
+from knowledge_boosting.common.pictures import literal_text
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.protos.codec import Samples
 
@@ -32,7 +32,7 @@ def check_plot(path: Path) -> None:
         raise InputError(f"{path}: a plot must end in {', '.join(FORMATS)}")
 
 
-@any_words()
+@literal_text()
 def plot_replay(
     path: Path,
     title: str,

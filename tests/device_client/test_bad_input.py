@@ -50,8 +50,8 @@ def test_input_files_that_cannot_be_used(
         tmp_path: "is a folder",
         write_raw(tmp_path / "text.wav", b"this is no audio at all"): "not readable as audio",
         write_raw(tmp_path / "zero.wav", b""): "not readable as audio",
-        write_raw(tmp_path / "cut.wav", whole[:-4000]): "cut short, 60044 of 64044 bytes",
-        write_raw(tmp_path / "header.wav", whole[:44]): "cut short, 44 of 64044 bytes",
+        write_raw(tmp_path / "cut.wav", whole[:-4000]): "cut short, only 60044 of 64044 bytes",
+        write_raw(tmp_path / "header.wav", whole[:44]): "cut short, only 44 of 64044 bytes",
         write_raw(tmp_path / "cut.flac", (tmp_path / "whole.flac").read_bytes()[:20000]): "",
         tmp_path / "empty.wav": "holds no samples",
         tmp_path / "nan.wav": "NaN or infinite",
@@ -118,8 +118,11 @@ def test_flags_that_cannot_be_used(
         (["-o", out, "--bundle", ss, "--reference", mixture], "give it 2 times"),
         (["-o", out, "--bundle", ss, "--server", "nowhere"], "must be HOST:PORT"),
         (["-o", out, "--bundle", ss, "--wrong"], "--wrong"),
-        (["-o", out, "--bundle", ss, "--report", tmp_path / "out-speaker1.wav"], "is written twice"),
-        (["-o", out, "--bundle", ss, "--report", tmp_path / "p.png", "--plot", tmp_path / "p.png"], "is written twice"),
+        (["-o", out, "--bundle", ss, "--report", tmp_path / "out-speaker1.wav"], "two outputs have this name"),
+        (
+            ["-o", out, "--bundle", ss, "--report", tmp_path / "p.png", "--plot", tmp_path / "p.png"],
+            "two outputs have this name",
+        ),
         (["-o", out, "--bundle", ss, "--report", good, "--trace", good], "would overwrite an input"),
         (["-o", out, "--bundle", ss, "--report", ss / "bundle.json"], "would overwrite an input"),
         (["-o", out, "--bundle", ss, "--report", tmp_path], "is a folder"),
@@ -130,7 +133,7 @@ def test_flags_that_cannot_be_used(
                 *("-o", tmp_path / "sub/alone.wav", "--bundle", ss, "--compare", tmp_path / "sub"),
                 *("--reference", mixture, "--reference", mixture, "--report", tmp_path / "sub/boosted-speaker2.wav"),
             ],
-            "alone-speaker1.wav: is written twice",
+            "alone-speaker1.wav: two outputs have this name",
         ),
     ]
     before = leftovers(tmp_path)
@@ -190,7 +193,7 @@ def test_nobody_at_the_servers_address(
 ) -> None:
     flags = ["-o", tmp_path / "o.wav", "--bundle", golden_bundle(SS), "--server", "127.0.0.1:1"]
     line = refusal_here("kb-client", capsys, "replay", mixture, *flags)
-    assert line == "--server 127.0.0.1:1: no answer; is kb-server running there, and the port open?"
+    assert line == "--server 127.0.0.1:1: no answer; check that kb-server runs there and that the port is open"
 
 
 def test_a_server_of_another_bundle(

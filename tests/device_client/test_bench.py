@@ -54,6 +54,6 @@ def test_a_folder_that_is_not_there_is_found_out_before_anything_is_measured(tmp
     call = command("kb-client", "bench", "--json", tmp_path / "no" / "b.json")
     result = subprocess.run(call, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "make it first" in result.stderr
+    assert "create it first" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not result.stdout

@@ -96,9 +96,9 @@ def test_a_device_shows_its_certificate(
 
     where = f"--server {mutual_server.address}: "
     line = refusal_here("kb-client", capsys, *call(None))
-    assert line == f"{where}wants a certificate of this device; give --tls-cert and --tls-key"
+    assert line == f"{where}requires a client certificate; give --tls-cert and --tls-key"
     line = refusal_here("kb-client", capsys, *call("foreign-device"))
-    assert line.startswith(f"{where}does not accept the certificate of --tls-cert")
+    assert line.startswith(f"{where}rejects the certificate of --tls-cert")
     assert "expired on 2020-01-01" in refusal_here("kb-client", capsys, *call("expired-device"))
     assert not list(mixture.parent.glob("out*"))
     result = run("kb-client", *call("device"))
@@ -136,8 +136,8 @@ def test_what_the_two_ends_do_not_accept(
             (["--server", server, "--tls"], "its certificate is not trusted (unable to get local issuer certificate)"),
             (["--server", expired, "--tls-ca", ca], "its certificate is not trusted (certificate has expired); renew"),
             (["--server", other_name, "--tls-ca", ca], "is not valid for '127.0.0.1'); give --server a name"),
-            (["--server", server], f"--server {server}: speaks TLS; give --tls, or --tls-ca FILE"),
-            (["--server", plain, "--tls-ca", ca], f"--server {plain}: speaks no TLS; leave out --tls"),
+            (["--server", server], f"--server {server}: speaks TLS; give --tls or --tls-ca FILE"),
+            (["--server", plain, "--tls-ca", ca], f"--server {plain}: speaks no TLS; leave out the --tls flags"),
         ]
         # Enrolling is not for a bundle.
         denied: list[object] = ["--server", server, "--tls-ca", ca, "--token-file", elsewhere]
@@ -173,7 +173,7 @@ def test_live_goes_on_where_one_server_refuses_and_another_serves(
         *("--bundle", golden_bundle(SS), "--server", guarded_server.address, "--server", ss_server.address),
     )
     assert result.returncode == 0, result.stderr
-    refused = f"warning: --server {guarded_server.address}: speaks TLS; give --tls, or --tls-ca FILE"
+    refused = f"warning: --server {guarded_server.address}: speaks TLS; give --tls or --tls-ca FILE"
     assert result.stderr.splitlines().count(refused) == 1
     assert f"hints come from {ss_server.address}" in result.stdout
 
@@ -187,7 +187,10 @@ def test_live_without_a_server_goes_on_alone(
         *("--server", "127.0.0.1:1", "--tls-ca", certificates.ca, "--token-file", token),
     )
     assert result.returncode == 0, result.stderr
-    assert "no answer; is kb-server running there, and the port open?; the small network goes on" in result.stderr
+    assert (
+        "no answer; check that kb-server runs there and that the port is open; the small network goes on"
+        in result.stderr
+    )
     assert len(soundfile.read(out)[0]) == 32000
 
 
@@ -203,19 +206,19 @@ def test_credentials_that_cannot_be_used(
     empty = write_private(mixture.with_name("empty"), "")
     certificate, key = certificates.pair("device")
     here, there = ["--server", "127.0.0.1:1"], ["--server", "gpu-host:1"]
-    unencrypted = "--server gpu-host:1: the token would travel unencrypted; give --tls, or --tls-ca FILE"
+    unencrypted = "--server gpu-host:1: the token would be sent unencrypted; give --tls or --tls-ca FILE"
     cases: list[tuple[list[object], str]] = [
-        (["--tls"], "--tls: is for a server; give --server HOST:PORT too"),
-        (["--token-file", token], "--token-file: is for a server"),
+        (["--tls"], "--tls: needs a server; give --server HOST:PORT too"),
+        (["--token-file", token], "--token-file: needs a server"),
         ([*here, "--tls-cert", certificate], "give both --tls-cert and --tls-key"),
         ([*here, "--tls-cert", certificate, "--tls-key", certificates.pair("server")[1]], "is not the key of"),
-        ([*here, "--tls-ca", key], f"{key}: holds no certificate in PEM"),
+        ([*here, "--tls-ca", key], f"{key}: contains no certificate in PEM"),
         ([*here, "--tls-ca", mixture.with_name("none")], "no such file; give the path of a certificate in PEM"),
         ([*here, "--token-file", mixture.with_name("none")], "no such file; give the path of a token"),
-        ([*here, "--token-file", two], f"{two}: must hold a token and nothing else"),
-        ([*here, "--token-file", empty], f"{empty}: must hold a token and nothing else"),
+        ([*here, "--token-file", two], f"{two}: must contain only the token"),
+        ([*here, "--token-file", empty], f"{empty}: must contain only the token"),
         ([*there, "--token-file", token], unencrypted),
-        (["--server", "127.0.0.1.example:1", "--token-file", token], "the token would travel unencrypted"),
+        (["--server", "127.0.0.1.example:1", "--token-file", token], "the token would be sent unencrypted"),
         # To this machine it may.
         ([*here, "--token-file", token], "no answer"),
         (["--server", "localhost:1", "--token-file", token], "no answer"),
@@ -230,7 +233,7 @@ def test_credentials_that_cannot_be_used(
     for command in (call, ["live", "--bundle", golden_bundle(SS)], ["enroll", "anna", ENROLLMENT]):
         assert refusal_here("kb-client", capsys, *command, *there) == unencrypted
     monkeypatch.setenv("KB_TOKEN", "two words")
-    assert refusal_here("kb-client", capsys, *call, *here).startswith("KB_TOKEN: must hold a token and nothing else")
+    assert refusal_here("kb-client", capsys, *call, *here).startswith("KB_TOKEN: must contain only the token")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -241,4 +244,4 @@ def test_a_token_that_everybody_can_read_is_warned_of(golden_bundle: Bundle, mix
         *("--server", "127.0.0.1:1", "--token-file", token),
     )
     assert result.returncode == 2
-    assert f"warning: {token}: every user of this machine can read it; chmod 600 it" in result.stderr
+    assert f"warning: {token}: every user of this machine can read it; run chmod 600 on it" in result.stderr

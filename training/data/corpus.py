@@ -180,7 +180,7 @@ def _length(path: Path) -> int:
             raise BrokenFile(path, f"has {header.channels} channels; speech must be mono")
         if not header.can_seek():
             raise BrokenFile(path, f"is {header.subtype_info} sound, of which no part can be found; give it as FLAC")
-        frames = sound_files.promised(header)
+        frames = sound_files.declared_length(header)
         if not frames:
             raise BrokenFile(path, "holds no samples")
         return frames * SAMPLE_RATE // int(header.samplerate)
