@@ -125,7 +125,7 @@ def check_samples(samples: Samples) -> None:
         raise UnusableSound(f"has samples of {peak:.1e}, where full scale is 1; scale them to +-1")
 
 
-def erase_time(file: io.FileIO) -> None:
+def erase_timestamp(file: io.FileIO) -> None:
     """Set the time stamp in a WAV file to zero. libsndfile writes one into the PEAK chunk if the samples are floats."""
     file.seek(0)
     head = file.read(12)

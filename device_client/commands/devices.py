@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from knowledge_boosting.common.cli import console, warn
-from knowledge_boosting.device_client.audio.devices import Device, Way, default_device, list_devices
+from knowledge_boosting.device_client.audio.devices import Device, Direction, default_device, list_devices
 
 _NONE = {
     "input": "there is no microphone here that can be heard; live needs one, or else sound files",
@@ -18,15 +18,15 @@ def print_devices() -> None:
         InputError: PortAudio is missing.
     """
     devices = list_devices()
-    ways: tuple[Way, Way] = ("input", "output")
-    chosen = {way: default_device(devices, way) for way in ways}
+    directions: tuple[Direction, Direction] = ("input", "output")
+    chosen = {direction: default_device(devices, direction) for direction in directions}
     if devices:
         console().print(_table(devices, chosen))
     else:
         print("no sound devices")
-    missing = [way for way, device in chosen.items() if device is None]
-    for way in missing:
-        warn(_NONE[way])
+    missing = [direction for direction, device in chosen.items() if device is None]
+    for direction in missing:
+        warn(_NONE[direction])
     if missing:
         warn(
             "plug a device in, or on Linux install a sound server and its ALSA plug-in: "
@@ -34,10 +34,10 @@ def print_devices() -> None:
         )
 
 
-def _table(devices: list[Device], chosen: dict[Way, Device | None]) -> Table:
+def _table(devices: list[Device], chosen: dict[Direction, Device | None]) -> Table:
     table = Table("index", "name", "system", "inputs", "outputs", "Hz", "picked for")
     for device in devices:
-        picked = [way for way, choice in chosen.items() if choice == device]
+        picked = [direction for direction, choice in chosen.items() if choice == device]
         channels = str(device.inputs), str(device.outputs)
         table.add_row(str(device.index), device.name, device.system, *channels, str(device.rate), ", ".join(picked))
     return table

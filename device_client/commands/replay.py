@@ -209,7 +209,9 @@ def _large_estimate(bundle: Bundle, source: AudioFile, config: ModelConfig, embe
     with needs_torch("--with-large"):
         from knowledge_boosting.device_client.engines.torch_engine import large_estimate
     rate = config.framing.sample_rate
-    estimate = large_estimate(bundle, np.concatenate(list(source.heard(config.microphones, rate)), axis=1), embedding)
+    estimate = large_estimate(
+        bundle, np.concatenate(list(source.resampled_blocks(config.microphones, rate)), axis=1), embedding
+    )
     stream = OutputStream(estimate.shape[:2], rate, source)
     return [*stream.add(estimate), *stream.finish()]
 
@@ -224,7 +226,7 @@ def _read_measured(options: ReplayOptions, source: AudioFile, model: ModelConfig
 
 
 def _microphones(file: AudioFile, microphones: int) -> Samples:
-    return np.concatenate(list(file.heard(microphones, file.rate)), axis=1)
+    return np.concatenate(list(file.resampled_blocks(microphones, file.rate)), axis=1)
 
 
 def _read_reference(path: Path, mixture: AudioFile, microphones: int) -> Samples:
@@ -323,7 +325,7 @@ def _run_frames(
             take(samples)
 
     with _progress(label, len(run.log.used)) as advance:
-        mixture = source.heard(config.microphones, rate)
+        mixture = source.resampled_blocks(config.microphones, rate)
         run_frames(engine, mixture, config, hints, run, write, advance)
     for samples in stream.finish():
         take(samples)

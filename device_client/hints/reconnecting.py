@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.connection import Refused
 from knowledge_boosting.common.errors import Failure, InputError
-from knowledge_boosting.device_client.audio.rings import Signal
+from knowledge_boosting.device_client.audio.rings import WakeEvent
 from knowledge_boosting.device_client.hints.buffer import HintBuffer
 from knowledge_boosting.device_client.hints.stream import Encodings, HintStream
 from knowledge_boosting.models.manifest import Manifest
@@ -90,7 +90,7 @@ class LiveHints:
         self._frames = first_frame  # that the loop has sent
         self._taken = first_frame  # first frame whose hint has not been asked for
         self._buffer = HintBuffer(model.delay)
-        self._wake = Signal()
+        self._wake = WakeEvent()
         self._closed = threading.Event()
         # At the start: a server has answered or all were tried once; whether one answered; who did not accept us.
         self._settled = threading.Event()

@@ -99,7 +99,7 @@ class Recorder:
             self.trouble = f"{self._folder}: the recording is cut short after {kept} frames ({self.trouble})"
         for name in ("input.wav", "output.wav"):
             with (self._folder / name).open("r+b", buffering=0) as file:
-                sound_files.erase_time(file)
+                sound_files.erase_timestamp(file)
 
     def _write(self) -> None:
         number = 0

@@ -241,7 +241,7 @@ def test_other_programs_record_from_the_virtual_microphone(
             assert time.monotonic() < deadline
             time.sleep(0.1)
         refused = refusal("kb-client", "live", "--bundle", bundle, "--virtual-mic", "clean")
-        assert "there is a microphone of that name already" in refused
+        assert "a microphone with this name exists already" in refused
         with recording("clean", folder / "clean.raw"), playing(sound, "room", folder):
             time.sleep(16)
             process.send_signal(signal.SIGTERM)

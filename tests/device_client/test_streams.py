@@ -179,7 +179,7 @@ def test_a_disk_that_fills_up_leaves_what_was_played_live(
 ) -> None:
     result = call("live", "--input", mixture, "--output", tmp_path / "out.wav", *ALONE, largest=60_000)
     assert result.returncode == 1
-    assert b"out.wav: cannot write (File too large); what was played before is kept" in result.stderr
+    assert b"out.wav: cannot write (File too large); the part that was played before is kept" in result.stderr
     (tmp_path / "replayed.wav").write_bytes(estimates[0])
     played, expected = (soundfile.read(tmp_path / name)[0] for name in ("out.wav", "replayed.wav"))
     assert 8000 < len(played) < 16000
