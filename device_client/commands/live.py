@@ -92,7 +92,7 @@ def live(options: LiveOptions) -> None:
         if hints is not None:
             hints.start()
             stack.callback(hints.close)
-            hints.settle()
+            hints.wait_for_server()
         sound = _open_audio(options, manifest, stack)
         if options.record is not None:
             recorder = Recorder(options.record, manifest, speaker, options.play)

@@ -30,7 +30,13 @@ from knowledge_boosting.device_client.commands.replay_call import (
 )
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model, needs_torch
-from knowledge_boosting.device_client.hints.links import NetworkConditions, Trace, conditions_of, make_links, read_trace
+from knowledge_boosting.device_client.hints.links import (
+    NetworkConditions,
+    Trace,
+    make_links,
+    network_conditions,
+    read_trace,
+)
 from knowledge_boosting.device_client.hints.local_server import local_server
 from knowledge_boosting.device_client.hints.stream import Encodings, HintStream, enroll
 from knowledge_boosting.device_client.live.recording import replay_recording
@@ -63,7 +69,7 @@ def replay_file(options: ReplayOptions) -> None:
         return
     manifest, config = bundle.manifest, bundle.model
     check_call(options, manifest)
-    conditions = conditions_of(
+    conditions = network_conditions(
         options.network,
         delay_ms=options.delay_ms,
         jitter_ms=options.jitter_ms,
@@ -286,7 +292,7 @@ def _open_hints(
     )
     if options.real_clock:
         real = RealHints(model.delay, run, uplink=uplink, downlink=downlink)
-        stream = open_stream(hold=real.hold)
+        stream = open_stream(before_send=real.wait_for_uplink)
         stack.callback(stream.close)
         real.start(stream)
         return real

@@ -23,7 +23,7 @@ from knowledge_boosting.common.errors import InputError, existing_file, reason
 from knowledge_boosting.common.files import check_files, check_new_folder
 from knowledge_boosting.device_client.audio.files import check_output, open_audio, write_sound
 from knowledge_boosting.device_client.audio.mixer import Mixer, Play
-from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.models.config import ModelConfig, Strict
 from knowledge_boosting.models.manifest import Manifest, read_json
@@ -203,7 +203,7 @@ class FrameLog:
             hints = _RecordedHints(file, self.used, config)
             stream = BoostedStream(model.session(speaker), config, hints)
             # What the input has beyond the last frame is its lookahead.
-            for play, (fresh, _) in zip(self.play, frames_of(samples, framing), strict=False):
+            for play, (fresh, _) in zip(self.play, split_frames(samples, framing), strict=False):
                 stream.fresh[:] = fresh
                 frame = stream.step(0)
                 yield mixer.mix(play, frame.window[:, : framing.chunk], frame.estimate)

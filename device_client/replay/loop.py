@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from knowledge_boosting.device_client.boosted_stream import BoostedStream, HintSource, frames_of
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, HintSource, split_frames
 from knowledge_boosting.device_client.engines.engine import Engine
 from knowledge_boosting.device_client.hints.buffer import HintBuffer
 from knowledge_boosting.device_client.hints.links import Link
@@ -74,7 +74,7 @@ def run_frames(
     """
     framing, log, stream = model.framing, run.log, BoostedStream(engine, model, hints)
     chunk_ns = round(framing.chunk_seconds * 1e9)
-    for samples, length in frames_of(mixture, framing):
+    for samples, length in split_frames(mixture, framing):
         complete = round(framing.complete_at(stream.frames) * 1e9)
         log.captured_at[stream.frames] = complete
         now = hints.wait_until(complete) if hints is not None else 0
@@ -179,12 +179,12 @@ class RealHints:
         ]
         self._started_at = 0
 
-    def hold(self, frame: int, payload_bytes: int) -> None:
+    def wait_for_uplink(self, frame: int, payload_bytes: int) -> None:
         """Wait, on the sending thread, until a message has crossed the uplink."""
         self.wait_until(self._uplink.arrival(self._sent_at.pop(frame), payload_bytes))
 
     def start(self, stream: HintStream) -> None:
-        """Begin with stream time 0 now; the stream must have :meth:`hold` as its ``hold``."""
+        """Begin with stream time 0 now; the stream must have :meth:`wait_for_uplink` as its ``before_send``."""
         self._stream = stream
         self._started_at = time.perf_counter_ns()
         for thread in self._threads:

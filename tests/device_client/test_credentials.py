@@ -188,7 +188,7 @@ def test_live_without_a_server_goes_on_alone(
     )
     assert result.returncode == 0, result.stderr
     assert (
-        "no answer; check that kb-server runs there and that the port is open; the small network goes on"
+        "no answer; check that kb-server runs there and that the port is open; the small network runs without hints"
         in result.stderr
     )
     assert len(soundfile.read(out)[0]) == 32000

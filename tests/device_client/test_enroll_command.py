@@ -109,7 +109,7 @@ def test_what_cannot_be_enrolled(configuration: Path, tmp_path: Path, capsys: py
     cases: list[tuple[list[object], str]] = [
         (["anna", tmp_path / "short.wav"], "has 1.0 s; give 5 to 30 s"),
         (["anna", tmp_path / "none.wav"], "no such file"),
-        (["a/b", SAMPLES / "enrollment.flac"], "letters, digits"),
+        (["a/b", SAMPLES / "enrollment.flac"], "can contain only letters, digits"),
         (["anna", SAMPLES / "enrollment.flac", "--server", "127.0.0.1:1"], "no answer"),
         (["anna", "--seconds", 2], "--seconds"),
     ]

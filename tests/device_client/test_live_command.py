@@ -142,7 +142,7 @@ def test_a_call_that_cannot_be_run(
         ([*files, "--bundle", ss, "--speaker", "anna"], "leave out --speaker"),
         ([*files, "--bundle", tse], "give --speaker"),
         ([*files, "--bundle", tse, "--speaker", "nobody"], "not enrolled"),
-        ([*files, "--bundle", tse, "--speaker", "../x"], "must be of letters"),
+        ([*files, "--bundle", tse, "--speaker", "../x"], "can contain only letters"),
         ([*files, "--bundle", ss, "--record", tmp_path / "bare"], "exists already"),
         ([*files, "--bundle", ss, "--rate", 48000], "--rate is for devices"),
         ([*files[:2], "--bundle", ss], "is a file, no device; give --output a file too"),

@@ -11,7 +11,7 @@ import soundfile
 import soxr
 
 from knowledge_boosting.device_client.audio.files import OutputStream, open_audio
-from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
 from knowledge_boosting.device_client.replay.plot import Spectrogram
 from knowledge_boosting.device_client.replay.tally import Tally
 from knowledge_boosting.models.checkpoint import build
@@ -80,7 +80,7 @@ def test_blocks_give_the_very_samples_of_a_whole_signal(rate: int, length: int, 
     with open_audio(tmp_path / "in.wav") as file:
         stream, out, count = OutputStream((3, 2), 16000, file), list[Samples](), 0
         loop = BoostedStream(Three(), TINY)
-        for fresh, valid in frames_of(file.resampled_blocks(2, 16000), Framing()):
+        for fresh, valid in split_frames(file.resampled_blocks(2, 16000), Framing()):
             loop.fresh[:] = fresh
             frame = loop.step(0)
             np.testing.assert_array_equal(frame.window, padded[128 * frame.number :][:192].T)
