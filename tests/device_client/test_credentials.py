@@ -1,4 +1,4 @@
-"""The device's end of TLS and tokens: what fits is used; what does not is told in one line, and ends the command."""
+"""Tests for TLS and tokens in the client: valid ones are used, and an invalid one ends the command with one line."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def token(tmp_path: Path) -> Path:
 
 @contextmanager
 def tls_server(certificate: Path, key: Path) -> Iterator[str]:
-    """A gRPC server without services, since kb-server takes no such certificate; its port."""
+    """Run a gRPC server without services and yield its address. kb-server would refuse such a certificate."""
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_secure_port(
         "127.0.0.1:0", grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
@@ -60,7 +60,7 @@ def test_replay_with_a_token_over_tls(
     assert len(soundfile.read(out.with_name("out-speaker1.wav"))[0]) == 32000
 
 
-def test_live_with_a_token_from_the_environment_and_a_certificate_that_the_machine_trusts(
+def test_live_with_a_token_from_the_environment_and_the_certificates_of_the_system(
     golden_bundle: Bundle,
     guarded_server: Server,
     certificates: Certificates,
@@ -74,11 +74,11 @@ def test_live_with_a_token_from_the_environment_and_a_certificate_that_the_machi
         *("--bundle", golden_bundle(SS), "--server", guarded_server.address, "--tls"),
     )
     assert result.returncode == 0, result.stderr
-    told = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["connected"] for line in told if line["event"] == "server"] == [True]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["connected"] for line in lines if line["event"] == "server"] == [True]
 
 
-def test_a_device_shows_its_certificate(
+def test_a_client_presents_its_certificate(
     golden_bundle: Bundle,
     mutual_server: Server,
     certificates: Certificates,
@@ -105,7 +105,7 @@ def test_a_device_shows_its_certificate(
     assert result.returncode == 0, result.stderr
 
 
-def test_what_the_two_ends_do_not_accept(
+def test_client_and_server_that_do_not_accept_each_other(
     golden_bundle: Bundle,
     guarded_server: Server,
     ss_server: Server,
@@ -139,7 +139,7 @@ def test_what_the_two_ends_do_not_accept(
             (["--server", server], f"--server {server}: speaks TLS; give --tls or --tls-ca FILE"),
             (["--server", plain, "--tls-ca", ca], f"--server {plain}: speaks no TLS; leave out the --tls flags"),
         ]
-        # Enrolling is not for a bundle.
+        # Enrollment does not depend on a bundle.
         denied: list[object] = ["--server", server, "--tls-ca", ca, "--token-file", elsewhere]
         for command in commands:
             more = [] if command[0] == "enroll" else [(denied, "PERMISSION_DENIED: the token of elsewhere is not for")]
@@ -150,22 +150,22 @@ def test_what_the_two_ends_do_not_accept(
             assert sorted(mixture.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize("what", ["a wrong token", "an unknown certificate"])
-def test_live_processes_that_are_refused_end(
-    what: str, golden_bundle: Bundle, guarded_server: Server, certificates: Certificates, mixture: Path
+@pytest.mark.parametrize("fault", ["a wrong token", "an unknown certificate"])
+def test_a_live_process_that_is_refused_ends(
+    fault: str, golden_bundle: Bundle, guarded_server: Server, certificates: Certificates, mixture: Path
 ) -> None:
     wrong = write_private(mixture.with_name("wrong"), "wrong-0123456789-9fGkq2")
-    authority = certificates.ca if what == "a wrong token" else certificates.foreign_ca
+    authority = certificates.ca if fault == "a wrong token" else certificates.foreign_ca
     line = refusal(
         *("kb-client", "live", "--input", mixture, "--output", mixture.with_name("out.wav")),
         *("--bundle", golden_bundle(SS), "--server", guarded_server.address),
         *("--tls-ca", authority, "--token-file", wrong),
     )
-    assert ("UNAUTHENTICATED" if what == "a wrong token" else "not trusted") in line
+    assert ("UNAUTHENTICATED" if fault == "a wrong token" else "not trusted") in line
     assert not list(mixture.parent.glob("out*"))
 
 
-def test_live_goes_on_where_one_server_refuses_and_another_serves(
+def test_live_uses_another_server_if_one_refuses(
     golden_bundle: Bundle, guarded_server: Server, ss_server: Server, mixture: Path
 ) -> None:
     result = run(
@@ -178,7 +178,7 @@ def test_live_goes_on_where_one_server_refuses_and_another_serves(
     assert f"hints come from {ss_server.address}" in result.stdout
 
 
-def test_live_without_a_server_goes_on_alone(
+def test_live_runs_without_hints_if_there_is_no_server(
     golden_bundle: Bundle, certificates: Certificates, mixture: Path, token: Path
 ) -> None:
     out = mixture.with_name("out.wav")
@@ -194,7 +194,7 @@ def test_live_without_a_server_goes_on_alone(
     assert len(soundfile.read(out)[0]) == 32000
 
 
-def test_credentials_that_cannot_be_used(
+def test_invalid_credentials_are_refused(
     golden_bundle: Bundle,
     certificates: Certificates,
     mixture: Path,
@@ -219,7 +219,7 @@ def test_credentials_that_cannot_be_used(
         ([*here, "--token-file", empty], f"{empty}: must contain only the token"),
         ([*there, "--token-file", token], unencrypted),
         (["--server", "127.0.0.1.example:1", "--token-file", token], "the token would be sent unencrypted"),
-        # To this machine it may.
+        # To this machine, the token can be sent unencrypted.
         ([*here, "--token-file", token], "no answer"),
         (["--server", "localhost:1", "--token-file", token], "no answer"),
         (["--server", "[::1]:1", "--token-file", token], "no answer"),
@@ -236,8 +236,8 @@ def test_credentials_that_cannot_be_used(
     assert refusal_here("kb-client", capsys, *call, *here).startswith("KB_TOKEN: must contain only the token")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_a_token_that_everybody_can_read_is_warned_of(golden_bundle: Bundle, mixture: Path, token: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_a_token_that_all_users_can_read_causes_a_warning(golden_bundle: Bundle, mixture: Path, token: Path) -> None:
     token.chmod(0o644)
     result = run(
         *("kb-client", "replay", mixture, "-o", mixture.with_name("out.wav"), "--bundle", golden_bundle(SS)),
