@@ -1,1 +1,1 @@
-"""What every command shares: how errors are told, how files are written, how a command line behaves."""
+"""What all commands share: error classes, safe file writing, command-line behaviour, and connections to a server."""

@@ -1,4 +1,4 @@
-"""Where an address leads."""
+"""Parse and classify the network addresses of servers, proxies and peers."""
 
 import ipaddress
 import os
@@ -9,58 +9,62 @@ from knowledge_boosting.common.errors import InputError
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, by name or number, is this machine under an address that no other machine can reach."""
+    """Return whether a host name or IP address is a loopback address, which no other machine can reach."""
     if host.lower().removesuffix(".") == "localhost":
         return True
     try:
-        address = ipaddress.ip_address(bare(host))
+        address = ipaddress.ip_address(without_brackets(host))
     except ValueError:
         return False
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
 
 
-def bare(host: str) -> str:
-    """A host without the brackets that an IPv6 address has beside a port."""
+def without_brackets(host: str) -> str:
+    """Remove the brackets that an IPv6 address has in front of a port."""
     return host.removeprefix("[").removesuffix("]")
 
 
 def split_address(server: str) -> tuple[str, int]:
-    """Host, without brackets, and port of a server ``HOST:PORT``.
+    """Split the address ``HOST:PORT`` of a server into the host, without brackets, and the port.
 
     Raises:
-        InputError: it is something else; the message says what it should be.
+        InputError: The address has another form. The message shows the expected one.
     """
     scheme, separator, rest = server.partition("://")
     if separator:
-        wanted = rest.strip("/") or "HOST:PORT"
-        raise InputError(f"--server {server}: has {scheme}:// before it, and is no web address; give {wanted}")
+        expected = rest.strip("/") or "HOST:PORT"
+        raise InputError(f"--server {server}: must be an address without {scheme}://; give {expected}")
     if _is_ipv6(server):
         raise InputError(f"--server {server}: an IPv6 address needs brackets and a port; give [{server}]:50051")
     host, separator, port = server.rpartition(":")
     if not separator and server:
-        raise InputError(f"--server {server}: must be HOST:PORT; give {server}:50051 if that is the port")
+        raise InputError(f"--server {server}: must be HOST:PORT; give {server}:50051 if 50051 is the port")
     if _is_ipv6(host):
         raise InputError(f"--server {server}: an IPv6 address needs brackets; give [{host}]:{port}")
-    bracketed = host.startswith("[") and host.endswith("]") and _is_ipv6(bare(host))
+    bracketed = host.startswith("[") and host.endswith("]") and _is_ipv6(without_brackets(host))
     if not bracketed and (not host or any(character in "[]/:@ \t" for character in host)):
         raise InputError(f"--server {server}: must be HOST:PORT, such as gpu-host:50051")
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         raise InputError(f"--server {server}: must be HOST:PORT, with a port from 1 to 65535")
-    return bare(host), int(port)
+    return without_brackets(host), int(port)
 
 
 def proxy_of(host: str) -> tuple[str, str] | None:
-    """The proxy, as ``HOST:PORT``, that gRPC goes through to a host, and the variable that names it; None: directly."""
+    """Return the proxy that gRPC uses for a host.
+
+    Returns:
+        The proxy as ``HOST:PORT`` and the environment variable that names it. None if gRPC connects directly.
+    """
     if is_loopback(host):
         return None
-    # In gRPC's order.
+    # gRPC reads the variables in this order.
     variable = _first_set("grpc_proxy", "https_proxy", "http_proxy")
     exceptions = _first_set("no_grpc_proxy", "no_proxy")
     if variable is None or (exceptions is not None and _is_excepted(host, os.environ[exceptions].split(","))):
         return None
     value = os.environ[variable]
-    # Without a password that it may hold.
+    # The value can contain a user name and a password, which must not be printed.
     return urlsplit(value if "//" in value else f"//{value}").netloc.rpartition("@")[2], variable
 
 
@@ -88,7 +92,10 @@ def _is_excepted(host: str, entries: Iterable[str]) -> bool:
 
 
 def host_of(peer: str) -> str:
-    """The host of a gRPC peer such as ``ipv4:192.0.2.1:54321``; of IPv6 the network of 64 bits, which is one host's."""
+    """Return the host of a gRPC peer such as ``ipv4:192.0.2.1:54321``.
+
+    For IPv6 this is the /64 network, because one host usually owns all addresses of such a network.
+    """
     kind, _, rest = unquote(peer).partition(":")
     address = rest.rpartition(":")[0].removeprefix("[").removesuffix("]") or rest
     if kind != "ipv6" or is_loopback(address):

@@ -1,4 +1,4 @@
-"""How a device knows its server, and shows who it is: the flags for that, and the files they name."""
+"""The TLS settings and the token with which a client calls a server."""
 
 import os
 import re
@@ -16,28 +16,28 @@ TOKEN_VARIABLE = "KB_TOKEN"
 
 @dataclass(frozen=True)
 class Credentials:
-    """What calls to a server go with; at first nothing, over plain TCP."""
+    """The TLS settings and the token for calls to a server. The default is plain TCP without a token."""
 
     tls: bool = False
-    authorities: bytes | None = None  # PEM, of those that vouch for the server; None: those gRPC brings along
+    authorities: bytes | None = None  # certificates of the trusted authorities, PEM; None: those built into gRPC
     identity: Identity | None = None  # for mutual TLS
-    identity_files: tuple[Path, Path] | None = None  # where it is from
+    identity_files: tuple[Path, Path] | None = None  # the certificate and key files of the identity
     token: str | None = field(default=None, repr=False)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call carries."""
+        """The gRPC metadata that every call carries."""
         return (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
 
     def check(self, server: str) -> None:
-        """Whether they can be used with a server ``HOST:PORT``.
+        """Check that these credentials can be used with a server ``HOST:PORT``.
 
         Raises:
-            InputError: the address is malformed, or a token would go to another machine unencrypted.
+            InputError: The address is malformed, or the token would be sent to another machine without encryption.
         """
         host, _ = split_address(server)
         if self.token is not None and not self.tls and not is_loopback(host):
-            raise InputError(f"--server {server}: the token would travel unencrypted; give --tls, or --tls-ca FILE")
+            raise InputError(f"--server {server}: the token would be sent unencrypted; give --tls or --tls-ca FILE")
 
 
 def read_credentials(
@@ -49,23 +49,31 @@ def read_credentials(
     tls_key: Path | None = None,
     token_file: Path | None = None,
 ) -> Credentials:
-    """The flags of the commands that take ``--server``, and the token in ``KB_TOKEN`` if no file is given.
+    """Read the credentials for calls to servers.
+
+    Args:
+        servers: Their addresses, each ``HOST:PORT``.
+        tls: Whether to encrypt. The flags ``tls_ca`` and ``tls_cert`` imply it.
+        tls_ca: PEM file of the trusted certificates. None: those that this machine trusts.
+        tls_cert: PEM file of the client's certificate, for mutual TLS.
+        tls_key: PEM file of its private key.
+        token_file: File with the token. None: the environment variable ``KB_TOKEN``, if it is set.
 
     Raises:
-        InputError: a file cannot be used, flags do not fit each other, or a server does not fit them.
+        InputError: A file cannot be used, the flags contradict each other, or they cannot be used with a server.
     """
     flags = {"--tls": tls, "--tls-ca": tls_ca, "--tls-cert": tls_cert, "--tls-key": tls_key, "--token-file": token_file}
-    given = [flag for flag, value in flags.items() if value]
+    used = [flag for flag, value in flags.items() if value]
     if not servers:
-        if given:
-            raise InputError(f"{given[0]}: is for a server; give --server HOST:PORT too")
+        if used:
+            raise InputError(f"{used[0]}: needs a server; give --server HOST:PORT too")
         return Credentials()
     identity, identity_files = None, None
     if tls_cert is not None and tls_key is not None:
         identity_files = (tls_cert, tls_key)
         identity = read_identity(*identity_files)
     elif tls_cert is not None or tls_key is not None:
-        raise InputError("a certificate and its key belong together; give both --tls-cert and --tls-key")
+        raise InputError("a client certificate needs its private key; give both --tls-cert and --tls-key")
     encrypted = tls or tls_ca is not None or identity is not None
     authorities = None
     if encrypted:
@@ -84,16 +92,16 @@ def _token(file: Path | None) -> str | None:
         if not token:
             return None
     if not re.fullmatch(r"[!-~]+", token):
-        raise InputError(f"{source}: must hold a token and nothing else: ASCII without spaces, on one line")
+        raise InputError(f"{source}: must contain only the token: one line of ASCII characters without spaces")
     return token
 
 
 def _system_authorities() -> bytes | None:
-    """Whom this machine trusts, in PEM; None if that cannot be found out."""
+    """Return the certificates that this machine trusts, in PEM. None if they cannot be found."""
     certificates = ssl.create_default_context().get_ca_certs(binary_form=True)
     if certificates:
         return "".join(map(ssl.DER_cert_to_PEM_cert, certificates)).encode()
-    # A folder of certificates, named by their digests, is only looked into when one is needed.
+    # OpenSSL reads a folder of certificates, named by their digests, only on demand, so they are not listed above.
     folder = ssl.get_default_verify_paths().capath
     files = sorted(Path(folder).glob("*.[0-9]")) if folder is not None else []
     return b"\n".join(file.read_bytes() for file in files if file.is_file()) or None

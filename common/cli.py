@@ -1,7 +1,7 @@
-"""How every command line of the project behaves: one clear line for a user's mistake, and the exit codes.
+"""The common behaviour of all commands: one clear line for each error, and the exit codes.
 
-0 done; 2 the input or the call is at fault; 1 anything else (an interruption by Ctrl-C, SIGTERM or SIGHUP, and a
-standard output that takes no more, included).
+The exit code is 0 on success and 2 if the input or the call is at fault. It is 1 for every other failure. An
+interruption by Ctrl-C, SIGTERM or SIGHUP, and a standard output that cannot be written, are such failures.
 """
 
 import contextlib
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
     from rich.console import Console
 
-_INTERRUPTED = 130  # what typer makes of Ctrl-C
-_FAULTS_OF_PATHS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
+_INTERRUPTED = 130  # typer's exit code for Ctrl-C
+_PATH_ERRORS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
-_OURS = "knowledge_boosting"
+_PACKAGE = "knowledge_boosting"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Terminated(SystemExit):
-    """A signal, Ctrl-C's included, asked the command to end."""
+    """A signal asked the command to end."""
 
 
-def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
-    # As an exception a signal unwinds the stack, so that helpers are stopped and temporary files removed.
+def _raise_terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    # An exception unwinds the stack, so that child processes are stopped and temporary files are removed.
     raise _Terminated(1)
 
 
@@ -56,40 +56,40 @@ def _version(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Has the option of every command; typer makes options of a function's parameters only."""
+    """Declare ``--version``. Typer creates options only from the parameters of a function."""
 
 
-def _parameters(given: list[Any], context: Any) -> list[Any]:
-    """The parameters of a command and of every command; the help shows what is to be written for their values."""
+def _with_common_parameters(parameters: list[Any], context: Any) -> list[Any]:
+    """Add ``--version`` to the top-level command, and give every parameter a placeholder that the help shows."""
     if context.parent is None:
-        only = typer.Typer(add_completion=False)
-        only.command()(_version)
-        (option,) = typer.main.get_command(only).params
+        holder = typer.Typer(add_completion=False)
+        holder.command()(_version)
+        (option,) = typer.main.get_command(holder).params
         option.expose_value = False
-        given = [*given, option]
-    for parameter in given:
+        parameters = [*parameters, option]
+    for parameter in parameters:
         if parameter.param_type_name == "argument":
-            parameter.display_type_rich = lambda ctx: ""  # noqa: ARG005  # its name says what it is
+            parameter.display_type_rich = lambda ctx: ""  # noqa: ARG005  # the name of an argument is enough
         if parameter.metavar is None:
             choices, kind = parameter.type_descriptor.choices, parameter.type_descriptor.annotation
-            kind = next(iter(typing.get_args(kind)), kind)  # of a list
-            written = {bool: "", int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
-            parameter.metavar = "|".join(str(choice.value) for choice in choices) if choices else written
-    return given
+            kind = next(iter(typing.get_args(kind)), kind)  # the type of a list's items
+            placeholder = {bool: "", int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+            parameter.metavar = "|".join(str(choice.value) for choice in choices) if choices else placeholder
+    return parameters
 
 
 class _Command(typer.core.TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
-        return _parameters(super().get_params(ctx), ctx)
+        return _with_common_parameters(super().get_params(ctx), ctx)
 
 
 class _Group(typer.core.TyperGroup):
     def get_params(self, ctx: Any) -> list[Any]:
-        return _parameters(super().get_params(ctx), ctx)
+        return _with_common_parameters(super().get_params(ctx), ctx)
 
 
 class Application(typer.Typer):
-    """A typer application whose commands know ``-h`` and ``--version``."""
+    """A typer application whose commands accept ``-h`` and ``--version``."""
 
     def __init__(self, *, no_args_is_help: bool = False) -> None:
         super().__init__(
@@ -97,12 +97,12 @@ class Application(typer.Typer):
         )
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[_Function], _Function]:
-        """As typer's."""
+        """Register a command, like :meth:`typer.Typer.command`."""
         return super().command(name, cls=_Command, context_settings=_CONTEXT, **settings)
 
 
-def end_signals() -> list[signal.Signals]:
-    """The signals beside SIGINT that ask a command to end; SIGHUP is none if it is to be survived, as under nohup."""
+def termination_signals() -> list[signal.Signals]:
+    """Return the signals other than SIGINT that end a command. SIGHUP is omitted if it is ignored, as under nohup."""
     numbers = [signal.SIGTERM]
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -110,25 +110,28 @@ def end_signals() -> list[signal.Signals]:
 
 
 def run(app: typer.Typer, name: str, extra: str) -> NoReturn:
-    """Run a typer application as the command ``name`` and leave the process with its exit code.
+    """Run a typer application as the command ``name`` and exit the process with its exit code.
 
     Args:
-        extra: of this project's package, what the command needs to be installed. A module that needs a package of it
-            imports it no sooner than the application runs.
+        app: The application. It must import the packages of ``extra`` only while it runs, so that a missing one is
+            reported here.
+        name: The name of the command.
+        extra: The extra of this package that installs what the command needs.
     """
-    for number in end_signals():
-        signal.signal(number, _terminated)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as common.start leaves it
+    for number in termination_signals():
+        signal.signal(number, _raise_terminated)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by common.start
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _forgiving_output() as trouble:
+        with _tolerant_output() as write_errors:
             code = _run(app, name, extra)
             sys.stdout.flush()
-            if trouble and code == 0:
-                code = _refuse(name, f"standard output: cannot write ({reason(trouble[0])}); all else is done", 1)
+            if write_errors and code == 0:
+                text = f"standard output: cannot write ({reason(write_errors[0])}); everything else succeeded"
+                code = _print_error(name, text, 1)
     except _Terminated:
-        # All is cleaned up. A library that was interrupted in the middle of a call, as gRPC may have been, can wait for
-        # its end for ever while the interpreter is taken down.
+        # Cleanup is complete. A library that was interrupted in a call, for example gRPC, could block the shutdown of
+        # the interpreter forever.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(1)
@@ -139,41 +142,42 @@ def _run(app: typer.Typer, name: str, extra: str) -> int:
     try:
         code = app(prog_name=name, standalone_mode=False)
     except InputError as error:
-        return _refuse(name, str(error), 2)
+        return _print_error(name, str(error), 2)
     except typer.TyperException as error:
-        # Without a message typer has printed the help already.
+        # If there is no message, typer has already printed the help.
         message, context = error.format_message(), getattr(error, "ctx", None)
         command = context.command_path if context is not None else name
-        return _refuse(name, f"{message.rstrip('.')} (see '{command} --help')", 2) if message else 2
+        return _print_error(name, f"{message.rstrip('.')} (see '{command} --help')", 2) if message else 2
     except Failure as error:
-        return _refuse(name, str(error), 1)
+        return _print_error(name, str(error), 1)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in ("", _OURS):
+        if missing in ("", _PACKAGE):
             raise
-        return _refuse(name, f"this needs {missing}: pip install 'knowledge-boosting[{extra}]'", 1)
+        text = f"the package {missing} is not installed; run pip install 'knowledge-boosting[{extra}]'"
+        return _print_error(name, text, 1)
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except OSError as error:
-        if error.filename is None or error.errno not in _FAULTS_OF_PATHS:
+        if error.filename is None or error.errno not in _PATH_ERRORS:
             raise
-        return _refuse(name, f"{error.filename}: cannot be used ({reason(error)})", 2)
+        return _print_error(name, f"{error.filename}: cannot be used ({reason(error)})", 2)
     if code == _INTERRUPTED:
-        _refuse(name, "interrupted", 1)
+        _print_error(name, "interrupted", 1)
         raise _Terminated(1)
     return int(code or 0)
 
 
-def _refuse(name: str, message: str, code: int) -> int:
+def _print_error(name: str, message: str, code: int) -> int:
     print(f"{name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
 def check_installed(*modules: str) -> None:
-    """Find out before a long work whether what it imports only later is there.
+    """Check, before a long task begins, that the modules it imports later are installed.
 
     Raises:
-        ModuleNotFoundError: it is not; :func:`run` says what to install.
+        ModuleNotFoundError: A module is missing. :func:`run` prints how to install it.
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:
@@ -181,53 +185,55 @@ def check_installed(*modules: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print one warning line on stderr."""
+    """Print a warning as one line on standard error."""
     print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> "Console":
-    """Where tables and bars are printed: nothing in a text, such as a path with brackets, is taken for markup."""
+    """Return a console for tables and progress bars. It prints brackets in a text, such as a path, as they are."""
     from rich.console import Console
 
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
-class _Forgiving(io.FileIO):
-    """Takes what is written to a descriptor, also when it goes nowhere any more; ``trouble`` says why."""
+class _TolerantFile(io.FileIO):
+    """A file descriptor whose writes never fail. The first error goes to ``errors``; later data is discarded."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self.trouble: list[OSError] = []
+        self.errors: list[OSError] = []
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        if not self.trouble:
+        if not self.errors:
             try:
                 return super().write(data)
             except OSError as error:
-                self.trouble.append(error)
+                self.errors.append(error)
         return memoryview(data).nbytes
 
 
 @contextmanager
-def _forgiving_output() -> Iterator[list[OSError]]:
-    """In this block printing never fails: no command loses its files for a closed pipe, a full disk or a strange name.
+def _tolerant_output() -> Iterator[list[OSError]]:
+    """Make printing never fail in this block.
 
-    Yields what went wrong with standard output.
+    A closed pipe, a full disk or an unprintable file name must not cost a command the files that it writes. The block
+    gets a list to which the errors of standard output are added.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed; the next file that is opened would be taken for it
+        except OSError:
+            # The descriptor is closed. The next opened file would get its number, and would receive the output.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())
     sys.stderr = sys.stderr or io.TextIOWrapper(io.BytesIO())
-    before, found = (sys.stdout, sys.stderr), list[_Forgiving]()
+    originals, files = (sys.stdout, sys.stderr), list[_TolerantFile]()
     try:
-        if sys.platform != "win32":  # whose terminals take no bytes
-            found = [_Forgiving(stream.fileno()) for stream in before]
+        if sys.platform != "win32":  # terminals on Windows do not accept bytes
+            files = [_TolerantFile(stream.fileno()) for stream in originals]
     except OSError:
-        pass  # a test's
-    if not found:
+        pass  # the streams of a test have no descriptors
+    if not files:
         yield []
         return
     sys.stdout, sys.stderr = (
@@ -235,13 +241,13 @@ def _forgiving_output() -> Iterator[list[OSError]]:
             io.BufferedWriter(raw),
             encoding=stream.encoding,
             errors="backslashreplace",
-            # As it was, PYTHONUNBUFFERED included.
+            # PYTHONUNBUFFERED sets write_through.
             line_buffering=bool(stream.line_buffering or getattr(stream, "write_through", False)),
         )
-        for raw, stream in zip(found, before, strict=True)
+        for raw, stream in zip(files, originals, strict=True)
     )
     try:
-        yield found[0].trouble
+        yield files[0].errors
     finally:
         sys.stdout.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = originals

@@ -1,4 +1,4 @@
-"""A connection to a server, and why there is none."""
+"""Connect to a server, and diagnose why a connection fails."""
 
 import contextlib
 import queue
@@ -12,49 +12,52 @@ from knowledge_boosting.common.addresses import proxy_of, split_address
 from knowledge_boosting.common.call_credentials import TOKEN_VARIABLE, Credentials
 from knowledge_boosting.common.errors import Failure, InputError, printable
 
-# What ends a call otherwise is no fault of what was asked.
-_ASKED_WRONGLY = {
+# The statuses that mean that the request itself is at fault.
+_REQUEST_FAULTS = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-# Seconds.
-_PROBE_TIMEOUT = 2.0  # for a server that was there a moment ago
-_GREETING_TIMEOUT = 0.5  # for one that speaks first
-# With which a client begins: its fixed words, and settings, none of them changed.
+_PROBE_TIMEOUT = 2.0  # seconds; the server was reachable a moment ago
+_GREETING_TIMEOUT = 0.5  # seconds; time for the greeting of a protocol in which the server speaks first
+# The connection preface of an HTTP/2 client: the fixed text and an empty SETTINGS frame.
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 
 class Refused(InputError):
-    """A server is there, but the two ends do not accept each other; trying again is of no use."""
+    """A server answers, but client and server do not accept each other. A retry would fail in the same way."""
 
 
-def connect(server: str, credentials: Credentials, patience: float) -> grpc.Channel:
-    """A channel to a server that is there.
+def connect(server: str, credentials: Credentials, timeout: float) -> grpc.Channel:
+    """Connect to a server.
 
     Args:
-        server: ``HOST:PORT``.
-        patience: seconds that it has to accept a connection.
+        server: Its address, ``HOST:PORT``.
+        credentials: The TLS settings. The token is sent with each call, not here.
+        timeout: Seconds until the server must have accepted the connection.
+
+    Returns:
+        A connected channel, which the caller closes.
 
     Raises:
-        Refused: one of the two does not accept the other.
-        InputError: the address is malformed, or nobody answers.
+        Refused: Client and server do not accept each other.
+        InputError: The address is malformed, or there is no answer.
     """
     credentials.check(server)
     host, _ = split_address(server)
     options = [
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
-        # Channels share connections, and the pauses after failed ones, unless told not to.
+        # By default, channels share connections and the pauses after failed connection attempts.
         ("grpc.use_local_subchannel_pool", 1),
-        # What goes to this machine, unencrypted tokens too, goes through no proxy.
+        # Traffic to this machine can contain an unencrypted token, so that it must not go through a proxy.
         ("grpc.enable_http_proxy", int(proxy_of(host) is not None)),
     ]
     channel = _channel(server, credentials, options)
     states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
     channel.subscribe(states.put, try_to_connect=True)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(queue.Empty):
             state = states.get(timeout=left)
@@ -68,17 +71,19 @@ def connect(server: str, credentials: Credentials, patience: float) -> grpc.Chan
 
 
 def call_failed(server: str, what: str, call: grpc.Call) -> InputError | Failure:
-    """The error of a call that has ended in a status other than OK.
+    """Convert the status of a failed call into an exception for the caller to raise.
 
     Args:
-        what: was asked of the server.
+        server: The address of the server, ``HOST:PORT``.
+        what: What failed, for the message.
+        call: A call that has ended with a status other than OK.
     """
     text = f"{server}: {what} ({call.code().name}: {printable(str(call.details())[:1000])})"
     if call.code() is grpc.StatusCode.UNAUTHENTICATED:
-        return Refused(f"{text}; give --token-file or {TOKEN_VARIABLE} a token of that server")
+        return Refused(f"{text}; give a token of that server with --token-file or {TOKEN_VARIABLE}")
     if call.code() is grpc.StatusCode.PERMISSION_DENIED:
         return Refused(text)
-    if call.code() in _ASKED_WRONGLY:
+    if call.code() in _REQUEST_FAULTS:
         return InputError(text)
     return Failure(f"{text}; try again")
 
@@ -96,31 +101,36 @@ def _channel(server: str, credentials: Credentials, options: list[tuple[str, int
 
 
 def _no_connection(server: str, credentials: Credentials) -> InputError:
-    """Why there is none. gRPC does not tell, but in a text of its own; so we connect once more ourselves."""
+    """Find out why there is no connection.
+
+    gRPC reports the reason only as free text, so this connects once more with a plain socket.
+    """
     host, port = split_address(server)
     proxy = proxy_of(host)
     try:
-        strange = _stranger(host, port)
-        why = strange or _refusal(host, port, credentials)
+        why = _other_service(host, port) or _tls_fault(host, port, credentials)
     except (socket.gaierror, UnicodeError):
         if proxy is None:
-            return InputError(f"--server {server}: no host of that name is known here; is it spelt right?")
+            return InputError(f"--server {server}: the host name is unknown; check its spelling")
     except OSError:
         pass
     else:
         if why is not None:
             return Refused(f"--server {server}: {why}")
     if proxy is not None:
-        text = f"no answer through the proxy {proxy[0]}, which {proxy[1]} names; set no_proxy={host} to go without it"
+        text = f"no answer through the proxy {proxy[0]} from {proxy[1]}; set no_proxy={host} to connect directly"
         return InputError(f"--server {server}: {text}")
-    return InputError(f"--server {server}: no answer; is kb-server running there, and the port open?")
+    return InputError(f"--server {server}: no answer; check that kb-server runs there and that the port is open")
 
 
-def _stranger(host: str, port: int) -> str | None:
-    """Who is there instead of a server that speaks HTTP/2 or TLS; None if it may do so.
+def _other_service(host: str, port: int) -> str | None:
+    """Detect a service that is not a gRPC server.
+
+    Returns:
+        A message that names the service. None if it could speak HTTP/2 or TLS.
 
     Raises:
-        OSError: nobody is there.
+        OSError: There is no answer.
     """
     with socket.create_connection((host, port), _PROBE_TIMEOUT) as connection:
         try:
@@ -136,40 +146,45 @@ def _stranger(host: str, port: int) -> str | None:
         except OSError:
             return None
     if greeting.startswith(b"SSH-"):
-        return "an SSH server answers on that port; give the port of kb-server, 50051 unless told otherwise"
+        return "an SSH server answers on that port; give the port of kb-server, which is 50051 by default"
     if greeting.startswith(b"HTTP/"):
-        return "a web server (HTTP/1) answers on that port; give the port of kb-server, 50051 unless told otherwise"
+        return "a web server (HTTP/1) answers on that port; give the port of kb-server, which is 50051 by default"
     return None
 
 
-def _refusal(host: str, port: int, credentials: Credentials) -> str | None:
-    """What Python's own TLS says is wrong between the two ends; None if nothing is.
+def _tls_fault(host: str, port: int, credentials: Credentials) -> str | None:
+    """Make a TLS handshake with Python's ssl module, which reports the exact fault.
+
+    Returns:
+        A message about the fault. None if there is none.
 
     Raises:
-        OSError: nobody is there.
+        OSError: There is no answer.
     """
     connection = socket.create_connection((host, port), _PROBE_TIMEOUT)
     try:
         with connection, _probe_context(credentials).wrap_socket(connection, server_hostname=host) as tls:
             if not credentials.tls:
-                return "speaks TLS; give --tls, or --tls-ca FILE"
+                return "speaks TLS; give --tls or --tls-ca FILE"
             if tls.selected_alpn_protocol() != "h2":
-                return "speaks TLS but not gRPC; is that the port of kb-server?"
-            # Whether it accepts this device's certificate a server says only now, by going on or not.
+                return "speaks TLS but not gRPC; give the port of kb-server"
+            # With TLS 1.3, a server rejects the client's certificate only after the handshake.
             if tls.recv(1):
                 return None
     except ssl.SSLCertVerificationError as error:
-        return f"its certificate is not trusted ({error.verify_message.rstrip('.')}); {_mend(error)}"
+        return f"its certificate is not trusted ({error.verify_message.rstrip('.')}); {_certificate_fix(error)}"
     except ssl.SSLError as error:
         if not credentials.tls or isinstance(error, ssl.SSLEOFError):
             return None
         if "ALERT" not in (error.reason or ""):
-            return "speaks no TLS; leave out --tls and the like, or have it started with --tls-cert"
+            return "speaks no TLS; leave out the --tls flags, or start the server with --tls-cert"
     except OSError:
         return None
     if credentials.identity is None:
-        return "wants a certificate of this device; give --tls-cert and --tls-key"
-    return "does not accept the certificate of --tls-cert; is it of the authority that the server knows, and in time?"
+        return "requires a client certificate; give --tls-cert and --tls-key"
+    return (
+        "rejects the certificate of --tls-cert; give one that is valid now and issued by the server's --tls-client-ca"
+    )
 
 
 def _probe_context(credentials: Credentials) -> ssl.SSLContext:
@@ -185,11 +200,11 @@ def _probe_context(credentials: Credentials) -> ssl.SSLContext:
     return context
 
 
-def _mend(error: ssl.SSLCertVerificationError) -> str:
-    """What to do about a certificate that was not accepted; the numbers are OpenSSL's ``X509_V_ERR``."""
+def _certificate_fix(error: ssl.SSLCertVerificationError) -> str:
+    """Return advice for a rejected certificate. The numbers are the codes ``X509_V_ERR`` of OpenSSL."""
     match error.verify_code:
         case 9 | 10:
-            return "renew it, or mend the clock of this machine"
+            return "renew it, or correct the clock of this machine"
         case 62 | 64:
             return "give --server a name that is in the certificate"
     return "give --tls-ca FILE with the certificate of its authority"

@@ -1,36 +1,36 @@
-"""The errors that a person is meant to read."""
+"""The exceptions whose messages are printed for the user."""
 
 import os
 import stat
 from pathlib import Path
 
-_LONGEST = 1000  # characters of a message: what it quotes may be of any length
+_MAX_LENGTH = 1000  # characters of a message; a value that it quotes can have any length
 
 
 class Error(Exception):
-    """The base class of this package's errors. The text is one line of limited length, whatever it quotes."""
+    """The base class of this package's exceptions. The text is always one line of limited length."""
 
     def __init__(self, message: str) -> None:
         line = " ".join(message.splitlines())
-        if len(line) > _LONGEST:
-            # What is wrong stands at the end, what it is about at the beginning.
-            line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+        if len(line) > _MAX_LENGTH:
+            # The beginning names the subject, and the end says what is wrong with it.
+            line = f"{line[: _MAX_LENGTH // 2]} … {line[-_MAX_LENGTH // 2 :]}"
         super().__init__(line)
 
 
 class InputError(Error):
-    """Something the user gave (file, flag, configuration, message, checkpoint) cannot be used.
+    """A user's input (file, flag, configuration, message or checkpoint) cannot be used.
 
-    The message is one line that names the thing and says how to fix it; commands print it and exit with 2.
+    The message is one line that names the input and says how to fix it. Commands print it and exit with 2.
     """
 
 
 class Failure(Error):
-    """The input is fine, but what was asked for could not be done. One line; commands print it and exit with 1."""
+    """The input is valid, but the task failed. Commands print the message, which is one line, and exit with 1."""
 
 
 def reason(error: Exception, subject: object = "") -> str:
-    """An exception's text as one line, without the name of the subject that the caller prints anyway."""
+    """Return an exception's text as one line, without the leading ``subject``, which the caller prints itself."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
@@ -38,10 +38,14 @@ def reason(error: Exception, subject: object = "") -> str:
 
 
 def existing_file(path: Path, what: str) -> Path:
-    """The path again if it is a readable file.
+    """Return the path if it is that of a file.
+
+    Args:
+        path: The path to check.
+        what: What the file should be, for error messages.
 
     Raises:
-        InputError: there is nothing at the path that can be opened, or it is a folder.
+        InputError: The path does not exist or cannot be read, or it is that of a folder, a pipe or a device.
     """
     try:
         mode = path.stat().st_mode
@@ -52,11 +56,11 @@ def existing_file(path: Path, what: str) -> Path:
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a folder; {what} must be a file")
     if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: is no file; give the path of {what}")
+        raise InputError(f"{path}: is not a regular file; give the path of {what}")
     return path
 
 
 def printable(path: object) -> str:
-    """A text as every output can hold it: bytes that are no UTF-8, and control characters, are shown as codes."""
+    """Return a path or text that can be printed anywhere: invalid UTF-8 and control characters become escapes."""
     text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never sees half of one, and that a call never destroys one of its own."""
+"""Write files atomically, and check in advance that the outputs of a command do not overwrite any of its files."""
 
 import io
 import os
@@ -13,19 +13,19 @@ from typing import BinaryIO
 
 from knowledge_boosting.common.errors import InputError, reason
 
-STANDARD = Path("-")  # standard input, or output
+STANDARD = Path("-")  # standard input or output
 _STANDARD_OUTPUTS = {STANDARD, Path("/dev/stdout"), Path("/dev/fd/1"), Path("/proc/self/fd/1")}
 _STANDARD_INPUTS = {STANDARD, Path("/dev/stdin"), Path("/dev/fd/0"), Path("/proc/self/fd/0")}
-_LONGEST_NAME = 100  # bytes of a name that go into that of its temporary file
+_MAX_NAME_BYTES = 100  # of a file name that are used in the name of its temporary file
 
 
 def is_standard_output(path: Path) -> bool:
-    """Whether the path is this process's standard output."""
+    """Return whether a path is the standard output of this process."""
     return path in _STANDARD_OUTPUTS
 
 
 def is_stream(path: Path) -> bool:
-    """Whether the path is a standard stream, a pipe or a device: read or written in one go, and never replaced."""
+    """Return whether a path is a standard stream, a pipe or a device. Such a path is never replaced by a new file."""
     if path in _STANDARD_OUTPUTS | _STANDARD_INPUTS:
         return True
     try:
@@ -36,53 +36,53 @@ def is_stream(path: Path) -> bool:
 
 
 def open_stream(path: Path, mode: str) -> BinaryIO:
-    """A stream (:func:`is_stream`), to be read (``rb``) or written (``wb``).
+    """Open a stream (see :func:`is_stream`) with the mode ``rb`` or ``wb``.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: The stream cannot be opened.
     """
-    known = (_STANDARD_INPUTS, 0) if mode == "rb" else (_STANDARD_OUTPUTS, 1)
-    # Opened by its number, a standard stream is the same on every system, and what was redirected is not cut off.
-    return open(known[1], mode, closefd=False) if path in known[0] else path.open(mode)  # type: ignore[return-value]
+    paths, descriptor = (_STANDARD_INPUTS, 0) if mode == "rb" else (_STANDARD_OUTPUTS, 1)
+    # A descriptor works on every system, and does not truncate the file to which a standard stream is redirected.
+    return open(descriptor, mode, closefd=False) if path in paths else path.open(mode)  # type: ignore[return-value]
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an error.
+    """Yield a temporary path in the same folder, which replaces ``path`` when the block ends without an error.
 
-    The temporary name keeps the suffix, because audio and image writers choose their format by it. A link is followed,
-    and a pipe or a device (``-``: standard output) is written to when the block has ended.
+    The temporary name keeps the suffix, because audio and image writers choose their format by it. Symbolic links are
+    followed. A pipe, a device or standard output (``-``) receives the content when the block has ended.
 
     Raises:
-        InputError: the folder does not exist or cannot be written, or the disk is full.
+        InputError: The folder does not exist or cannot be written, or the disk is full.
     """
     stream = is_stream(path)
-    place = Path(tempfile.gettempdir()) / path.name if stream else Path(os.path.realpath(path))
-    temporary = _temporary_file(place, path)
+    real_path = Path(tempfile.gettempdir()) / path.name if stream else Path(os.path.realpath(path))
+    temporary = _temporary_file(real_path, path)
     try:
         yield temporary
         if stream:
             with temporary.open("rb") as source, open_stream(path, "wb") as target:
                 shutil.copyfileobj(source, target)
         else:
-            # mkstemp makes files private; the result gets the permissions any new file would have.
+            # mkstemp makes private files. The result must have the usual permissions of a new file.
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
-            temporary.replace(place)
+            temporary.replace(real_path)
     except OSError as error:
         raise InputError(f"{path}: cannot write ({reason(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _temporary_file(place: Path, path: Path) -> Path:
-    """A new file in the folder of ``place``, which is what ``path`` leads to."""
-    # A name that the file system just about takes must not become too long.
-    stem = os.fsdecode(os.fsencode(place.stem)[:_LONGEST_NAME])
-    suffix = os.fsdecode(os.fsencode(place.suffix)[:_LONGEST_NAME])
+def _temporary_file(real_path: Path, path: Path) -> Path:
+    """Create a file in the folder of ``real_path``. ``path`` is the path that the user gave, for messages."""
+    # The temporary name is longer than the original, which can already have the maximum length.
+    stem = os.fsdecode(os.fsencode(real_path.stem)[:_MAX_NAME_BYTES])
+    suffix = os.fsdecode(os.fsencode(real_path.suffix)[:_MAX_NAME_BYTES])
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{stem}-", suffix=suffix, dir=place.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{stem}-", suffix=suffix, dir=real_path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({reason(error)}); choose a folder you can write to") from None
     os.close(handle)
@@ -91,15 +91,15 @@ def _temporary_file(place: Path, path: Path) -> Path:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside ``path`` that becomes ``path`` when the block ends without an error.
+    """Yield a temporary directory in the same folder, which becomes ``path`` when the block ends without an error.
 
     Raises:
-        InputError: ``path`` exists already and is not an empty directory, or cannot be written.
+        InputError: ``path`` already exists and is not an empty directory, or it cannot be written.
     """
     check_new_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
+        prefix = os.fsdecode(os.fsencode(path.name)[:_MAX_NAME_BYTES])
         temporary = Path(tempfile.mkdtemp(prefix=f".{prefix}-", dir=path.parent))
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({reason(error)}); choose a folder you can write to") from None
@@ -115,25 +115,30 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_by_memory(path: Path, save: Callable[[io.BytesIO], object]) -> None:
-    """Write what ``save`` writes, so that a full disk is an OSError whichever library makes the bytes."""
-    memory = io.BytesIO()
-    save(memory)
-    path.write_bytes(memory.getvalue())
+def write_buffered(path: Path, save: Callable[[io.BytesIO], object]) -> None:
+    """Write a file whose content ``save`` writes into a buffer in memory.
+
+    A full disk then raises OSError, whichever library makes the content.
+    """
+    buffer = io.BytesIO()
+    save(buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def check_files(
     reads: Iterable[Path], writes: Iterable[Path], folders: Mapping[Path, Iterable[str]] | None = None
 ) -> None:
-    """Whether a call that reads and writes these files can write all of them, and destroys none.
+    """Check that a command can write all its outputs, and that none of them overwrites an input or another output.
 
-    Files are the same if the file system says so, whatever their paths: through links, ``..`` and other names.
+    Files are compared by their identity in the file system, so that links and ``..`` in their paths do not matter.
 
     Args:
-        folders: that are made if need be, and the names of the files to be written there.
+        reads: The files that the command reads.
+        writes: The files that it writes.
+        folders: The folders that it creates if necessary, with the names of the files that it writes there.
 
     Raises:
-        InputError: a file to be written is one that is read, or written a second time, or cannot be written.
+        InputError: An output is also an input or another output, or it cannot be written.
     """
     taken: dict[tuple[object, ...], tuple[Path, bool]] = {}
     for path in reads:
@@ -151,40 +156,40 @@ def check_files(
             same = "" if other == path else f" ({other})"
             if is_read:
                 raise InputError(f"{path}: would overwrite an input{same}; choose another name")
-            raise InputError(f"{path}: is written twice{same}; choose another name for one of the outputs")
+            raise InputError(f"{path}: two outputs have this name{same}; choose another name for one of them")
         if identity is not None:
             taken[identity] = path, False
 
 
 def check_writable(path: Path) -> None:
-    """Whether a file of that name can be written, by writing an empty one beside it.
+    """Check that a file can be written at a path, by creating an empty file in the same folder.
 
     Raises:
-        InputError: it cannot, or the path is that of a folder.
+        InputError: The file cannot be written, or the path is that of a folder.
     """
     if is_stream(path):
         if is_standard_output(path) and sys.stdout is not None and sys.stdout.isatty():
-            raise InputError(f"{path}: standard output is a terminal; send it to a file or another program")
+            raise InputError(f"{path}: standard output is a terminal; redirect it to a file or to another program")
         return
-    place = Path(os.path.realpath(path))
-    if os.path.isdir(place):  # noqa: PTH112 # which has no error of its own for a name that is too long
+    real_path = Path(os.path.realpath(path))
+    if os.path.isdir(real_path):  # noqa: PTH112 # Path.is_dir raises an error if the name is too long
         raise InputError(f"{path}: is a folder; give the name of a file")
-    if not os.path.isdir(place.parent):  # noqa: PTH112
-        raise InputError(f"{path}: no folder {path.parent}; make it first")
+    if not os.path.isdir(real_path.parent):  # noqa: PTH112
+        raise InputError(f"{path}: there is no folder {path.parent}; create it first")
     try:
-        place.lstat()
+        real_path.lstat()
     except FileNotFoundError:
         pass
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({reason(error)}); choose another name") from None
-    _temporary_file(place, path).unlink()
+    _temporary_file(real_path, path).unlink()
 
 
 def check_new_folder(path: Path) -> None:
-    """Whether a folder of that name can be made, and filled.
+    """Check that a new folder can be created at a path and filled with files.
 
     Raises:
-        InputError: there is something there already, or it cannot be written.
+        InputError: The path already exists and is not an empty folder, or it cannot be written.
     """
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -195,10 +200,10 @@ def check_new_folder(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Whether files can be written into a folder that is there, or that will be made with the folders above it.
+    """Check that files can be written into a folder. Missing folders of its path are created later.
 
     Raises:
-        InputError: they cannot, or there is a file in the way.
+        InputError: The folder cannot be written or created, or a part of its path is a file.
     """
     folder = Path(os.path.realpath(path))
     try:
@@ -207,7 +212,7 @@ def check_folder(path: Path) -> None:
         if folder.is_dir():
             with tempfile.TemporaryDirectory(prefix=".", dir=folder) as probe:
                 if not path.exists():
-                    # Names that are too long for the file system are found out here.
+                    # This fails if the name is too long for the file system.
                     (Path(probe) / path.name).mkdir()
             return
     except OSError as error:
@@ -216,14 +221,14 @@ def check_folder(path: Path) -> None:
 
 
 def _identity(path: Path, standard: int) -> tuple[object, ...] | None:
-    """What tells the file from others; None for devices, which can be read and written at once."""
+    """Return a key that identifies a file. None for a device, which can be an input and an output at the same time."""
     try:
         status = os.fstat(standard) if path == STANDARD else path.stat()
         return None if stat.S_ISCHR(status.st_mode) else (status.st_dev, status.st_ino)
     except OSError:
-        place = Path(os.path.realpath(path))
+        real_path = Path(os.path.realpath(path))
     try:
-        folder = place.parent.stat()
+        folder = real_path.parent.stat()
     except OSError:
-        return (str(place),)
-    return folder.st_dev, folder.st_ino, place.name
+        return (str(real_path),)
+    return folder.st_dev, folder.st_ino, real_path.name

@@ -1,4 +1,4 @@
-"""Words in pictures."""
+"""Text in figures."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def any_words() -> Iterator[None]:
-    """In this block every text is drawn as it is, such as a file's name.
+def literal_text() -> Iterator[None]:
+    """Draw every text in this block, such as a file name, literally.
 
-    A dollar sign begins no formula, and letters that the font lacks become boxes without a word about it.
+    A dollar sign does not begin a formula. A character that the font lacks becomes a box, without a warning.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Where every installed command begins: Ctrl-C ends it quietly also while its modules are still being read."""
+"""The entry points of all installed commands. Ctrl-C ends a command quietly even while its modules are loading."""
 
 import importlib
 import signal
@@ -7,10 +7,10 @@ from typing import NoReturn
 
 def _start(module: str) -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # There is nothing to clean up yet; common.cli takes over.
+        # Nothing needs cleanup yet. Later, common.cli installs its own handler.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     importlib.import_module(module).main()
-    raise AssertionError("commands leave by themselves")
+    raise AssertionError("every main() exits the process")
 
 
 def kb_client() -> NoReturn:

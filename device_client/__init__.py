@@ -1,1 +1,1 @@
-"""The small network on the device, helped by hints that may come late or never."""
+"""The client: the small network on the device, boosted by hints from a server."""

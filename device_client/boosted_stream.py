@@ -1,7 +1,7 @@
-"""The frame loop: one stream through the small network, with the hints that are there in time.
+"""The frame loop: one stream through the small network, with the hints that arrive in time.
 
-Whatever runs the small network frame by frame calls it: replay, live, a recording that is run again, the benchmarks
-and :class:`knowledge_boosting.Enhancer`.
+Everything that runs the small network frame by frame uses it: replay, live, repeated sessions, the benchmarks and
+:class:`knowledge_boosting.Enhancer`.
 """
 
 import time
@@ -15,37 +15,39 @@ from knowledge_boosting.device_client.engines.engine import Engine
 from knowledge_boosting.models.config import Framing, ModelConfig
 from knowledge_boosting.protos.codec import Samples
 
-# After so many frames without hints the network's attention holds none, and the next ones come in slowly.
-_FORGOTTEN = 50
+_ATTENTION_FRAMES = 50  # the network's attention covers this number of past frames
 _RAMP = 8  # frames
 
 
 class HintSource(Protocol):
-    """Where a stream sends audio and takes hints. Neither call waits. Times are in nanoseconds, on one clock."""
+    """The interface through which a stream sends audio and takes hints. No call waits.
+
+    All times are nanoseconds on the same clock.
+    """
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
-        """Send the samples ``[M, n]`` that complete a frame; they may change after the call."""
+        """Send the samples ``[M, n]`` that complete a frame. The array can be overwritten after the call."""
         ...
 
     def take(self, frame: int, now: int) -> Samples | None:
-        """The hint ``[channels, F]`` of a frame if it is there."""
+        """Return the hint ``[channels, F]`` of a frame. None if it has not arrived."""
         ...
 
 
 class HintRamp:
-    """Brings hints in slowly when they come back after a while, so that nothing changes with a click."""
+    """Fades hints in when they return after a gap that is longer than the network's attention, to avoid a click."""
 
     def __init__(self) -> None:
-        self._absent, self._gain = 0, 1.0
+        self._missing, self._gain = 0, 1.0
 
     def scale(self, hint: Samples | None) -> Samples | None:
-        """The hint to fuse at the next frame."""
+        """Return the hint to fuse at the next frame."""
         if hint is None:
-            self._absent += 1
+            self._missing += 1
             return None
-        if self._absent >= _FORGOTTEN:
+        if self._missing >= _ATTENTION_FRAMES:
             self._gain = 0.0
-        self._absent = 0
+        self._missing = 0
         if self._gain < 1:
             self._gain += 1 / _RAMP
             hint = hint * np.float32(self._gain)
@@ -54,45 +56,47 @@ class HintRamp:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What became of a frame. ``window`` and ``fresh`` are overwritten by the step after the next."""
+    """The result of one step. ``window`` and ``fresh`` stay valid until the step after the next."""
 
     number: int
     window: Samples  # [M, n_fft]
-    fresh: Samples  # [M, n], what was new in it
-    hint: Samples | None  # [channels, F], that was fused
-    hint_due: bool  # whether there could have been one
+    fresh: Samples  # [M, n], the new samples of the window
+    hint: Samples | None  # [channels, F], the hint that was fused
+    hint_due: bool  # whether this frame could have a hint
     estimate: Samples  # [S, M, chunk]
-    compute_ns: int  # the small network's time
+    compute_ns: int  # time of the small network
 
 
 class BoostedStream:
-    """A stream from its start: fill :attr:`fresh`, call :meth:`step`, and again."""
+    """One stream through the small network. Fill :attr:`fresh` and call :meth:`step` for each frame."""
 
     def __init__(
         self, engine: Engine, model: ModelConfig, hints: HintSource | None = None, *, ramp: bool = False
     ) -> None:
-        """A stream that has heard nothing.
+        """Start a stream.
 
         Args:
-            engine: a session of its own.
-            hints: None for a network alone, or for one whose hints are withheld.
-            ramp: whether hints that come back after a while come in slowly.
+            engine: A new session of the small network.
+            model: The configuration of the bundle's model.
+            hints: The source of hints. None for one network alone, or to withhold the hints.
+            ramp: Whether hints that return after a gap are faded in.
         """
         framing = model.framing
         self.engine, self.hints = engine, hints
-        self.hints_on = True  # whether hints are fused; they are taken anyway
-        self.frames = self.hints_due = self.hints_used = 0  # hints are due only where they are on
+        self.hints_on = True  # whether hints are fused; they are taken from the source in any case
+        self.frames = self.hints_due = self.hints_used = 0  # hints are counted as due only while hints_on is set
         self._delay, self._lookahead, self._chunk = model.delay, framing.lookahead, framing.chunk
         self._ramp = HintRamp() if ramp else None
-        # Two take turns, so that a frame can be looked at while the next one is filled.
+        # Two windows alternate, so that a frame stays valid while the next one is filled.
         self._window, self._other = (np.zeros((model.microphones, framing.n_fft), np.float32) for _ in range(2))
-        self.fresh: Samples = self._window  # [M, n_fft] at first, then [M, chunk]: what the next frame waits for
+        # The caller stores the new samples of the next frame here: [M, n_fft] for the first one, then [M, chunk].
+        self.fresh: Samples = self._window
 
     def step(self, now: int) -> Frame:
-        """The next frame, whose last sample was captured at ``now``."""
+        """Process the next frame, whose last sample was captured at ``now`` (nanoseconds)."""
         number, window, fresh, hints = self.frames, self._window, self.fresh, self.hints
         if not np.isfinite(fresh).all():
-            fresh[:] = 0  # one such sample would stay in the network's state for good
+            fresh[:] = 0  # a sample that is not finite would stay in the network's state forever
         hint, due = None, hints is not None and number >= self._delay
         if hints is not None:
             hints.send(number, fresh, now)
@@ -104,34 +108,39 @@ class BoostedStream:
                 hint = self._ramp.scale(hint)
             self.hints_due += on
             self.hints_used += hint is not None
-        began = time.perf_counter_ns()
+        started = time.perf_counter_ns()
         estimate = self.engine.step(window, hint)
-        took = time.perf_counter_ns() - began
+        compute_ns = time.perf_counter_ns() - started
         self._window, self._other = self._other, window
         self._window[:, : self._lookahead] = window[:, self._chunk :]
         self.fresh = self._window[:, self._lookahead :]
         self.frames = number + 1
-        return Frame(number, window, fresh, hint, due, estimate, took)
+        return Frame(number, window, fresh, hint, due, estimate, compute_ns)
 
 
-def frames_of(mixture: Iterable[Samples], framing: Framing) -> Iterator[tuple[Samples, int]]:
-    """What each frame of a recording waits for, and how many samples of its chunk are the recording's.
+def split_frames(mixture: Iterable[Samples], framing: Framing) -> Iterator[tuple[Samples, int]]:
+    """Split a recording into the new samples of each frame.
 
     Args:
-        mixture: the recording, ``[M, n]`` at a time. Zeros follow it until the last frame is complete.
+        mixture: The samples of the recording, ``[M, n]`` at a time. Zeros are appended to complete the last frame.
+        framing: The framing of the model.
+
+    Yields:
+        For each frame, its new samples for :attr:`BoostedStream.fresh`, and the number of samples in its chunk that
+        belong to the recording.
     """
-    wanted, rest = framing.n_fft, np.zeros((0, 0), np.float32)
+    size, pending = framing.n_fft, np.zeros((0, 0), np.float32)
     for samples in mixture:
-        rest = np.concatenate([rest, samples], axis=1) if rest.size else samples
+        pending = np.concatenate([pending, samples], axis=1) if pending.size else samples
         first = 0
-        while first + wanted <= rest.shape[1]:
-            yield rest[:, first : first + wanted], framing.chunk
-            first, wanted = first + wanted, framing.chunk
-        rest = rest[:, first:]
-    # The lookahead of the frames that are done is a part of the ones that are left.
-    known = framing.lookahead if wanted == framing.chunk else 0
-    left = known + rest.shape[1]
-    for first in range(0, left, framing.chunk):
-        samples = rest[:, :wanted]
-        yield np.pad(samples, ((0, 0), (0, wanted - samples.shape[1]))), min(framing.chunk, left - first)
-        rest, wanted = rest[:, wanted:], framing.chunk
+        while first + size <= pending.shape[1]:
+            yield pending[:, first : first + size], framing.chunk
+            first, size = first + size, framing.chunk
+        pending = pending[:, first:]
+    # The lookahead of the frames so far belongs to the chunks of the remaining frames.
+    overlap = framing.lookahead if size == framing.chunk else 0
+    remaining = overlap + pending.shape[1]
+    for first in range(0, remaining, framing.chunk):
+        samples = pending[:, :size]
+        yield np.pad(samples, ((0, 0), (0, size - samples.shape[1]))), min(framing.chunk, remaining - first)
+        pending, size = pending[:, size:], framing.chunk

@@ -1,4 +1,4 @@
-"""The public interface: enhancement in a program of one's own, in whole signals or chunk by chunk."""
+"""The public Python interface: enhance whole signals, or a stream chunk by chunk."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.device_client import speakers
 from knowledge_boosting.device_client.audio.files import resample
-from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.hints.stream import Encodings
@@ -25,35 +25,35 @@ from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 
 Samples = NDArray[np.float32]
 Speaker = ArrayLike | str | PathLike[str]
-_RATES = (1000, 384_000)  # Hz
-_NONE = Credentials()
+_RATES = (1000, 384_000)  # minimum and maximum, Hz
+_NO_CREDENTIALS = Credentials()
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What has become of the hints of an :class:`Enhancer`."""
+    """Counts of frames and hints of an :class:`Enhancer`."""
 
-    frames: int  # that were processed
+    frames: int  # frames that were processed
     hints_due: int  # frames that could have had a hint
-    hints_used: int
-    hints_late: int  # that came, but after their frame
-    overflows: int  # frames at which the network gave no numbers, and the input was given in its place
-    server: str | None  # that hints come from now
+    hints_used: int  # hints that were fused
+    hints_late: int  # hints that missed their deadline
+    overflows: int  # frames whose estimate was not finite, so that the output is the input
+    server: str | None  # address of the server from which hints come now
 
 
 class Enhancer:
-    """A stream that is enhanced as it comes, chunk by chunk, helped by a server's hints.
+    """Enhances a stream chunk by chunk, with hints from a server if one is given.
 
-    ``process`` never waits for a server: a hint that is not there in time is left out. Connecting, and finding another
-    server when one is lost, happen in the background.
+    :meth:`process` never waits for a server. A hint that is late is not used. A background thread connects to the
+    server, and to another one if the server is lost.
 
-    Use it from one thread; :meth:`set_server` and :attr:`statistics` may be used from others. It is a context manager,
-    which closes it.
+    Use an object from one thread only. :meth:`set_server` and :attr:`statistics` can be used from any thread. An object
+    is also a context manager, which closes it at the end of the block.
     """
 
     _stream: BoostedStream
-    _begun: bool  # whether the first chunk is there
-    _late: int  # of sessions with servers that were left
+    _has_first_chunk: bool
+    _late: int  # late hints of servers that were replaced
 
     def __init__(
         self,
@@ -61,25 +61,28 @@ class Enhancer:
         *,
         server: str | Sequence[str] | None = None,
         speaker: Speaker | None = None,
-        credentials: Credentials = _NONE,
+        credentials: Credentials = _NO_CREDENTIALS,
         engine: EngineName = "onnx",
     ) -> None:
-        """Load a bundle, and look for its server if one is given: for 3 s at most, then in the background.
+        """Load a bundle and connect to its server, if one is given.
+
+        The call waits up to 3 seconds for the server. After that, the connection is made in the background.
 
         Args:
-            bundle: one that was opened, the name of a shipped one, or the path of one.
-            server: ``HOST:PORT``; of several, the next one is taken when one is lost. None: the small network alone.
-            speaker: for target speech extraction, whom to extract: an embedding ``[256]``, the path of an ``.npy`` file
-                with one, or the name of somebody who was enrolled.
-            credentials: that the server wants.
-            engine: what computes the small network.
+            bundle: An opened bundle, the name of a shipped bundle, or the path of a bundle.
+            server: The address ``HOST:PORT``, or several addresses. If a server is lost, the next one is tried. None:
+                no hints.
+            speaker: For target speech extraction, the speaker to extract: an embedding ``[256]``, the path of an
+                ``.npy`` file with an embedding, or the name of an enrolled speaker.
+            credentials: The credentials for the server.
+            engine: The engine that runs the small network, ``onnx`` or ``torch``.
 
         Raises:
-            InputError: the bundle, the speaker or an address cannot be used, or server and device do not accept each
+            InputError: The bundle, the speaker or an address cannot be used, or server and device do not accept each
                 other.
-            Failure: the engine is not installed.
+            Failure: The engine is not installed.
         """
-        self._model = load_model(_opened(bundle), engine)
+        self._model = load_model(_open_bundle(bundle), engine)
         self._config, self._manifest = self._model.manifest.model, self._model.manifest
         self._speaker = _embedding(speaker, self._config)
         self._credentials, self._servers = credentials, _servers(server)
@@ -88,39 +91,39 @@ class Enhancer:
         self._begin()
         if self._hints is not None:
             try:
-                self._hints.settle()
+                self._hints.wait_for_server()
             except BaseException:
                 self.close()
                 raise
 
     @property
     def sample_rate(self) -> int:
-        """Hz, of what goes in and comes out."""
+        """The sample rate of input and output, Hz."""
         return self._config.framing.sample_rate
 
     @property
     def chunk(self) -> int:
-        """Samples that :meth:`process` takes and gives."""
+        """The number of samples in each chunk of :meth:`process`."""
         return self._config.framing.chunk
 
     @property
     def channels(self) -> int:
-        """Microphones M."""
+        """The number of microphones M."""
         return self._config.microphones
 
     @property
     def speakers(self) -> int:
-        """Speakers S in the output: 2 for separation, 1 for target speech extraction."""
+        """The number of speakers S in the output: 2 for separation, 1 for target speech extraction."""
         return self._config.sources
 
     @property
     def latency(self) -> int:
-        """Samples that the output is behind the input: one chunk, because a frame looks ahead into the next one."""
+        """The delay of the output in samples. It is one chunk, because each frame looks ahead into the next one."""
         return self._config.framing.chunk
 
     @property
     def statistics(self) -> Statistics:
-        """What has become of the hints since the start, or since :meth:`reset`."""
+        """The counts since the start or the last call of :meth:`reset`."""
         with self._lock:
             hints, late = self._hints, self._late
         return Statistics(
@@ -133,16 +136,17 @@ class Enhancer:
         )
 
     def process(self, chunk: ArrayLike) -> Samples:
-        """The next chunk. This never waits for a server.
+        """Process the next chunk. This never waits for a server.
 
         Args:
-            chunk: ``[M, chunk]`` samples, full scale 1; ``[chunk]`` or ``[1, chunk]`` is used for all microphones.
+            chunk: Samples ``[M, chunk]`` in floating point, where full scale is 1. Samples ``[chunk]`` or
+                ``[1, chunk]`` are used for all microphones.
 
         Returns:
-            ``[S, M, chunk]`` samples of the speakers, :attr:`latency` samples behind; the first chunk is zeros.
+            Samples ``[S, M, chunk]`` of the speakers, delayed by :attr:`latency` samples. The first chunk is zeros.
 
         Raises:
-            InputError: the chunk is of another shape, or of integers.
+            InputError: The chunk has another shape, or it has integers.
         """
         samples, size = _floats("process", chunk), self._config.framing.chunk
         if samples.shape not in ((self.channels, size), (1, size)):
@@ -150,10 +154,10 @@ class Enhancer:
                 f"process: got samples of shape {list(np.shape(chunk))}; give [{self.channels}, {size}] or [{size}]"
             )
         lookahead = self._config.framing.lookahead
-        if not self._begun:
-            # The first frame is complete when its lookahead is there.
+        if not self._has_first_chunk:
+            # The first frame needs the lookahead samples of the second chunk too.
             self._stream.fresh[:, :size] = samples
-            self._begun = True
+            self._has_first_chunk = True
             return np.zeros((self.speakers, self.channels, size), np.float32)
         self._stream.fresh[:, -lookahead:] = samples[:, :lookahead]
         estimate = self._step()
@@ -162,35 +166,38 @@ class Enhancer:
         return estimate
 
     def finish(self) -> Samples:
-        """The last chunk ``[S, M, chunk]``, when no more samples come; :meth:`reset` begins again."""
-        if not self._begun:
+        """End the stream and return its last chunk ``[S, M, chunk]``. Call :meth:`reset` to start a new stream."""
+        if not self._has_first_chunk:
             return np.zeros((self.speakers, self.channels, self.chunk), np.float32)
         self._stream.fresh[:, -self._config.framing.lookahead :] = 0
         return self._step()
 
     def reset(self) -> None:
-        """Begin again, as if nothing had been heard."""
+        """Start a new stream with an empty state."""
         self._end_hints()
         self._begin()
 
     def set_server(self, server: str | Sequence[str] | None) -> None:
-        """Take hints from another server, or from none, from now on. Does not wait until it answers.
+        """Use hints from another server, or from no server. The call does not wait for an answer.
+
+        Args:
+            server: As for :class:`Enhancer`.
 
         Raises:
-            InputError: an address cannot be used.
+            InputError: An address cannot be used.
         """
         servers = _servers(server)
         hints = self._connect(servers, self._stream.frames)
         with self._lock:
             self._servers = servers
-            before, self._hints = self._hints, hints
+            previous, self._hints = self._hints, hints
             self._stream.hints = hints
-            self._late += before.late if before is not None else 0
-        if before is not None:
-            threading.Thread(target=before.close, name="kb-close", daemon=True).start()
+            self._late += previous.late if previous is not None else 0
+        if previous is not None:
+            threading.Thread(target=previous.close, name="kb-close", daemon=True).start()
 
     def close(self) -> None:
-        """End the session with the server. The stream may go on without."""
+        """End the session with the server. The stream can continue without hints."""
         self._end_hints()
 
     def __enter__(self) -> Self:
@@ -204,14 +211,14 @@ class Enhancer:
     def _begin(self) -> None:
         self._hints = self._connect(self._servers, 0)
         self._stream = BoostedStream(self._model.session(self._speaker), self._config, self._hints, ramp=True)
-        self._begun = False
+        self._has_first_chunk = False
         self._late = 0
 
     def _connect(self, servers: Sequence[str], first_frame: int) -> LiveHints | None:
         if not servers:
             return None
         if not isinstance(self._config, Pair):
-            raise InputError(f"{self._manifest.name}: is one network alone; leave out the server")
+            raise InputError(f"{self._manifest.name}: is one network alone and uses no hints; leave out the server")
         hints = LiveHints(
             servers,
             self._manifest,
@@ -243,62 +250,65 @@ def enhance(
     speaker: Speaker | None = None,
     engine: EngineName = "onnx",
 ) -> Samples:
-    """A whole signal through the small network of a bundle, without a server.
+    """Enhance a whole signal with the small network of a bundle, without a server.
 
     Args:
-        samples: ``[M, N]``, full scale 1; ``[N]`` or ``[1, N]`` is used for all microphones.
-        rate: their rate, Hz. The output has it too, and holds what is below half of the bundle's rate.
-        bundle: one that was opened, the name of a shipped one, or the path of one.
-        speaker: for target speech extraction, whom to extract; see :class:`Enhancer`.
-        engine: what computes the small network.
+        samples: Samples ``[M, N]`` in floating point, where full scale is 1. Samples ``[N]`` or ``[1, N]`` are used for
+            all microphones.
+        rate: The rate of the samples and of the output, Hz. The output contains only frequencies below half the
+            bundle's rate.
+        bundle: An opened bundle, the name of a shipped bundle, or the path of a bundle.
+        speaker: For target speech extraction, the speaker to extract, as for :class:`Enhancer`.
+        engine: The engine that runs the small network, ``onnx`` or ``torch``.
 
     Returns:
-        ``[S, M, N]`` samples of the S speakers.
+        Samples ``[S, M, N]`` of the S speakers.
 
     Raises:
-        InputError: samples, rate, bundle or speaker cannot be used.
-        Failure: the engine is not installed.
+        InputError: The samples, the rate, the bundle or the speaker cannot be used.
+        Failure: The engine is not installed.
     """
-    model = load_model(_opened(bundle), engine)
+    model = load_model(_open_bundle(bundle), engine)
     config = model.manifest.model
     embedding = _embedding(speaker, config)
-    heard, microphones = _floats("enhance", samples), config.microphones
-    if heard.ndim != 2 or heard.shape[0] not in (1, microphones) or not heard.shape[1]:
+    signal, microphones = _floats("enhance", samples), config.microphones
+    if signal.ndim != 2 or signal.shape[0] not in (1, microphones) or not signal.shape[1]:
         raise InputError(
-            f"enhance: got samples of shape {list(np.shape(samples))}; give [{microphones}, N] or [N], N at least 1"
+            f"enhance: got samples of shape {list(np.shape(samples))}; give [{microphones}, N] or [N] with N at least 1"
         )
     if not _RATES[0] <= rate <= _RATES[1]:
-        raise InputError(f"enhance: the rate is {rate} Hz; it must be from {_RATES[0]} to {_RATES[1]}")
-    if not np.isfinite(heard).all():
-        raise InputError("enhance: some samples are not finite")
-    length, framing = heard.shape[1], config.framing
-    at_rate = resample(np.broadcast_to(heard, (microphones, length)), rate, framing.sample_rate)
+        raise InputError(f"enhance: the rate is {rate} Hz; it must be from {_RATES[0]} to {_RATES[1]} Hz")
+    if not np.isfinite(signal).all():
+        raise InputError("enhance: some samples are not finite; replace NaN and infinity")
+    length, framing = signal.shape[1], config.framing
+    resampled = resample(np.broadcast_to(signal, (microphones, length)), rate, framing.sample_rate)
     stream, parts = BoostedStream(model.session(embedding), config), list[Samples]()
-    for fresh, count in frames_of([at_rate], framing):
+    for fresh, count in split_frames([resampled], framing):
         stream.fresh[:] = fresh
         parts.append(stream.step(0).estimate[..., :count])
     estimate = np.concatenate(parts, axis=-1) if parts else np.zeros((config.sources, microphones, 0), np.float32)
-    back = resample(estimate, framing.sample_rate, rate)[..., :length]
-    return np.pad(back, ((0, 0), (0, 0), (0, length - back.shape[-1])))
+    output = resample(estimate, framing.sample_rate, rate)[..., :length]
+    return np.pad(output, ((0, 0), (0, 0), (0, length - output.shape[-1])))
 
 
-def _opened(bundle: str | PathLike[str] | Bundle) -> Bundle:
+def _open_bundle(bundle: str | PathLike[str] | Bundle) -> Bundle:
     return bundle if isinstance(bundle, Bundle) else Bundle(Path(bundle))
 
 
-def _floats(where: str, values: ArrayLike) -> Samples:
-    """Samples as float32, with an axis of channels."""
-    array = _array(where, values)
+def _floats(argument: str, values: ArrayLike) -> Samples:
+    """Convert samples to float32, with an axis of channels."""
+    array = _array(argument, values)
     if array.dtype.kind != "f":
-        raise InputError(f"{where}: the samples are of {array.dtype}; give floating-point numbers, full scale 1")
+        text = f"{argument}: the samples are of type {array.dtype}; give floating-point numbers with full scale 1"
+        raise InputError(text)
     return np.atleast_2d(array.astype(np.float32))
 
 
-def _array(where: str, values: ArrayLike) -> NDArray[Any]:
+def _array(argument: str, values: ArrayLike) -> NDArray[Any]:
     try:
         return np.asarray(values)
     except ValueError as error:
-        raise InputError(f"{where}: got no array ({reason(error)})") from None
+        raise InputError(f"{argument}: cannot be converted to an array ({reason(error)})") from None
 
 
 def _servers(server: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -313,13 +323,13 @@ def _embedding(speaker: Speaker | None, config: ModelConfig) -> Samples | None:
             raise InputError("this bundle separates all speakers; leave out the speaker")
         return None
     if speaker is None:
-        raise InputError("this bundle extracts one speaker; say whom: an embedding, an .npy file, or a name")
+        raise InputError("this bundle extracts one speaker; give the speaker as an embedding, an .npy file or a name")
     if isinstance(speaker, PathLike):
         return speakers.read_embedding(Path(speaker))
     if isinstance(speaker, str):
         return speakers.load(speaker)
-    given = _array("speaker", speaker)
-    embedding = given.astype(np.float32) if given.dtype.kind in "fiu" else np.zeros(0, np.float32)
+    array = _array("speaker", speaker)
+    embedding = array.astype(np.float32) if array.dtype.kind in "fiu" else np.zeros(0, np.float32)
     if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all() or not embedding.any():
         raise InputError(f"speaker: an embedding has {SPEAKER_EMBEDDING_SIZE} finite numbers, not all of them zero")
     return embedding

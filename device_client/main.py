@@ -14,35 +14,35 @@ app = cli.Application(no_args_is_help=True)
 
 
 class Clock(StrEnum):
-    """What time it is for the frame loop."""
+    """The clock of a replay."""
 
     VIRTUAL = "virtual"
     REAL = "real"
 
 
 class EngineChoice(StrEnum):
-    """What computes the small network."""
+    """The engine that runs the small network."""
 
     ONNX = "onnx"
     TORCH = "torch"
 
 
 class OutputFormat(StrEnum):
-    """Samples of output files."""
+    """The sample format of output files."""
 
     S16 = "s16"
     FLOAT = "float"
 
 
 class PcmEncoding(StrEnum):
-    """Samples on the wire."""
+    """The encoding of samples on the wire."""
 
     S16 = "s16"
     F32 = "f32"
 
 
 class HintEncoding(StrEnum):
-    """Hint values on the wire."""
+    """The encoding of hints on the wire."""
 
     F32 = "f32"
     F16 = "f16"
@@ -50,7 +50,7 @@ class HintEncoding(StrEnum):
 
 
 class PlayChoice(StrEnum):
-    """What is heard."""
+    """The mix that is played."""
 
     SPEAKER_1 = "1"
     SPEAKER_2 = "2"
@@ -60,85 +60,111 @@ class PlayChoice(StrEnum):
 
 @app.callback()
 def commands() -> None:
-    """Speech enhancement on this device, boosted by a server's hints."""
+    """Enhance speech on this device, with hints from a server."""
 
 
 @app.command()
 def replay(
     input_file: Annotated[
-        Path, typer.Argument(metavar="IN.wav", help="Mixture: WAV, FLAC or OGG, one or two channels.")
+        Path, typer.Argument(metavar="IN.wav", help="The mixture: WAV, FLAC or OGG with one or two channels.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Estimate; SS adds -speaker1, -speaker2 to the name.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The estimate. For SS, -speaker1 and -speaker2 are added to the name."),
+    ],
     bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle.")] = DEFAULT_BUNDLE,
     engine: Annotated[
-        EngineChoice, typer.Option("--engine", help="What computes the small network; torch needs torch installed.")
+        EngineChoice, typer.Option("--engine", help="Engine for the small network. torch must be installed separately.")
     ] = EngineChoice.ONNX,
     server: Annotated[
-        str | None, typer.Option("--server", metavar="HOST:PORT", help="A running kb-server; else one is started here.")
+        str | None,
+        typer.Option("--server", metavar="HOST:PORT", help="A running kb-server. [default: start one on this machine]"),
     ] = None,
     enrollment: Annotated[
         Path | None,
-        typer.Option("--enrollment", help="TSE: speech of the wanted person, 1 to 30 s, or an embedding (.npy)."),
+        typer.Option("--enrollment", help="TSE: 1 to 30 s of speech of the target speaker, or an embedding (.npy)."),
     ] = None,
     frame_log: Annotated[
         Path | None,
-        typer.Option("--frame-log", metavar="DIR/frames.csv", help="Run a session of live --record again, exactly."),
+        typer.Option("--frame-log", metavar="DIR/frames.csv", help="Repeat a session of live --record exactly."),
     ] = None,
     reference: Annotated[
-        list[Path] | None, typer.Option("--reference", help="True source, to measure against; SS: give it twice.")
+        list[Path] | None,
+        typer.Option("--reference", help="The true source, for quality figures. For SS, give it twice."),
     ] = None,
     with_large: Annotated[bool, typer.Option("--with-large", help="Measure the large network too.")] = False,
     alone: Annotated[
-        str | None, typer.Option("--alone", metavar="BUNDLE", help="Measure this network alone too, of the same task.")
+        str | None,
+        typer.Option("--alone", metavar="BUNDLE", help="Measure this bundle of one network alone too (same task)."),
     ] = None,
     compare: Annotated[
         Path | None,
         typer.Option(
-            "--compare", metavar="DIR", help="Write mixture, references and all estimates here, and a figure."
+            "--compare", metavar="DIR", help="Write the mixture, references, all estimates and a figure to this folder."
         ),
     ] = None,
-    clock: Annotated[Clock, typer.Option("--clock", help="Computed arrival times, or real pacing.")] = Clock.VIRTUAL,
+    clock: Annotated[
+        Clock, typer.Option("--clock", help="virtual simulates the arrival times; real runs in real time.")
+    ] = Clock.VIRTUAL,
     network: Annotated[
-        str | None, typer.Option("--network", help="Preset: lan, wifi, 5g, lte or satellite; flags below override it.")
+        str | None,
+        typer.Option(
+            "--network",
+            help="Preset of network conditions: lan, wifi, 5g, lte or satellite. The next four flags override it.",
+        ),
     ] = None,
     delay_ms: Annotated[
-        float | None, typer.Option("--delay-ms", min=0, max=60000, help="Round trip, half up and half down.")
+        float | None, typer.Option("--delay-ms", min=0, max=60000, help="Round-trip delay, half in each direction.")
     ] = None,
     jitter_ms: Annotated[
         float | None,
-        typer.Option("--jitter-ms", min=0, max=60000, help="Mean of an exponential extra delay, half each way."),
+        typer.Option(
+            "--jitter-ms", min=0, max=60000, help="Mean of an exponential extra delay, half in each direction."
+        ),
     ] = None,
     loss: Annotated[
-        float | None, typer.Option("--loss", min=0, max=0.5, help="Share of packets lost and sent again, 0 to 0.5.")
+        float | None,
+        typer.Option("--loss", min=0, max=0.5, help="Probability that a packet is lost and sent again, 0 to 0.5."),
     ] = None,
     bandwidth_mbit: Annotated[
-        float | None, typer.Option("--bandwidth-mbit", min=0.01, help="Limit each way, Mbit/s.")
+        float | None, typer.Option("--bandwidth-mbit", min=0.01, help="Bandwidth of each direction, Mbit/s.")
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", help="CSV of recorded one-way delays (up_ms,down_ms), a line a packet.")
+        Path | None,
+        typer.Option("--trace", help="CSV file of recorded one-way delays (up_ms,down_ms), one line for each packet."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of jitter and loss.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for jitter and loss.")] = 0,
     server_ms: Annotated[
-        float | None, typer.Option("--server-ms", min=0, max=60000, help="Virtual clock: server time a frame.")
+        float | None,
+        typer.Option(
+            "--server-ms", min=0, max=60000, help="Virtual clock: simulated time of the server for each frame."
+        ),
     ] = None,
     require_server: Annotated[
-        bool, typer.Option("--require-server", help="Fail if the server is lost; else go on without hints.")
+        bool,
+        typer.Option("--require-server", help="Fail if the server is lost, instead of continuing without hints."),
     ] = False,
-    pcm_encoding: Annotated[PcmEncoding, typer.Option("--pcm-encoding", help="Samples sent.")] = PcmEncoding.F32,
-    hint_encoding: Annotated[HintEncoding, typer.Option("--hint-encoding", help="Hints sent.")] = HintEncoding.F32,
+    pcm_encoding: Annotated[
+        PcmEncoding, typer.Option("--pcm-encoding", help="Encoding of the samples on the wire.")
+    ] = PcmEncoding.F32,
+    hint_encoding: Annotated[
+        HintEncoding, typer.Option("--hint-encoding", help="Encoding of the hints on the wire.")
+    ] = HintEncoding.F32,
     output_format: Annotated[
-        OutputFormat, typer.Option("--output-format", help="Samples in the output file.")
+        OutputFormat, typer.Option("--output-format", help="Sample format of the output files.")
     ] = OutputFormat.S16,
-    report_file: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw spectrograms and hint ages.")] = None,
+    report_file: Annotated[Path | None, typer.Option("--report", help="Write the report to this JSON file.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw spectrograms and hint ages to this file (.png, .pdf, .svg).")
+    ] = None,
     tls: Tls = False,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
 ) -> None:
-    """Run a recording through the small network, helped by a server's hints under a simulated network."""
-    # What runs a replay is imported only now, so that --help and mistakes in the call answer at once.
+    """Enhance a recording, with hints from a server under simulated network conditions."""
+    # Slow imports are made here, so that --help and errors in the call are printed at once.
     from knowledge_boosting.common.call_credentials import read_credentials
     from knowledge_boosting.device_client.commands.replay import replay_file
     from knowledge_boosting.device_client.commands.replay_call import ReplayOptions
@@ -158,7 +184,7 @@ def replay(
                 tls_key=tls_key,
                 token_file=token_file,
             ),
-            secrets=tuple(path for path in (tls_ca, tls_cert, tls_key, token_file) if path is not None),
+            credential_files=tuple(path for path in (tls_ca, tls_cert, tls_key, token_file) if path is not None),
             enrollment=enrollment,
             frame_log=frame_log,
             references=tuple(reference or ()),
@@ -189,46 +215,63 @@ def live(
     bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle.")] = DEFAULT_BUNDLE,
     server: Annotated[
         list[str] | None,
-        typer.Option("--server", metavar="HOST:PORT", help="A kb-server; give several to have others to turn to."),
+        typer.Option(
+            "--server",
+            metavar="HOST:PORT",
+            help="A kb-server. Give several, and the client falls back to the next one.",
+        ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--input", help="Device by name or index, or a sound file; else the default device.")
+        str | None,
+        typer.Option("--input", help="Name or index of a device, or a sound file. [default: the default device]"),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--output", help="Device by name or index, or a file to write (.wav).")
+        str | None,
+        typer.Option("--output", help="Name or index of a device, or a file to write. [default: the default device]"),
     ] = None,
     virtual_mic: Annotated[
         str | None,
-        typer.Option("--virtual-mic", metavar="NAME", help="Linux: play into a new microphone for other programs."),
+        typer.Option("--virtual-mic", metavar="NAME", help="Linux: play to a new microphone for other programs."),
     ] = None,
     speaker: Annotated[
-        str | None, typer.Option("--speaker", metavar="NAME", help="TSE: whom to extract, enrolled before (or .npy).")
+        str | None,
+        typer.Option("--speaker", metavar="NAME", help="TSE: the enrolled speaker to extract, or an .npy file."),
     ] = None,
     play: Annotated[
-        PlayChoice, typer.Option("--play", help="What to hear at first; both: 1 at the left, 2 at the right.")
+        PlayChoice,
+        typer.Option("--play", help="The speaker to play at the start. both plays speaker 1 left and speaker 2 right."),
     ] = PlayChoice.SPEAKER_1,
     record: Annotated[
-        Path | None, typer.Option("--record", metavar="DIR", help="Keep input, output and a log of all frames.")
+        Path | None,
+        typer.Option("--record", metavar="DIR", help="Write input, output and a log of all frames to this folder."),
     ] = None,
     rate: Annotated[
-        int | None, typer.Option("--rate", min=8000, max=384_000, help="Of the devices, Hz; else one that they take.")
+        int | None,
+        typer.Option(
+            "--rate", min=8000, max=384_000, help="Sample rate of the devices, Hz. [default: a rate they support]"
+        ),
     ] = None,
     buffer_ms: Annotated[
-        float, typer.Option("--buffer-ms", min=0, max=500, help="Sound kept ready; more helps against underruns.")
+        float,
+        typer.Option("--buffer-ms", min=0, max=500, help="Audio buffered for playback. Increase it against underruns."),
     ] = 8,
     json_lines: Annotated[
-        bool, typer.Option("--json-lines", help="Tell figures and events in JSON, a line each, for scripts.")
+        bool, typer.Option("--json-lines", help="Print figures and events as JSON, one object per line, for scripts.")
     ] = False,
-    engine: Annotated[EngineChoice, typer.Option("--engine", help="What computes the network.")] = EngineChoice.ONNX,
-    pcm_encoding: Annotated[PcmEncoding, typer.Option("--pcm-encoding", help="Samples sent.")] = PcmEncoding.F32,
-    hint_encoding: Annotated[HintEncoding, typer.Option("--hint-encoding", help="Hints sent.")] = HintEncoding.F32,
+    engine: Annotated[EngineChoice, typer.Option("--engine", help="Engine for the small network.")] = EngineChoice.ONNX,
+    pcm_encoding: Annotated[
+        PcmEncoding, typer.Option("--pcm-encoding", help="Encoding of the samples on the wire.")
+    ] = PcmEncoding.F32,
+    hint_encoding: Annotated[
+        HintEncoding, typer.Option("--hint-encoding", help="Encoding of the hints on the wire.")
+    ] = HintEncoding.F32,
     tls: Tls = False,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
 ) -> None:
-    """Enhance live: microphone in, loudspeaker out, with a server's hints as long as they come in time."""
+    """Enhance the audio of a microphone in real time, with hints from a server."""
     from knowledge_boosting.common.call_credentials import read_credentials
     from knowledge_boosting.device_client.commands.live import LiveOptions
     from knowledge_boosting.device_client.commands.live import live as run_live
@@ -241,7 +284,7 @@ def live(
             credentials=read_credentials(
                 server or [], tls=tls, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file
             ),
-            secrets=tuple(path for path in (tls_ca, tls_cert, tls_key, token_file) if path is not None),
+            credential_files=tuple(path for path in (tls_ca, tls_cert, tls_key, token_file) if path is not None),
             source=source,
             target=target,
             rate=rate,
@@ -259,7 +302,7 @@ def live(
 
 @app.command()
 def devices() -> None:
-    """List sound devices, and which ones live would pick."""
+    """List the sound devices, and those that live uses by default."""
     from knowledge_boosting.device_client.commands.devices import print_devices
 
     print_devices()
@@ -267,25 +310,31 @@ def devices() -> None:
 
 @app.command()
 def enroll(
-    name: Annotated[str, typer.Argument(help="To call the voice by.")],
+    name: Annotated[str, typer.Argument(help="A name for the speaker.")],
     speech: Annotated[
-        Path | None, typer.Argument(metavar="[SPEECH.wav]", help="The voice alone, 5 to 30 s; else it is recorded.")
+        Path | None,
+        typer.Argument(
+            metavar="[SPEECH.wav]", help="5 to 30 s of speech of this speaker only. [default: record a microphone]"
+        ),
     ] = None,
     server: Annotated[
-        str | None, typer.Option("--server", metavar="HOST:PORT", help="A running kb-server; else one is started here.")
+        str | None,
+        typer.Option("--server", metavar="HOST:PORT", help="A running kb-server. [default: start one on this machine]"),
     ] = None,
     bundle: Annotated[
-        str, typer.Option("--bundle", help="For the server that is started here; any will do.")
+        str, typer.Option("--bundle", help="Bundle for the server that is started on this machine; any bundle works.")
     ] = DEFAULT_BUNDLE,
-    source: Annotated[str | None, typer.Option("--input", help="Device to record from, by name or index.")] = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=5, max=30, help="To record.")] = 10,
+    source: Annotated[
+        str | None, typer.Option("--input", help="Name or index of the device to record. [default: the default device]")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=5, max=30, help="Duration of the recording.")] = 10,
     tls: Tls = False,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
 ) -> None:
-    """Learn a voice for target speech extraction, and keep it under a name."""
+    """Enroll a speaker for target speech extraction under a name."""
     from knowledge_boosting.common.call_credentials import read_credentials
     from knowledge_boosting.device_client.commands.enroll import enroll_speaker
 
@@ -304,17 +353,17 @@ def enroll(
 def bench(
     bundle: Annotated[
         list[str] | None,
-        typer.Option("--bundle", help="Name or path; may be given more than once; else all installed."),
+        typer.Option("--bundle", help="Name or path of a bundle. Can be repeated. [default: all installed bundles]"),
     ] = None,
-    engine: Annotated[EngineChoice, typer.Option("--engine", help="What computes the network.")] = EngineChoice.ONNX,
+    engine: Annotated[EngineChoice, typer.Option("--engine", help="Engine for the small network.")] = EngineChoice.ONNX,
     frames: Annotated[
-        int, typer.Option("--frames", min=100, max=1_000_000, help="Frames to time; 125 a second.")
+        int, typer.Option("--frames", min=100, max=1_000_000, help="Number of frames to measure. A second has 125.")
     ] = 2000,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this JSON file.")] = None,
 ) -> None:
-    """Measure how fast this device runs its networks, and say whether that is enough to run live.
+    """Measure how fast this device runs its networks, and whether it is fast enough for live.
 
-    The exit code tells whether it was measured, not how fast: it is 0 for a device that is too slow, too.
+    The exit code is 0 if the measurement succeeded, even if the device is too slow.
     """
     from knowledge_boosting.device_client.commands.bench import bench as run_bench
 

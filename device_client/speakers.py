@@ -1,4 +1,4 @@
-"""Voices that were enrolled, kept under names in the user's configuration folder."""
+"""The embeddings of enrolled speakers, stored by name in the user's configuration folder."""
 
 import io
 from pathlib import Path
@@ -11,14 +11,14 @@ from knowledge_boosting.common.files import atomic_file, check_files
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
 from knowledge_boosting.protos.codec import Samples
 
-_LARGEST = 8192  # bytes of a file that are read; an embedding has 1152
+_MAX_FILE_BYTES = 8192  # a file with an embedding has 1152
 
 
 def save(name: str, embedding: Samples) -> Path:
-    """Keep a speaker embedding ``[256]``; where it went.
+    """Store a speaker embedding ``[256]`` under a name, and return the path of its file.
 
     Raises:
-        InputError: the name cannot be a file's, or the folder cannot be written.
+        InputError: The name cannot be used, or the folder cannot be written.
     """
     path = _path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,56 +28,58 @@ def save(name: str, embedding: Samples) -> Path:
 
 
 def load(name: str) -> Samples:
-    """The embedding ``[256]`` of a name, or of an ``.npy`` file.
+    """Load the embedding ``[256]`` of an enrolled speaker, or of a file if the name ends in ``.npy``.
 
     Raises:
-        InputError: nobody was enrolled under that name.
+        InputError: No speaker with this name is enrolled, or the file cannot be used.
     """
     if name.endswith(".npy"):
         return read_embedding(Path(name))
     path = _path(name)
     if not path.is_file():
-        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.npy"))) or "nobody is yet"
-        raise InputError(f"--speaker {name}: not enrolled ({known}); see 'kb-client enroll --help'")
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.npy"))) or "none"
+        raise InputError(f"--speaker {name}: not enrolled (enrolled speakers: {known}); see 'kb-client enroll --help'")
     return read_embedding(path)
 
 
 def read_embedding(path: Path) -> Samples:
-    """A speaker embedding ``[256]`` from a file.
+    """Read a speaker embedding ``[256]`` from an ``.npy`` file.
 
     Raises:
-        InputError: the file cannot be read, or holds something else.
+        InputError: The file cannot be read, or it contains something else.
     """
     existing_file(path, "a speaker embedding")
     try:
         with path.open("rb") as file:
-            content = io.BytesIO(file.read(_LARGEST))
+            content = io.BytesIO(file.read(_MAX_FILE_BYTES))
         if np.lib.format.read_magic(content) != (1, 0):
-            raise ValueError("of another version of the format")
-        # Before anything is made of a size that the file merely claims.
+            raise ValueError("it has another version of the format")
+        # The size in the header can be false, so it is checked before anything of that size is allocated.
         shape, _, kind = np.lib.format.read_array_header_1_0(content)
         if shape != (SPEAKER_EMBEDDING_SIZE,) or kind.kind not in "fiu":
-            raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} finite numbers")
+            raise InputError(f"{path}: must contain {SPEAKER_EMBEDDING_SIZE} finite numbers")
         with np.errstate(over="ignore"):
             embedding = np.frombuffer(content.read(SPEAKER_EMBEDDING_SIZE * kind.itemsize), kind).astype(np.float32)
     except InputError:
         raise
-    except Exception as error:  # the header is Python's own syntax, and whatever that says of bad ones
+    except Exception as error:  # the header is parsed as a Python literal, which can raise many exceptions
         raise InputError(f"{path}: not readable as an array ({reason(error)})") from None
     if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all():
-        raise InputError(f"{path}: must hold {SPEAKER_EMBEDDING_SIZE} finite numbers")
+        raise InputError(f"{path}: must contain {SPEAKER_EMBEDDING_SIZE} finite numbers")
     if not embedding.any():
-        raise InputError(
-            f"{path}: holds zeros only, which is nobody's voice; make it anew, see 'kb-client enroll --help'"
-        )
+        raise InputError(f"{path}: contains only zeros; create it again with 'kb-client enroll'")
     return np.ascontiguousarray(embedding)
 
 
 def check_name(name: str, speech: Path | None) -> None:
-    """Whether somebody can be enrolled under that name, by the speech of a file if there is one.
+    """Check that a speaker can be enrolled under a name.
+
+    Args:
+        name: The name of the speaker.
+        speech: The file with the enrollment speech, which must not be overwritten. None if there is none.
 
     Raises:
-        InputError: it is no name, or its file cannot be written.
+        InputError: The name cannot be used, or its file cannot be written.
     """
     path = _path(name)
     check_files([speech] if speech is not None else [], [], {path.parent: [path.name]})
@@ -85,5 +87,5 @@ def check_name(name: str, speech: Path | None) -> None:
 
 def _path(name: str) -> Path:
     if not name.replace("-", "").replace("_", "").isalnum():
-        raise InputError(f"{name}: must be of letters, digits, - and _, to be the name of a speaker")
+        raise InputError(f"{name}: the name of a speaker can contain only letters, digits, - and _")
     return user_config_path("knowledge-boosting", appauthor=False) / "speakers" / f"{name}.npy"

@@ -1,6 +1,6 @@
-"""A small speech network on the device, boosted by late hints of a large one elsewhere.
+"""A small speech network on a device, boosted by delayed hints from a large network on a server.
 
-What is named here is the public interface; everything else may change. ``docs/api.md`` shows how it is used.
+The names in ``__all__`` are the public interface, which ``docs/api.md`` describes. Everything else can change.
 """
 
 from importlib import import_module
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_boosting.common.environment import prepare_environment
 
-# Before any other module of this package, and so before any library that they load.
+# Libraries read these variables while they are loaded, so this comes before all other modules of this package.
 prepare_environment()
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Each is loaded when it is first asked for, so that a server or a trainer needs no audio libraries.
+    # Each module is loaded on first access, so that a server or a training machine needs no audio libraries.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,1 +1,1 @@
-"""The wire contract: ``hints.proto``, its generated stubs, and the encodings of what its bytes fields carry."""
+"""The wire protocol: ``hints.proto``, its generated stubs, and the codec of the bytes fields."""

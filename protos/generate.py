@@ -1,4 +1,4 @@
-"""Regenerates the stubs beside ``hints.proto``: ``python -m knowledge_boosting.protos.generate [FOLDER]``."""
+"""Regenerate the stubs of ``hints.proto``: ``python -m knowledge_boosting.protos.generate [FOLDER]``."""
 
 import sys
 from importlib.resources import files
@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def generate(folder: Path) -> None:
-    """Write ``knowledge_boosting/protos/hints_pb2*.py*`` below a folder.
+    """Write ``knowledge_boosting/protos/hints_pb2*.py*`` to a folder.
 
     Raises:
-        RuntimeError: protoc found a fault in ``hints.proto``.
+        RuntimeError: protoc found an error in ``hints.proto``.
     """
     outputs = ("python", "pyi", "grpc_python", "mypy_grpc")
     arguments = ["protoc", f"-I{ROOT}", f"-I{files('grpc_tools') / '_proto'}"]

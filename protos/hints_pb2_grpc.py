@@ -55,21 +55,21 @@ class HintServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def StreamHints(self, request_iterator, context):
-        """One session: first a SessionConfig, then audio; hints come back as they are ready, in frame order.
+        """One session: the device sends a SessionConfig and then audio, and the server sends hints in frame order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Enroll(self, request, context):
-        """Speech of the wanted person to the embedding that a TSE session starts with.
+        """Computes the speaker embedding for a TSE session from speech of the target speaker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DescribeModel(self, request, context):
-        """What this server runs.
+        """Describes a bundle of this server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

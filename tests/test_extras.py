@@ -88,6 +88,6 @@ def test_a_command_says_which_extra_it_needs(call: str, extra: str, tmp_path: Pa
         script = [sys.executable, "-c", WITHOUT, missing(installed), COMMANDS[name], *arguments]
         result = subprocess.run(script, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
         assert result.returncode == 1, result.stderr
-        line = rf"{name}: error: this needs \w+: pip install 'knowledge-boosting\[{extra}\]'\n"
+        line = rf"{name}: error: the package \w+ is not installed; run pip install 'knowledge-boosting\[{extra}\]'\n"
         assert re.fullmatch(line, result.stderr), result.stderr
         assert not list(tmp_path.iterdir())

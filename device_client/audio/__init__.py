@@ -1,1 +1,1 @@
-"""Sound in and out: files, devices, and what passes between them and the frame loop."""
+"""Audio input and output: sound files, sound devices, and the buffers between them and the frame loop."""

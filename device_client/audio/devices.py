@@ -1,6 +1,6 @@
-"""The sound card: PortAudio through sounddevice, with rings between its callback and the frame loop.
+"""Live audio of a sound card: PortAudio through sounddevice, with ring buffers between its callback and the frame loop.
 
-Nothing here is imported before it is needed, because sounddevice cannot be imported where PortAudio is missing.
+sounddevice is imported only when it is needed, because its import fails if PortAudio is missing.
 """
 
 import math
@@ -15,13 +15,13 @@ import soxr
 
 from knowledge_boosting.common.errors import Failure, InputError, reason
 from knowledge_boosting.device_client.audio.files import resample
-from knowledge_boosting.device_client.audio.rings import SampleRing, Signal
+from knowledge_boosting.device_client.audio.rings import SampleRing, WakeEvent
 from knowledge_boosting.models.config import Framing
 from knowledge_boosting.protos.codec import ENROLLMENT_RATE, Samples
 
-Way = Literal["input", "output"]
+Direction = Literal["input", "output"]
 _RING_SECONDS = 1.0
-_MOST_RESTARTS = 20
+_MAX_RESTARTS = 20
 
 
 @dataclass(frozen=True)
@@ -32,33 +32,35 @@ class Device:
     name: str
     system: str  # ALSA, Core Audio, WASAPI, ...
     inputs: int  # channels
-    outputs: int
-    rate: int  # that it prefers, hertz
-    input_latency: float  # the least it claims to do with, seconds
+    outputs: int  # channels
+    rate: int  # preferred sample rate, Hz
+    input_latency: float  # lowest latency that the device reports, seconds
     output_latency: float
 
 
 def _portaudio() -> ModuleType:
-    """The sounddevice module.
+    """Import sounddevice.
 
     Raises:
-        InputError: it is not installed, or PortAudio is not.
+        InputError: sounddevice or PortAudio is not installed.
     """
     try:
         import sounddevice
     except ImportError:
-        raise InputError("live audio needs sounddevice: pip install 'knowledge-boosting[client]'") from None
+        text = "live audio needs the package sounddevice; run pip install 'knowledge-boosting[client]'"
+        raise InputError(text) from None
     except OSError:
-        raise InputError("PortAudio is missing; on Debian or Ubuntu: apt-get install libportaudio2") from None
+        text = "PortAudio is missing; on Debian or Ubuntu, run apt-get install libportaudio2"
+        raise InputError(text) from None
     module: ModuleType = sounddevice
     return module
 
 
 def list_devices() -> list[Device]:
-    """All devices there are.
+    """List all sound devices.
 
     Raises:
-        InputError: PortAudio is missing.
+        InputError: sounddevice or PortAudio is not installed.
     """
     portaudio = _portaudio()
     systems = [system["name"] for system in portaudio.query_hostapis()]
@@ -77,49 +79,56 @@ def list_devices() -> list[Device]:
     ]
 
 
-def _of(devices: list[Device], way: Way) -> list[Device]:
-    return [device for device in devices if (device.inputs if way == "input" else device.outputs)]
+def _with_channels(devices: list[Device], direction: Direction) -> list[Device]:
+    return [device for device in devices if (device.inputs if direction == "input" else device.outputs)]
 
 
-def default_device(devices: list[Device], way: Way) -> Device | None:
-    """The device that is picked where none is asked for; None where there is none."""
-    usable = _of(devices, way)
-    default = _portaudio().default.device[0 if way == "input" else 1]
+def default_device(devices: list[Device], direction: Direction) -> Device | None:
+    """Return the device that is used if the user names none. None if there is no device for that direction."""
+    usable = _with_channels(devices, direction)
+    default = _portaudio().default.device[0 if direction == "input" else 1]
     return next((device for device in usable if device.index == default), usable[0] if usable else None)
 
 
-def find_device(wanted: str | None, way: Way) -> Device:
-    """The device with an index, or whose name holds a text (in full, or as the only one); None: the default.
+def find_device(name: str | None, direction: Direction) -> Device:
+    """Find a device.
+
+    Args:
+        name: Its index, its name, or a part of its name that no other device has. None: the default device.
+        direction: Whether it is for input or output.
 
     Raises:
-        InputError: there is none, or the text is in several names.
+        InputError: There is no such device, or several devices match.
     """
-    found = list_devices()
-    default, devices = default_device(found, way), _of(found, way)
+    devices = list_devices()
+    default, usable = default_device(devices, direction), _with_channels(devices, direction)
     if default is None:
-        raise InputError(f"--{way}: there is no {way} device here; see 'kb-client devices'")
-    if wanted is None:
+        raise InputError(f"--{direction}: this machine has no {direction} device; see 'kb-client devices'")
+    if name is None:
         return default
-    if wanted.isdecimal():
-        found = [device for device in devices if device.index == int(wanted)]
+    if name.isdecimal():
+        matches = [device for device in usable if device.index == int(name)]
     else:
-        found = [device for device in devices if device.name.lower() == wanted.lower()]
-        found = found or [device for device in devices if wanted.lower() in device.name.lower()]
-    if not found:
-        raise InputError(f"--{way} {wanted}: no such {way} device; 'kb-client devices' lists what there is")
-    if len(found) > 1:
-        names = ", ".join(f"{device.index} ({device.name}, {device.system})" for device in found)
-        raise InputError(f"--{way} {wanted}: is the name of several devices; give an index: {names}")
-    return found[0]
+        matches = [device for device in usable if device.name.lower() == name.lower()]
+        matches = matches or [device for device in usable if name.lower() in device.name.lower()]
+    if not matches:
+        raise InputError(f"--{direction} {name}: no such {direction} device; 'kb-client devices' lists all devices")
+    if len(matches) > 1:
+        names = ", ".join(f"{device.index} ({device.name}, {device.system})" for device in matches)
+        raise InputError(f"--{direction} {name}: several devices have this name; give an index: {names}")
+    return matches[0]
 
 
-def record_speech(wanted: str | None, seconds: float) -> Samples:
-    """Speech ``[N]`` at 16 kHz from an input device.
+def record_speech(name: str | None, seconds: float) -> Samples:
+    """Record speech from an input device, which :func:`find_device` finds by ``name``.
+
+    Returns:
+        Samples ``[N]`` at 16 kHz.
 
     Raises:
-        InputError: there is no such device, or it cannot be opened.
+        InputError: There is no such device, or it cannot be opened.
     """
-    portaudio, device = _portaudio(), find_device(wanted, "input")
+    portaudio, device = _portaudio(), find_device(name, "input")
     try:
         captured = portaudio.rec(
             round(seconds * device.rate),
@@ -135,19 +144,20 @@ def record_speech(wanted: str | None, seconds: float) -> Samples:
 
 
 class Resampler:
-    """Samples at another rate, as a stream; equal rates pass through."""
+    """Resample a stream with low delay. If both rates are equal, the samples pass through unchanged."""
 
     def __init__(self, rate: int, target: int, channels: int) -> None:
-        # The variable-rate filter: the others work on blocks of tens of milliseconds.
+        """Start a stream from ``rate`` to ``target``, both in Hz."""
+        # soxr's variable-rate filter works sample by sample. Its other filters work on blocks of tens of milliseconds.
         self._stream = soxr.ResampleStream(rate, target, channels, vr=True) if rate != target else None
         self.delay = 0.0  # seconds
         if self._stream is not None:
-            # Filled with silence, it gives as much as it gets from the first block on.
+            # After it is filled with silence, every block gives an output of the corresponding length.
             silence = np.zeros((rate, channels), np.float32)
             self.delay = 1 - len(self._stream.resample_chunk(silence)) / target
 
     def __call__(self, samples: Samples) -> Samples:
-        """The samples ``[n, channels]`` at the target rate, as far as they are known."""
+        """Resample the next samples ``[n, channels]``. Return those that are available, ``[m, channels]``."""
         if self._stream is None:
             return samples
         converted: Samples = self._stream.resample_chunk(samples)
@@ -155,20 +165,25 @@ class Resampler:
 
 
 class DeviceAudio:
-    """A full-duplex stream of a sound card as live audio."""
+    """Live audio from a full-duplex stream of a sound card."""
 
     def __init__(
         self, source: Device, target: Device, framing: Framing, microphones: int, rate: int | None, buffer_ms: float
     ) -> None:
-        """Open the devices; :func:`open_device_audio` starts them and closes them again.
+        """Open the devices. :func:`open_device_audio` also closes them.
 
         Args:
-            rate: of the devices, hertz; None: the bundle's if they take it, else what the input prefers.
-            buffer_ms: audio kept ready to be played, beyond what the frames need; the output device is asked for
-                as much.
+            source: The input device.
+            target: The output device.
+            framing: The bundle's framing.
+            microphones: Channels of the bundle's input.
+            rate: Sample rate of the devices, Hz. None: the bundle's rate if both devices support it, otherwise the
+                rate that the input device prefers.
+            buffer_ms: Audio that is buffered for playback, in addition to what the frames need. It is also the latency
+                that the output device is asked for.
 
         Raises:
-            InputError: a device is in use, or does not take the rate or the channels.
+            InputError: A device is in use, or it does not support the rate or the channels.
         """
         self._portaudio = _portaudio()
         self._framing = framing
@@ -183,67 +198,67 @@ class DeviceAudio:
                 device=(source.index, target.index),
                 channels=channels,
                 dtype="float32",
-                # Captured sound must come block by block: bursts would leave hints no time.
+                # Captured audio must arrive block by block. In bursts, hints would come too late.
                 latency=(source.input_latency, max(target.output_latency, buffer_ms / 1e3)),
                 callback=self._callback,
             )
         except (self._portaudio.PortAudioError, ValueError) as error:
-            raise InputError(self._why(error)) from None
+            raise InputError(self._open_error(error)) from None
         self._captured = SampleRing(round(_RING_SECONDS * self.rate), channels[0])
-        # Room for what a loop that was held up makes of a full ring of captured samples, beside what is kept ready.
+        # After a stall, the loop turns a full ring of captured samples into output, beside the buffered audio.
         self._to_play = SampleRing(round(2 * _RING_SECONDS * self.rate), channels[1])
         self._block = np.zeros((block, channels[0]), np.float32)
         self._resampled = SampleRing(round(_RING_SECONDS * framing.sample_rate), channels[0])
         self._chunk = np.zeros((framing.n_fft, channels[0]), np.float32)
-        self._downward = Resampler(self.rate, framing.sample_rate, channels[0])
-        self._upward = Resampler(framing.sample_rate, self.rate, channels[1])
-        # Blocks that have gone by when the first frame is there to be played, and what is kept ready.
+        self._input_resampler = Resampler(self.rate, framing.sample_rate, channels[0])
+        self._output_resampler = Resampler(framing.sample_rate, self.rate, channels[1])
+        # Playback begins with silence: the blocks until the first frame is ready, and the buffered audio.
         blocks = math.ceil(framing.n_fft / framing.chunk)
-        self._silence = block * blocks + round(buffer_ms * self.rate / 1e3)
-        self._wake = Signal()
+        self._initial_silence = block * blocks + round(buffer_ms * self.rate / 1e3)
+        self._wake = WakeEvent()
         self._stopped = False
         self._restarts = 0
-        self._owed = 0  # samples that were played as silence, because they were not there yet
+        self._silence_debt = 0  # samples that were replaced by silence because they were late
         self.underruns = 0
         self.overruns = 0
 
     @property
     def latency_ms(self) -> float:
-        """From microphone to loudspeaker: frames, our buffer, resampling, and what the devices say of their buffers."""
+        """Latency from microphone to loudspeaker: frames, buffer, resampling, and the latency of the devices."""
         devices: float = sum(self._stream.latency)
-        return 1e3 * (self._silence / self.rate + devices) + self.resampling_ms
+        return 1e3 * (self._initial_silence / self.rate + devices) + self.resampling_ms
 
     @property
     def resampling_ms(self) -> float:
-        """The share of resampling in it."""
-        return 1e3 * (self._downward.delay + self._upward.delay)
+        """The part of the latency that resampling adds."""
+        return 1e3 * (self._input_resampler.delay + self._output_resampler.delay)
 
     def start(self) -> None:
         try:
             self._start()
         except self._portaudio.PortAudioError as error:
-            raise InputError(self._why(error)) from None
+            raise InputError(self._open_error(error)) from None
 
     def _start(self) -> None:
         self._to_play.skip(len(self._to_play))
-        self._to_play.write(np.zeros((self._silence, self._stream.channels[1]), np.float32))
-        self._owed = 0
+        self._to_play.write(np.zeros((self._initial_silence, self._stream.channels[1]), np.float32))
+        self._silence_debt = 0
         self._stream.start()
 
     def _restart(self) -> None:
-        """Go on after PortAudio has given up, as it does after some underruns with ALSA."""
+        """Start the stream again. PortAudio stops it after some underruns with ALSA."""
         self.underruns += 1
         self._restarts += 1
-        if self._restarts > _MOST_RESTARTS:
-            raise Failure("the sound device stops again and again; try --buffer-ms 50, another --rate or other devices")
+        if self._restarts > _MAX_RESTARTS:
+            raise Failure("the sound device stops repeatedly; try --buffer-ms 50, another --rate or other devices")
         try:
             self._stream.abort()
             self._start()
         except self._portaudio.PortAudioError:
-            raise Failure("the sound device went away; plug it in and start again") from None
+            raise Failure("the sound device is no longer available; reconnect it and start again") from None
 
     def close(self) -> None:
-        """Let the devices go."""
+        """Close the devices."""
         self._stream.close(ignore_errors=True)
 
     def read(self, samples: Samples) -> bool:
@@ -257,15 +272,15 @@ class DeviceAudio:
                     self._restart()
                 continue
             self._captured.read(self._block)
-            self._resampled.write(self._downward(self._block))
+            self._resampled.write(self._input_resampler(self._block))
         self._resampled.read(chunk)
-        samples[:] = chunk.T  # a single microphone is heard at both ears
+        samples[:] = chunk.T  # a single channel is broadcast to all microphones
         return True
 
     def write(self, samples: Samples) -> None:
         channels = self._stream.channels[1]
         played = samples.T if len(samples) == channels else np.repeat(samples.mean(axis=0)[:, None], channels, axis=1)
-        self._to_play.write(self._upward(np.ascontiguousarray(played)))
+        self._to_play.write(self._output_resampler(np.ascontiguousarray(played)))
 
     def stop(self) -> None:
         self._stopped = True
@@ -275,47 +290,56 @@ class DeviceAudio:
         lost = frames - self._captured.write(captured)
         self._wake.set()
         self.overruns += bool(lost or status.input_overflow)
-        # What was late is not played late, so that the delay stays what it was; what was never captured never comes.
-        self._owed = max(0, self._owed - self._to_play.skip(self._owed) - lost)
+        # Samples that come too late are skipped, so that the latency does not grow. Lost input never becomes output, so
+        # it reduces the debt.
+        self._silence_debt = max(0, self._silence_debt - self._to_play.skip(self._silence_debt) - lost)
         missing = frames - self._to_play.read(to_play)
         to_play[frames - missing :] = 0
-        self._owed += missing
+        self._silence_debt += missing
         self.underruns += bool(missing or status.output_underflow)
 
     def _best_rate(self, channels: tuple[int, int]) -> int:
         source, target = self._devices
-        wanted = self._framing.sample_rate
+        rate = self._framing.sample_rate
         try:
-            self._portaudio.check_input_settings(source.index, channels[0], "float32", samplerate=wanted)
-            self._portaudio.check_output_settings(target.index, channels[1], "float32", samplerate=wanted)
+            self._portaudio.check_input_settings(source.index, channels[0], "float32", samplerate=rate)
+            self._portaudio.check_output_settings(target.index, channels[1], "float32", samplerate=rate)
         except (self._portaudio.PortAudioError, ValueError):
             return source.rate
-        return wanted
+        return rate
 
-    def _why(self, error: Exception) -> str:
+    def _open_error(self, error: Exception) -> str:
         source, target = self._devices
         text = reason(error)
         names = source.name if source == target else f"{source.name}, {target.name}"
-        mend = "see 'kb-client devices', or choose others with --input and --output"
+        fix = "see 'kb-client devices', or choose other devices with --input and --output"
         if "sample rate" in text.lower():
-            mend = f"try --rate {source.rate}"
+            fix = f"try --rate {source.rate}"
         elif "unavailable" in text.lower():
-            mend = "is another program using it?"
-        return f"{names}: cannot be opened at {self.rate} Hz ({text}); {mend}"
+            fix = "close other programs that use the device"
+        return f"{names}: cannot be opened at {self.rate} Hz ({text}); {fix}"
 
 
 @contextmanager
 def open_device_audio(
     source: str | None, target: str | None, framing: Framing, microphones: int, rate: int | None, buffer_ms: float
 ) -> Iterator[DeviceAudio]:
-    """Live audio of the devices with these names or indexes; None: the default ones.
+    """Open an input and an output device as live audio, and close them when the block ends.
+
+    Args:
+        source: The input device, as for :func:`find_device`.
+        target: The output device, as for :func:`find_device`.
+        framing: As for :class:`DeviceAudio`.
+        microphones: As for :class:`DeviceAudio`.
+        rate: As for :class:`DeviceAudio`.
+        buffer_ms: As for :class:`DeviceAudio`.
 
     Raises:
-        InputError: a device cannot be used.
+        InputError: A device cannot be used.
     """
-    found = find_device(source, "input"), find_device(target, "output")
-    opened = DeviceAudio(*found, framing, microphones, rate, buffer_ms)
+    devices = find_device(source, "input"), find_device(target, "output")
+    audio = DeviceAudio(*devices, framing, microphones, rate, buffer_ms)
     try:
-        yield opened
+        yield audio
     finally:
-        opened.close()
+        audio.close()

@@ -1,4 +1,4 @@
-"""Sound files in and out, block by block, at the rate a bundle works at."""
+"""Read and write sound files block by block, and convert them to and from a bundle's sample rate."""
 
 import os
 import shutil
@@ -26,96 +26,98 @@ _SUBTYPES = {"s16": "PCM_16", "float": "FLOAT"}
 
 @dataclass(frozen=True)
 class Recording:
-    """An audio file's samples, and its own rate."""
+    """The samples of an audio file, and their rate."""
 
     samples: Samples  # [channels, N]
-    rate: int
+    rate: int  # Hz
 
 
 @dataclass(frozen=True)
 class AudioFile:
-    """A sound file of which all samples have been looked at once."""
+    """A sound file whose samples have all been checked."""
 
-    path: Path  # as it was given
-    rate: int
+    path: Path  # the path that the user gave
+    rate: int  # Hz
     channels: int
-    length: int  # samples a channel
+    length: int  # samples of each channel
     floating: bool  # whether its samples are floating point
-    _place: Path  # of its bytes
+    _content: Path  # the file that contains the bytes; a copy if ``path`` is a pipe
 
     def blocks(self) -> Iterator[Samples]:
-        """All samples, ``[channels, n]`` at a time.
+        """Yield all samples, ``[channels, n]`` at a time.
 
         Raises:
-            InputError: the file has changed since it was looked at.
+            InputError: The file has changed since it was checked.
         """
-        left = self.length
-        with _named(self.path), sound_files.open_sound(self._place) as sound:
+        remaining = self.length
+        with _errors_name(self.path), sound_files.open_sound(self._content) as sound:
             for block in sound_files.blocks(sound):
-                yield np.ascontiguousarray(block[:left].T)
-                left -= len(block)
-                if left <= 0:
+                yield np.ascontiguousarray(block[:remaining].T)
+                remaining -= len(block)
+                if remaining <= 0:
                     return
-        raise InputError(f"{self.path}: has become shorter while it was read; start again when it is written")
+        raise InputError(f"{self.path}: became shorter while it was read; start again when the file is complete")
 
-    def heard(self, microphones: int, rate: int) -> Iterator[Samples]:
-        """All samples as a network of ``microphones`` hears them at its rate, ``[microphones, n]`` at a time.
+    def resampled_blocks(self, microphones: int, rate: int) -> Iterator[Samples]:
+        """Yield all samples at another rate, ``[microphones, n]`` at a time.
 
-        At least one sample comes, however short the file is. A single channel is heard by all microphones.
+        A single channel is repeated for all microphones. Even a very short file gives at least one sample.
         """
-        resampler, heard = StreamResampler(self.rate, rate, microphones), 0
+        resampler, count = StreamResampler(self.rate, rate, microphones), 0
         for block in self.blocks():
             samples = block if len(block) == microphones else np.repeat(block, microphones, axis=0)
             yield (converted := resampler(samples))
-            heard += converted.shape[1]
-        yield (rest := resampler.rest())
-        if not heard + rest.shape[1]:
+            count += converted.shape[1]
+        yield (last := resampler.flush())
+        if not count + last.shape[1]:
             yield np.zeros((microphones, 1), np.float32)
 
 
 @contextmanager
-def open_audio(path: Path, longest: float = np.inf) -> Iterator[AudioFile]:
-    """An audio file (WAV, FLAC, OGG and whatever else libsndfile reads), looked at from end to end.
+def open_audio(path: Path, max_seconds: float = np.inf) -> Iterator[AudioFile]:
+    """Open an audio file (WAV, FLAC, OGG or another format of libsndfile), and check all its samples.
 
-    Standard input (``-``) and pipes are kept in a temporary file for as long as the block lasts.
+    Standard input (``-``) and pipes are copied to a temporary file, which exists until the block ends.
 
     Args:
-        longest: seconds beyond which it is not looked at any further.
+        path: The path of the file.
+        max_seconds: The check stops after this time, so that ``length`` of a longer file is only a lower bound.
 
     Raises:
-        InputError: no such file, not readable as audio, cut short, empty, or with samples that cannot be computed with.
+        InputError: The file does not exist, is not readable as audio, is cut short or empty, or has samples that are
+            not finite or too large.
     """
     if not is_stream(path):
-        yield _looked_at(path, existing_file(path, "an audio file"), longest)
+        yield _check_audio(path, existing_file(path, "an audio file"), max_seconds)
         return
     if path == Path("-") and sys.stdin is not None and sys.stdin.isatty():
-        raise InputError("-: standard input is a terminal; send it a sound file, or give the name of one")
+        raise InputError("-: standard input is a terminal; redirect a sound file to it, or give the name of a file")
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) / "stream"
+        copy = Path(folder) / "stream"
         try:
-            with open_stream(path, "rb") as source, kept.open("wb") as target:
+            with open_stream(path, "rb") as source, copy.open("wb") as target:
                 shutil.copyfileobj(source, target)
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({reason(error)})") from None
-        yield _looked_at(path, kept, longest)
+        yield _check_audio(path, copy, max_seconds)
 
 
-def _looked_at(path: Path, place: Path, longest: float) -> AudioFile:
-    with _named(path), sound_files.open_sound(place) as sound:
-        length = sound_files.promised(sound)
-        if length <= longest * sound.samplerate:
+def _check_audio(path: Path, content: Path, max_seconds: float) -> AudioFile:
+    with _errors_name(path), sound_files.open_sound(content) as sound:
+        length = sound_files.declared_length(sound)
+        if length <= max_seconds * sound.samplerate:
             length = 0
             for block in sound_files.blocks(sound):
                 length += len(block)
-                if length > longest * sound.samplerate:
+                if length > max_seconds * sound.samplerate:
                     break
         floating = sound.subtype in ("FLOAT", "DOUBLE")
-        return AudioFile(path, sound.samplerate, sound.channels, length, floating, place)
+        return AudioFile(path, sound.samplerate, sound.channels, length, floating, content)
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """What is wrong with a sound file becomes an error that names it."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Convert errors of reading a sound file into errors that name the file."""
     try:
         yield
     except sound_files.UnusableSound as error:
@@ -125,15 +127,18 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def read_audio(file: AudioFile) -> Recording:
-    """All samples of a file at once."""
+    """Read all samples of a file at once."""
     return Recording(np.concatenate(list(file.blocks()), axis=1), file.rate)
 
 
 def check_channels(file: AudioFile, microphones: int) -> str | None:
-    """Whether a network of M microphones can hear a file; the warning that a mono one gets.
+    """Check that the channels of a file can be used for a network with this number of microphones.
+
+    Returns:
+        A warning if the file is mono, otherwise None.
 
     Raises:
-        InputError: more channels than microphones, or fewer but more than one.
+        InputError: The file has several channels, but not one for each microphone.
     """
     if file.channels == microphones:
         return None
@@ -143,7 +148,7 @@ def check_channels(file: AudioFile, microphones: int) -> str | None:
 
 
 def resample(samples: Samples, rate: int, target: int) -> Samples:
-    """Samples ``[..., N]`` at another rate, without delay."""
+    """Resample a whole signal ``[..., N]`` from ``rate`` to ``target``, both in Hz. The result has no delay."""
     if rate == target:
         return samples
     flat = samples.reshape(-1, samples.shape[-1])
@@ -152,7 +157,7 @@ def resample(samples: Samples, rate: int, target: int) -> Samples:
 
 
 class StreamResampler:
-    """:func:`resample` for samples that come one after another: the same values, to the last bit."""
+    """Resample a signal block by block. The blocks together are bit-identical to the result of :func:`resample`."""
 
     def __init__(self, rate: int, target: int, channels: int) -> None:
         self._stream = None
@@ -161,79 +166,84 @@ class StreamResampler:
         self._channels = channels
 
     def __call__(self, samples: Samples) -> Samples:
-        """The next samples ``[channels, n]`` at the target rate, as far as they are known."""
+        """Resample the next samples ``[channels, n]``. Return those that are available, ``[channels, m]``."""
         if self._stream is None:
             return samples
         return np.ascontiguousarray(self._stream.resample_chunk(np.ascontiguousarray(samples.T)).T)
 
-    def rest(self) -> Samples:
-        """What is left when no more samples come, ``[channels, n]``."""
+    def flush(self) -> Samples:
+        """End the signal, and return its last samples ``[channels, n]``."""
         nothing = np.zeros((0, self._channels), np.float32)
         if self._stream is None:
             return nothing.T
         return np.ascontiguousarray(self._stream.resample_chunk(nothing, last=True).T)
 
 
-def read_speech(path: Path, shortest: float = ENROLLMENT_SECONDS[0]) -> Samples:
-    """Enrollment speech ``[N]`` at 16 kHz, of ``shortest`` to 30 seconds.
+def read_speech(path: Path, min_seconds: float = ENROLLMENT_SECONDS[0]) -> Samples:
+    """Read enrollment speech of ``min_seconds`` to 30 seconds.
+
+    Returns:
+        Samples ``[N]`` at 16 kHz, the mean of all channels.
 
     Raises:
-        InputError: the file cannot be used.
+        InputError: The file cannot be used.
     """
-    longest = ENROLLMENT_SECONDS[1]
-    with open_audio(path, longest) as file:
+    max_seconds = ENROLLMENT_SECONDS[1]
+    with open_audio(path, max_seconds) as file:
         seconds = file.length / file.rate
-        if not shortest <= seconds <= longest:
-            raise InputError(f"{path}: has {seconds:.1f} s; give {shortest:g} to {longest:g} s of speech")
+        if not min_seconds <= seconds <= max_seconds:
+            raise InputError(f"{path}: has {seconds:.1f} s; give {min_seconds:g} to {max_seconds:g} s of speech")
         recording = read_audio(file)
     return resample(recording.samples.mean(axis=0), recording.rate, ENROLLMENT_RATE)
 
 
 def check_output(path: Path, sample_format: SampleFormat) -> None:
-    """Whether a file of that name can hold samples of that format; that it can be written is for ``check_files``.
+    """Check that the format of an output file, which its suffix determines, supports the samples.
+
+    Whether the file can be written is checked by :func:`common.files.check_files`.
 
     Raises:
-        InputError: unknown suffix, or a format that cannot hold the samples.
+        InputError: The suffix is unknown, or the format does not support the samples.
     """
     if not is_stream(path) and path.suffix.lower() not in _FORMATS:
-        raise InputError(f"{path}: output files must end in {' or '.join(_FORMATS)}")
+        raise InputError(f"{path}: the name of an output file must end in {' or '.join(_FORMATS)}")
     if sample_format == "float" and not holds_floats(path):
         raise InputError(f"{path}: {path.suffix} files cannot hold {sample_format} samples; use .wav")
 
 
 def holds_floats(path: Path) -> bool:
-    """Whether a file of that name can hold floating-point samples."""
+    """Return whether the format of a file, which its suffix determines, supports floating-point samples."""
     return bool(soundfile.check_format(_format(path), _SUBTYPES["float"]))
 
 
 def _format(path: Path) -> str:
-    # A pipe may have any name.
+    # A pipe can have any name.
     return _FORMATS.get(path.suffix.lower(), "WAV")
 
 
 class SoundWriter:
-    """A sound file that is being written."""
+    """Writes a sound file block by block."""
 
     def __init__(self, path: Path, file: soundfile.SoundFile, descriptor: int, sample_format: SampleFormat) -> None:
-        self._path, self._file, self._descriptor, self._limit = path, file, descriptor, sample_format == "s16"
-        self.clipped = 0  # samples that exceeded full scale, and were clipped; always 0 for float
+        self._path, self._file, self._descriptor, self._clip = path, file, descriptor, sample_format == "s16"
+        self.clipped = 0  # number of samples that exceeded full scale and were clipped; always 0 for float
 
     def write(self, samples: Samples) -> None:
         """Write the next samples ``[channels, n]``.
 
         Raises:
-            InputError: they cannot be written.
+            InputError: The samples cannot be written.
         """
-        if self._limit:
+        if self._clip:
             self.clipped += int((np.abs(samples) > 1).sum())
             samples = np.clip(samples, -1, 1)
         try:
             self._file.write(samples.T)
         except (soundfile.LibsndfileError, RuntimeError, AssertionError) as error:
-            raise InputError(f"{self._path}: cannot write ({self._why() or reason(error)})") from None
+            raise InputError(f"{self._path}: cannot write ({self._system_error() or reason(error)})") from None
 
-    def _why(self) -> str | None:
-        """What the system says when it is asked for more room; libsndfile does not pass it on."""
+    def _system_error(self) -> str | None:
+        """Extend the file and return the error of the system, which libsndfile does not report. None if it succeeds."""
         size = os.fstat(self._descriptor).st_size
         try:
             os.pwrite(self._descriptor, bytes(1 << 16), size)
@@ -248,13 +258,17 @@ class SoundWriter:
 def write_sound(
     path: Path, rate: int, channels: int, sample_format: SampleFormat, comment: str | None = None
 ) -> Iterator[SoundWriter]:
-    """A sound file that appears, whole, when the block ends without an error.
+    """Write a sound file, which appears at ``path`` only when the block ends without an error.
 
     Args:
-        comment: kept in the file's header, where the format has room for one.
+        path: The path of the file.
+        rate: The sample rate, Hz.
+        channels: The number of channels.
+        sample_format: The format of the samples in the file.
+        comment: A text for the file's header, if the format supports one.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: The file cannot be written.
     """
     with atomic_file(path) as temporary, temporary.open("r+b", buffering=0) as handle:
         try:
@@ -266,49 +280,59 @@ def write_sound(
                 yield SoundWriter(path, file, handle.fileno(), sample_format)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise InputError(f"{path}: cannot write ({reason(error)})") from None
-        # Equal runs write equal files.
-        sound_files.erase_time(handle)
+        # The same samples must always give the same file.
+        sound_files.erase_timestamp(handle)
 
 
 def write_audio(path: Path, samples: Samples, rate: int, sample_format: SampleFormat) -> None:
-    """Write samples ``[channels, N]``, whole or not at all.
+    """Write samples ``[channels, N]`` to a file. After an error there is no file.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: The file cannot be written.
     """
     with write_sound(path, rate, len(samples), sample_format) as file:
         file.write(samples)
 
 
 class OutputStream:
-    """What a network makes of a recording, brought to the recording's rate and length, and handed on."""
+    """Converts the output of a network, block by block, to the rate and length of the recording that was its input."""
 
     def __init__(self, shape: tuple[int, ...], rate: int, file: AudioFile) -> None:
-        """An output of signals ``[*shape, N]`` at ``rate``, for what was made of ``file``."""
+        """Start the output.
+
+        Args:
+            shape: Shape of the network's output without the time axis.
+            rate: Rate of the network's output, Hz.
+            file: The recording from which it is computed.
+        """
         self._shape, self._resampler = shape, StreamResampler(rate, file.rate, int(np.prod(shape)))
-        self._left, self._gathered, self._size = file.length, list[Samples](), 0
+        self._remaining, self._pending, self._pending_size = file.length, list[Samples](), 0
 
     def add(self, samples: Samples) -> Iterable[Samples]:
-        """What is known of the output ``[*shape, n]`` when ``samples`` come next; in pieces of some frames."""
-        self._gathered.append(samples)
-        self._size += samples.shape[-1]
-        return self._convert() if self._size >= sound_files.BLOCK else ()
+        """Add the network's next samples ``[*shape, n]``, and yield the output that is available, ``[*shape, m]``."""
+        self._pending.append(samples)
+        self._pending_size += samples.shape[-1]
+        return self._convert() if self._pending_size >= sound_files.BLOCK else ()
 
     def finish(self, *, whole: bool = True) -> Iterable[Samples]:
-        """What is left, and if the ``whole`` recording was run, zeros up to its length."""
-        if self._gathered:
+        """Yield the last samples.
+
+        Args:
+            whole: Whether the whole recording was processed. If so, zeros fill the output up to its length.
+        """
+        if self._pending:
             yield from self._convert()
-        yield from self._fit(self._resampler.rest())
-        while whole and self._left:
-            silence = np.zeros((int(np.prod(self._shape)), min(self._left, sound_files.BLOCK)), np.float32)
+        yield from self._fit(self._resampler.flush())
+        while whole and self._remaining:
+            silence = np.zeros((int(np.prod(self._shape)), min(self._remaining, sound_files.BLOCK)), np.float32)
             yield from self._fit(silence)
 
     def _convert(self) -> Iterable[Samples]:
-        samples = np.concatenate(self._gathered, axis=-1)
-        self._gathered, self._size = [], 0
+        samples = np.concatenate(self._pending, axis=-1)
+        self._pending, self._pending_size = [], 0
         return self._fit(self._resampler(samples.reshape(-1, samples.shape[-1])))
 
     def _fit(self, flat: Samples) -> Iterable[Samples]:
-        flat = flat[:, : self._left]
-        self._left -= flat.shape[1]
+        flat = flat[:, : self._remaining]
+        self._remaining -= flat.shape[1]
         return (flat.reshape(*self._shape, -1),) if flat.shape[1] else ()

@@ -1,4 +1,4 @@
-"""Where live audio comes from and goes to: sound files here, a sound card in ``device_audio``."""
+"""The interface of live audio, and its implementation with sound files. ``devices`` has the one with a sound card."""
 
 import time
 from collections.abc import Iterator
@@ -25,43 +25,43 @@ from knowledge_boosting.protos.codec import Samples
 
 
 class LiveAudio(Protocol):
-    """Audio in both directions, at the bundle's rate."""
+    """Audio input and output at the bundle's sample rate."""
 
-    underruns: int  # how often there was nothing to play in time
-    overruns: int  # how often samples were lost that had been captured
+    underruns: int  # number of times that samples for playback came too late
+    overruns: int  # number of times that captured samples were lost
 
     def start(self) -> None:
-        """Begin to capture and play."""
+        """Start capture and playback."""
         ...
 
     def read(self, samples: Samples) -> bool:
-        """Wait for the next ``n`` samples and put them into ``[M, n]``; False when no more come."""
+        """Wait for the next captured samples and store them in ``samples`` ``[M, n]``. Return False at the end."""
         ...
 
     def write(self, samples: Samples) -> None:
-        """Play the samples ``[M, n]`` next."""
+        """Add samples ``[M, n]`` to the end of the playback."""
         ...
 
     def stop(self) -> None:
-        """End the waiting; may be called from another thread."""
+        """End the audio, so that :meth:`read` returns False. This can be called from any thread."""
         ...
 
 
 class FileAudio:
-    """A recording as if it were captured now, in real time; what would be played goes to a file of its rate."""
+    """Live audio from a recording, paced in real time. The played samples are written to a file."""
 
     def __init__(self, source: AudioFile, framing: Framing, microphones: int, target: SoundWriter) -> None:
-        """Audio of a recording, padded with zeros to whole frames."""
+        """Prepare the audio of ``source``, which is padded with zeros to whole frames. ``target`` gets the output."""
         self._framing, self._target = framing, target
-        self._blocks = source.heard(microphones, framing.sample_rate)
-        self._waiting = np.zeros((microphones, 0), np.float32)
+        self._blocks = source.resampled_blocks(microphones, framing.sample_rate)
+        self._pending = np.zeros((microphones, 0), np.float32)
         self._output = OutputStream((microphones,), framing.sample_rate, source)
         self._captured = self._played = self._started_at = 0
-        self._length: int | None = None  # samples of the recording, once that is known
+        self._length: int | None = None  # samples of the recording; None until its end is reached
         self._stopped = False
         self.underruns = 0
         self.overruns = 0
-        self.trouble: str | None = None
+        self.error: str | None = None
 
     def start(self) -> None:
         self._started_at = time.perf_counter_ns()
@@ -72,25 +72,25 @@ class FileAudio:
             return False
         while (left := (self._captured + count) / self._framing.sample_rate - self._elapsed()) > 0:
             time.sleep(left)
-        samples[:] = self._waiting[:, :count]
-        self._waiting = self._waiting[:, count:]
+        samples[:] = self._pending[:, :count]
+        self._pending = self._pending[:, count:]
         self._captured += count
         return True
 
     def _fetch(self, count: int) -> bool:
-        """Whether there are as many samples, zeros after the last ones included."""
-        while self._waiting.shape[1] < count and self._length is None:
+        """Read until ``count`` samples are pending. Return False if there are not as many, including the padding."""
+        while self._pending.shape[1] < count and self._length is None:
             block = next(self._blocks, None)
             if block is not None:
-                self._waiting = np.concatenate([self._waiting, block], axis=1)
+                self._pending = np.concatenate([self._pending, block], axis=1)
                 continue
-            self._length = self._captured + self._waiting.shape[1]
-            whole = self._framing.frames(self._length) * self._framing.chunk + self._framing.lookahead
-            self._waiting = np.pad(self._waiting, ((0, 0), (0, whole - self._length)))
-        return self._waiting.shape[1] >= count
+            self._length = self._captured + self._pending.shape[1]
+            padded_length = self._framing.frames(self._length) * self._framing.chunk + self._framing.lookahead
+            self._pending = np.pad(self._pending, ((0, 0), (0, padded_length - self._length)))
+        return self._pending.shape[1] >= count
 
     def write(self, samples: Samples) -> None:
-        # A sound card would begin to play this when the next chunk has been captured.
+        # A sound card would start to play these samples when the next chunk has been captured.
         due = (self._played + samples.shape[1] + self._framing.n_fft) / self._framing.sample_rate
         self.underruns += self._elapsed() > due
         if self._length is not None:
@@ -100,23 +100,23 @@ class FileAudio:
             for converted in self._output.add(samples):
                 self._target.write(converted)
         except InputError as error:
-            self._give_up(error)
+            self._stop_writing(error)
 
     def finish(self) -> None:
-        """Write what is left; the whole recording's length if it was run to its end."""
-        if self.trouble is None:
+        """Write the last samples. If the recording was played to its end, the output has the same length."""
+        if self.error is None:
             try:
                 for converted in self._output.finish(whole=not self._stopped):
                     self._target.write(converted)
             except InputError as error:
-                self._give_up(error)
+                self._stop_writing(error)
 
     def stop(self) -> None:
         self._stopped = True
 
-    def _give_up(self, error: InputError) -> None:
-        # A session cannot be had again: what was written of it stays.
-        self.trouble = f"{error}; what was played before is kept"
+    def _stop_writing(self, error: InputError) -> None:
+        # A live session cannot be repeated, so the part that was written is kept.
+        self.error = f"{error}; the part that was played before is kept"
         self._stopped = True
 
     def _elapsed(self) -> float:
@@ -125,23 +125,24 @@ class FileAudio:
 
 @contextmanager
 def open_file_audio(source: Path, target: Path, framing: Framing, microphones: int) -> Iterator[FileAudio]:
-    """A recording as live audio. The output appears, at the recording's rate, when the block ends without an error.
+    """Open a recording as live audio. The output file appears when the block ends without an error.
 
-    Its samples are floating point if the recording's are and the file can hold them, else 16 bits.
+    The output has the rate of the recording. Its samples are floating point if those of the recording are and the
+    format of the file supports it, otherwise 16 bits.
 
     Raises:
-        InputError: a file cannot be used.
-        Failure: the output could not be written to its end; what could is there.
+        InputError: A file cannot be used.
+        Failure: The output could not be written to its end. The file contains the part before.
     """
     with open_audio(source) as recording:
         if (warning := check_channels(recording, microphones)) is not None:
             warn(warning)
         sample_format: SampleFormat = "float" if recording.floating and holds_floats(target) else "s16"
         with write_sound(target, recording.rate, microphones, sample_format) as file:
-            opened = FileAudio(recording, framing, microphones, file)
-            yield opened
-            opened.finish()
+            audio = FileAudio(recording, framing, microphones, file)
+            yield audio
+            audio.finish()
     if file.clipped:
-        warn(f"{file.clipped} samples exceed full scale and were clipped; an input with float samples keeps them")
-    if opened.trouble is not None:
-        raise Failure(opened.trouble)
+        warn(f"{file.clipped} samples exceed full scale and were clipped; use an input with float samples to keep them")
+    if audio.error is not None:
+        raise Failure(audio.error)

@@ -1,4 +1,4 @@
-"""What a listener hears of input and estimates, and how it changes without a click."""
+"""Mix the input and the estimates for playback, and change the mix without a click."""
 
 from typing import Literal
 
@@ -7,14 +7,14 @@ import numpy as np
 from knowledge_boosting.protos.codec import Samples
 
 Play = Literal["bypass", "1", "2", "both"]
-_FADE = 4  # chunks that a change takes
+_FADE = 4  # duration of a change, chunks
 
 
 class Mixer:
-    """Weighted sums of the input and of every voice, whose weights move over a few chunks."""
+    """Computes a weighted sum of the input and all estimates. The weights change gradually over a few chunks."""
 
     def __init__(self, sources: int, microphones: int, play: Play) -> None:
-        """A mixer that begins with what ``play`` says."""
+        """Create a mixer for S sources and M microphones that starts with the mix ``play``."""
         single: tuple[Play, ...] = ("bypass", "1", "2")
         self._targets: dict[Play, Samples] = {}
         for signal, name in enumerate(single[: 1 + sources]):
@@ -26,19 +26,19 @@ class Mixer:
 
     @property
     def choices(self) -> list[Play]:
-        """What can be played of these signals."""
+        """The mixes that are possible with these numbers of sources and microphones."""
         return list(self._targets)
 
     def mix(self, play: Play, chunk: Samples, estimate: Samples) -> Samples:
-        """The next chunk to play.
+        """Mix the next chunk for playback.
 
         Args:
-            play: ``bypass``: the input; ``1`` or ``2``: that voice; ``both``: voice 1 at the left, 2 at the right.
-            chunk: ``[M, n]`` samples of the input.
-            estimate: ``[S, M, n]`` of the same time.
+            play: ``bypass``: the input. ``1`` or ``2``: that speaker. ``both``: speaker 1 left, speaker 2 right.
+            chunk: Samples ``[M, n]`` of the input.
+            estimate: Samples ``[S, M, n]`` of the estimate for the same time.
 
         Returns:
-            ``[M, n]``
+            Samples ``[M, n]``.
         """
         signals = np.concatenate([chunk[None], estimate])
         target = self._targets[play]

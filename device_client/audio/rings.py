@@ -1,4 +1,4 @@
-"""What passes between a real-time thread and another: neither side ever waits for the other."""
+"""Lock-free communication between a real-time thread and another thread."""
 
 import threading
 
@@ -8,9 +8,9 @@ from knowledge_boosting.protos.codec import Samples
 
 
 class SampleRing:
-    """A ring of samples of fixed size, between one thread that writes and one that reads.
+    """A ring buffer of samples for one writing thread and one reading thread.
 
-    Each side changes a count of its own only, and only after the samples are in place, so there is no lock to hold.
+    Each thread changes only its own counter, after it has copied the samples. So no lock is needed.
     """
 
     def __init__(self, capacity: int, channels: int) -> None:
@@ -19,11 +19,11 @@ class SampleRing:
         self._read = 0
 
     def __len__(self) -> int:
-        """Samples a channel that can be read."""
+        """Return the number of samples of each channel that can be read."""
         return self._written - self._read
 
     def write(self, samples: Samples) -> int:
-        """Add samples ``[n, channels]``, as many as there is room for; how many that was."""
+        """Write samples ``[n, channels]``, as many as fit. Return their number. Only for the writing thread."""
         capacity = len(self._samples)
         count = min(len(samples), capacity - len(self))
         start = self._written % capacity
@@ -34,7 +34,7 @@ class SampleRing:
         return count
 
     def read(self, out: Samples) -> int:
-        """Move samples into ``[n, channels]``, as many as there are; how many that was."""
+        """Move up to n samples into ``out`` ``[n, channels]``. Return their number. Only for the reading thread."""
         capacity = len(self._samples)
         count = min(len(out), len(self))
         start = self._read % capacity
@@ -45,26 +45,26 @@ class SampleRing:
         return count
 
     def skip(self, count: int) -> int:
-        """Drop the oldest samples, at most ``count``; how many that was. For the thread that reads."""
+        """Discard up to ``count`` of the oldest samples. Return their number. Only for the reading thread."""
         count = min(count, len(self))
         self._read += count
         return count
 
 
-class Signal:
-    """Wakes a waiting thread. Setting it takes no lock that the waiting thread could hold, as an Event's does."""
+class WakeEvent:
+    """Wakes a waiting thread. Unlike :class:`threading.Event`, setting it never waits for a lock of that thread."""
 
     def __init__(self) -> None:
         self._unset = threading.Lock()
         self._unset.acquire()
 
     def set(self) -> None:
-        """Wake the thread that waits, or the next one that would."""
+        """Wake the waiting thread. If no thread waits, the next call of :meth:`wait` returns at once."""
         try:
             self._unset.release()
-        except RuntimeError:  # set already
+        except RuntimeError:  # it is already set
             return
 
     def wait(self, timeout: float) -> None:
-        """Wait until the signal is set, at most ``timeout`` seconds, and unset it."""
+        """Wait until the event is set, for at most ``timeout`` seconds, and clear it."""
         self._unset.acquire(timeout=timeout)

@@ -1,4 +1,4 @@
-"""A microphone that other programs can pick, and that hears what is played here. Linux, PulseAudio or PipeWire."""
+"""A virtual microphone that other programs can select, with PulseAudio or PipeWire on Linux."""
 
 import os
 import re
@@ -9,28 +9,31 @@ from contextlib import ExitStack, contextmanager
 
 from knowledge_boosting.common.errors import InputError
 
-OUTPUT_DEVICE = "pulse"  # PortAudio's name of the sound server, through ALSA
+OUTPUT_DEVICE = "pulse"  # name of the sound server in PortAudio, through ALSA
 
 
 @contextmanager
 def virtual_mic(name: str, rate: int) -> Iterator[None]:
-    """A null sink, which streams opened in this block play to, and a source that is fed by it; gone afterwards.
+    """Create a virtual microphone for the duration of the block.
+
+    It is a source that is fed by a null sink. Streams that this process opens in the block play to that sink.
 
     Args:
-        rate: of both, hertz.
+        name: The name of the microphone: letters, digits, ``-`` and ``_``.
+        rate: The sample rate of sink and source, Hz.
 
     Raises:
-        InputError: the name cannot be used, or there is no sound server to ask.
+        InputError: The name cannot be used, or there is no sound server.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise InputError(f"--virtual-mic {name}: must be of letters, digits, - and _")
+        raise InputError(f"--virtual-mic {name}: the name can contain only letters, digits, - and _")
     if shutil.which("pactl") is None:
         raise InputError(
-            "--virtual-mic needs Linux with PulseAudio or PipeWire, and pactl: apt-get install pulseaudio-utils"
+            "--virtual-mic needs Linux with PulseAudio or PipeWire, and pactl; run apt-get install pulseaudio-utils"
         )
     for line in _pactl("list", "short", "sources").splitlines():
         if line.split("\t")[1:2] == [name]:
-            raise InputError(f"--virtual-mic {name}: there is a microphone of that name already; choose another")
+            raise InputError(f"--virtual-mic {name}: a microphone with this name exists already; choose another name")
     sink = f"{name}-feed"
     with ExitStack() as stack:
         for module in (
@@ -40,20 +43,20 @@ def virtual_mic(name: str, rate: int) -> Iterator[None]:
             kind = "sink" if "null" in module[0] else "source"
             number = _pactl("load-module", *module, f"{kind}_properties=device.description={name}").strip()
             stack.callback(_pactl, "unload-module", number)
-        before = os.environ.get("PULSE_SINK")
-        os.environ["PULSE_SINK"] = sink  # the sound server's client library looks there for where to play
+        original = os.environ.get("PULSE_SINK")
+        os.environ["PULSE_SINK"] = sink  # the client library of the sound server plays to this sink
         try:
             yield
         finally:
-            if before is None:
+            if original is None:
                 del os.environ["PULSE_SINK"]
             else:
-                os.environ["PULSE_SINK"] = before
+                os.environ["PULSE_SINK"] = original
 
 
 def _pactl(*arguments: str) -> str:
     result = subprocess.run(["pactl", *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
-        words = (result.stderr.strip() or "no answer").splitlines()[0]
-        raise InputError(f"--virtual-mic: pactl {arguments[0]}: {words}; is PulseAudio or PipeWire running?")
+        text = (result.stderr.strip() or "no answer").splitlines()[0]
+        raise InputError(f"--virtual-mic: pactl {arguments[0]}: {text}; check that PulseAudio or PipeWire is running")
     return result.stdout

@@ -1,1 +1,1 @@
-"""What each command of ``kb-client`` does."""
+"""The implementations of the commands of ``kb-client``."""

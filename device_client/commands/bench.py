@@ -1,4 +1,4 @@
-"""``kb-client bench``: how fast this device runs its networks."""
+"""``kb-client bench``: measure how fast this device runs its networks."""
 
 import json
 import sys
@@ -24,23 +24,25 @@ if sys.platform != "win32":
 
 _WARM_UP = 100
 _PERCENTILES = (50, 95, 99, 99.9)
-# A live stream shares the processor with its audio driver and everything else: half of every frame must be left.
-_LIVE = 0.5
+# A live stream shares the processor with the audio driver and other programs, so half of the time must remain free.
+_MAX_LIVE_LOAD = 0.5
 
 
 def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path | None) -> None:
-    """Time every frame of a stream through each bundle's small network, hints on time, and say what it means.
+    """Measure the time of each frame for the small network of each bundle, with all hints on time.
 
     Args:
-        bundles: names or paths; none for all that are installed.
-        output: JSON file to write the figures to.
+        bundles: Names or paths of bundles. If empty, all installed bundles are measured.
+        engine: The engine that runs the networks.
+        frames: The number of frames to measure.
+        output: The JSON file for the figures. None: no file.
 
     Raises:
-        InputError: a bundle cannot be used, or there is none.
+        InputError: A bundle cannot be used, or there is none.
     """
     names = list(bundles) or [bundle.name for bundle in Bundle.shipped()]
     if not names:
-        raise InputError("no bundle is installed; give --bundle a path, or make one with kb-export")
+        raise InputError("no bundle is installed; give the path of one with --bundle, or create one with kb-export")
     opened = {name: Bundle(name) for name in names}
     if output is not None:
         check_files([file for bundle in opened.values() for file in bundle.directory.iterdir()], [output])
@@ -50,11 +52,11 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
     figures, verdicts = {}, []
     for name, model in models.items():
         milliseconds = _times_ms(model, frames)
-        budget = 1e3 * model.manifest.model.framing.chunk_seconds
+        chunk_ms = 1e3 * model.manifest.model.framing.chunk_seconds
         values = [float(np.percentile(milliseconds, percentile)) for percentile in _PERCENTILES]
-        factor = float(milliseconds.mean()) / budget
+        factor = float(milliseconds.mean()) / chunk_ms
         table.add_row(model.manifest.label, *(f"{value:.2f}" for value in values), f"{factor:.3f}")
-        verdicts.append(_verdict(model.manifest.label, factor, values[2] / budget))
+        verdicts.append(_verdict(model.manifest.label, factor, values[2] / chunk_ms))
         figures[name] = {
             **{f"p{percentile}_ms": round(value, 4) for percentile, value in zip(_PERCENTILES, values, strict=True)},
             "real_time_factor": round(factor, 4),
@@ -63,7 +65,7 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
     terminal = console(stderr=output is not None and is_standard_output(output))
     terminal.print(table)
     if memory is not None:
-        terminal.print(f"Most memory this process has had: {memory:.0f} MiB.")
+        terminal.print(f"Peak memory of this process: {memory:.0f} MiB.")
     for verdict in verdicts:
         terminal.print(verdict)
     if output is not None:
@@ -78,37 +80,37 @@ def _times_ms(model: Model, frames: int) -> np.ndarray[tuple[int], np.dtype[np.f
     noise = rng.normal(0, 0.1, (config.microphones, config.framing.n_fft)).astype(np.float32)
     hints = None
     if isinstance(config, Pair):
-        hints = _OneHint(rng.normal(0, 1, (config.hint_channels, config.framing.bins)).astype(np.float32))
+        hints = _ConstantHint(rng.normal(0, 1, (config.hint_channels, config.framing.bins)).astype(np.float32))
     stream = BoostedStream(model.session(speaker), config, hints)
     times = np.zeros(frames)
     for frame in range(-_WARM_UP, frames):
-        began = time.perf_counter_ns()
+        started = time.perf_counter_ns()
         stream.fresh[:] = noise[:, -stream.fresh.shape[1] :]
-        stream.step(began)
-        times[frame] = (time.perf_counter_ns() - began) / 1e6  # the warm-up's are overwritten
+        stream.step(started)
+        # The negative indices of the warm-up address the end of the array, which is overwritten later.
+        times[frame] = (time.perf_counter_ns() - started) / 1e6
     return times
 
 
-class _OneHint:
-    """The same hint for every frame, always on time."""
+class _ConstantHint:
+    """A source that gives the same hint for every frame, always on time."""
 
     def __init__(self, hint: Samples) -> None:
         self._hint = hint
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
-        """Nobody listens."""
+        """Discard the samples."""
 
     def take(self, frame: int, now: int) -> Samples | None:
         return self._hint
 
 
-def _verdict(label: str, factor: float, slow_frames: float) -> str:
-    if factor < _LIVE and slow_frames < 1:
+def _verdict(label: str, factor: float, p99_factor: float) -> str:
+    if factor < _MAX_LIVE_LOAD and p99_factor < 1:
         return f"This device runs {label} live, with {1 / factor:.0f}x headroom."
-    what = "most frames take too long" if factor >= _LIVE else "one frame in a hundred takes longer than it may"
-    return (
-        f"This device is too slow for {label}: {what}. Close other programs, plug in power, or choose a smaller bundle."
-    )
+    cause = "most frames take too long" if factor >= _MAX_LIVE_LOAD else "one frame in a hundred takes too long"
+    fix = "Close other programs, connect the power supply, or choose a smaller bundle."
+    return f"This device is too slow for {label}: {cause}. {fix}"
 
 
 def _peak_memory_mib() -> float | None:

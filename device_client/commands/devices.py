@@ -1,43 +1,43 @@
-"""``kb-client devices``: what there is to hear from and to play to."""
+"""``kb-client devices``: list the sound devices."""
 
 from rich.table import Table
 
 from knowledge_boosting.common.cli import console, warn
-from knowledge_boosting.device_client.audio.devices import Device, Way, default_device, list_devices
+from knowledge_boosting.device_client.audio.devices import Device, Direction, default_device, list_devices
 
-_NONE = {
-    "input": "there is no microphone here that can be heard; live needs one, or else sound files",
-    "output": "there is no loudspeaker here that can be played to; live needs one, or else sound files",
+_NO_DEVICE = {
+    "input": "this machine has no microphone; kb-client live needs one, or a sound file as --input",
+    "output": "this machine has no loudspeaker; kb-client live needs one, or a sound file as --output",
 }
 
 
 def print_devices() -> None:
-    """Print all devices, and mark the ones that ``kb-client live`` picks if it is not told any.
+    """Print all devices, and mark those that ``kb-client live`` uses by default.
 
     Raises:
-        InputError: PortAudio is missing.
+        InputError: sounddevice or PortAudio is not installed.
     """
     devices = list_devices()
-    ways: tuple[Way, Way] = ("input", "output")
-    chosen = {way: default_device(devices, way) for way in ways}
+    directions: tuple[Direction, Direction] = ("input", "output")
+    defaults = {direction: default_device(devices, direction) for direction in directions}
     if devices:
-        console().print(_table(devices, chosen))
+        console().print(_table(devices, defaults))
     else:
         print("no sound devices")
-    missing = [way for way, device in chosen.items() if device is None]
-    for way in missing:
-        warn(_NONE[way])
+    missing = [direction for direction, device in defaults.items() if device is None]
+    for direction in missing:
+        warn(_NO_DEVICE[direction])
     if missing:
         warn(
-            "plug a device in, or on Linux install a sound server and its ALSA plug-in: "
+            "connect a device, or on Linux install a sound server and its ALSA plug-in with "
             "apt-get install pulseaudio libasound2-plugins"
         )
 
 
-def _table(devices: list[Device], chosen: dict[Way, Device | None]) -> Table:
-    table = Table("index", "name", "system", "inputs", "outputs", "Hz", "picked for")
+def _table(devices: list[Device], defaults: dict[Direction, Device | None]) -> Table:
+    table = Table("index", "name", "system", "inputs", "outputs", "Hz", "default for")
     for device in devices:
-        picked = [way for way, choice in chosen.items() if choice == device]
+        default_for = ", ".join(direction for direction, choice in defaults.items() if choice == device)
         channels = str(device.inputs), str(device.outputs)
-        table.add_row(str(device.index), device.name, device.system, *channels, str(device.rate), ", ".join(picked))
+        table.add_row(str(device.index), device.name, device.system, *channels, str(device.rate), default_for)
     return table

@@ -1,4 +1,4 @@
-"""``kb-client enroll``: a few seconds of a voice to a speaker embedding under a name."""
+"""``kb-client enroll``: store the speaker embedding of a few seconds of speech under a name."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +15,8 @@ from knowledge_boosting.device_client.hints.stream import enroll
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.protos.codec import ENROLLMENT_SECONDS
 
-SHORTEST = 5.0  # seconds; less tells too little of a voice
-LONGEST = ENROLLMENT_SECONDS[1]
+MIN_SECONDS = 5.0  # shorter speech gives a poor embedding
+MAX_SECONDS = ENROLLMENT_SECONDS[1]
 
 
 def enroll_speaker(
@@ -29,27 +29,30 @@ def enroll_speaker(
     source: str | None,
     seconds: float,
 ) -> None:
-    """Keep the voice of a file, or of an input device, under a name.
+    """Enroll a speaker from a file or from an input device.
 
     Args:
-        server: that makes the embedding; None: one that is started here, with ``bundle``.
-        credentials: that it wants.
-        source: input device, where there is no file.
-        seconds: to record.
+        name: The name of the speaker.
+        speech_file: A file with the speech. None: the speech is recorded.
+        server: The server that computes the embedding. None: a local server is started with ``bundle``.
+        credentials: The credentials for the server.
+        bundle: The name or path of a bundle for the local server.
+        source: The input device for the recording. None: the default device.
+        seconds: The duration of the recording.
 
     Raises:
-        InputError: the name, the file, the device or the speech cannot be used.
-        Failure: the server does not start.
+        InputError: The name, the file, the device or the speech cannot be used.
+        Failure: The local server does not start, or the server fails.
     """
     speakers.check_name(name, speech_file)
     opened = Bundle(bundle)
     if speech_file is not None:
-        speech = read_speech(speech_file, SHORTEST)
+        speech = read_speech(speech_file, MIN_SECONDS)
     else:
-        print(f"recording {seconds:g} s: speak now, alone", flush=True)
+        print(f"Recording for {seconds:g} s. Speak now; no one else should speak.", flush=True)
         speech = devices.record_speech(source, seconds)
         if not np.any(speech):
-            raise InputError("the microphone gave only silence; is it muted?")
+            raise InputError("the microphone recorded only silence; check that it is not muted")
     with ExitStack() as stack:
         embedding = enroll(server or stack.enter_context(local_server(opened.directory)), speech, credentials)
-    print(f"{name}: kept in {speakers.save(name, embedding)}; use it with kb-client live --speaker {name}")
+    print(f"{name}: stored in {speakers.save(name, embedding)}; use it with kb-client live --speaker {name}")

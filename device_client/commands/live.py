@@ -1,4 +1,4 @@
-"""``kb-client live``: from microphone to loudspeaker, until somebody ends it."""
+"""``kb-client live``: enhance the audio of a microphone in real time."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ from typing import TextIO
 from rich.live import Live
 
 from knowledge_boosting.common.call_credentials import Credentials
-from knowledge_boosting.common.cli import console, end_signals, warn
+from knowledge_boosting.common.cli import console, termination_signals, warn
 from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.common.files import check_files, is_standard_output, is_stream
 from knowledge_boosting.device_client import speakers
@@ -35,24 +35,28 @@ from knowledge_boosting.models.config import Pair
 from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest
 from knowledge_boosting.protos.codec import Samples
 
-# A thread that waits for the interpreter gets it after so long; the default of 5 ms is most of a frame.
+# A thread can wait this long for the interpreter. The default of 5 ms is most of a frame.
 _SWITCH_INTERVAL = 0.0005  # seconds
-_COLLECT_EVERY = 10.0  # seconds
-_VOICE_KEYS: dict[str, Play] = {"1": "1", "2": "2", "b": "both"}
-# Names that end so mean files, also such as cannot be read or written; a device has no suffix.
-_FILES = frozenset({".aac", ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg"})
-_FILES |= {".opus", ".rf64", ".snd", ".w64", ".wav", ".webm", ".wma"}
+_COLLECTION_INTERVAL = 10.0  # seconds
+_SPEAKER_KEYS: dict[str, Play] = {"1": "1", "2": "2", "b": "both"}
+# A name with one of these suffixes is that of a file, even if the format is not supported.
+_FILE_SUFFIXES = frozenset(
+    {
+        *(".aac", ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg"),
+        *(".opus", ".rf64", ".snd", ".w64", ".wav", ".webm", ".wma"),
+    }
+)
 
 
 @dataclass(frozen=True)
 class LiveOptions:
-    """The flags of ``kb-client live``; its help says what each means."""
+    """The flags of ``kb-client live``. Its help explains them."""
 
     bundle: str
     engine: EngineName
     servers: tuple[str, ...]
     credentials: Credentials
-    secrets: tuple[Path, ...]  # files that the credentials are from
+    credential_files: tuple[Path, ...]  # the files from which the credentials were read
     source: str | None
     target: str | None
     rate: int | None
@@ -67,11 +71,11 @@ class LiveOptions:
 
 
 def live(options: LiveOptions) -> None:
-    """Run live until the audio ends, a key says so, or the process is told to.
+    """Run a live session until the audio ends, the user presses a key, or a signal arrives.
 
     Raises:
-        InputError: a flag, a device or a file is at fault. Nothing has been started.
-        Failure: the audio device went away, or a recording could not be kept up.
+        InputError: A flag, a device or a file cannot be used. Nothing has been started.
+        Failure: The sound device is no longer available, or the recording could not be written.
     """
     bundle = Bundle(options.bundle)
     manifest = bundle.manifest
@@ -92,7 +96,7 @@ def live(options: LiveOptions) -> None:
         if hints is not None:
             hints.start()
             stack.callback(hints.close)
-            hints.settle()
+            hints.wait_for_server()
         sound = _open_audio(options, manifest, stack)
         if options.record is not None:
             recorder = Recorder(options.record, manifest, speaker, options.play)
@@ -101,70 +105,71 @@ def live(options: LiveOptions) -> None:
         if manifest.untrained:
             warn(UNTRAINED_NOTICE)
         if isinstance(manifest.model, Pair) and hints is None:
-            warn("no --server was given: the small network works alone")
-        for number in (signal.SIGINT, *end_signals()):
+            warn("no --server is given, so the small network runs without hints")
+        for number in (signal.SIGINT, *termination_signals()):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: sound.stop()))
         session = _Session(manifest, loop, sound, hints)
         stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(_SWITCH_INTERVAL)
-        # What is there now is there to stay; collections look at what has come since, and this thread says when.
+        # A collection must not interrupt the frame loop for long. So it skips all objects that exist now, and runs only
+        # when this thread starts it.
         gc.collect()
         gc.freeze()
         gc.disable()
         stack.callback(gc.unfreeze)
         stack.callback(gc.enable)
-        # What is played may go to standard output.
-        told_to = sys.stderr if is_standard_output(Path(options.target or "")) else sys.stdout
+        # If the audio goes to standard output, the text goes to standard error.
+        text_output = sys.stderr if is_standard_output(Path(options.target or "")) else sys.stdout
         session.start()
         try:
             if sys.stdin.isatty() and sys.stdout.isatty() and not options.json_lines:
                 _show_view(session)
             else:
-                _show_lines(session, options.json_lines, told_to)
+                _show_lines(session, options.json_lines, text_output)
         finally:
             session.end()
         now = session.figures()
-        told = json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else view.log_line(now)
-        print(told, file=told_to)
-        if (slow := view.too_slow(now)) is not None:
-            warn(slow)
-    # Only now, so that no other file of the session is lost for it.
-    if recorder is not None and recorder.trouble is not None:
-        raise Failure(recorder.trouble)
+        line = json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else view.log_line(now)
+        print(line, file=text_output)
+        if (warning := view.load_warning(now)) is not None:
+            warn(warning)
+    # An earlier error would have discarded the other files of the session.
+    if recorder is not None and recorder.error is not None:
+        raise Failure(recorder.error)
 
 
 class _Session:
-    """A frame loop on its thread, and what there is to tell of it."""
+    """Runs the frame loop on a thread, and provides its figures and events."""
 
     def __init__(self, manifest: Manifest, loop: LiveLoop, audio: LiveAudio, hints: LiveHints | None) -> None:
         self.manifest, self.loop, self.audio, self.hints = manifest, loop, audio, hints
         self._thread = threading.Thread(target=self._run, name="kb-frames")
-        self._trouble: BaseException | None = None
-        self._collect_at = time.monotonic() + _COLLECT_EVERY
+        self._error: BaseException | None = None
+        self._collect_at = time.monotonic() + _COLLECTION_INTERVAL
 
     def start(self) -> None:
         self.audio.start()
         self._thread.start()
 
     def end(self) -> None:
-        """Stop, and raise what went wrong in the loop."""
+        """Stop the loop, and raise the exception that ended it, if any."""
         self.audio.stop()
         self._thread.join()
-        if self._trouble is not None:
-            raise self._trouble
+        if self._error is not None:
+            raise self._error
 
     def running(self) -> bool:
-        """Whether the loop runs. Asked all the time, and so the occasion for collecting garbage."""
+        """Return whether the loop runs. This is called often, so it also collects garbage at intervals."""
         if time.monotonic() >= self._collect_at:
-            self._collect_at += _COLLECT_EVERY
+            self._collect_at += _COLLECTION_INTERVAL
             gc.collect()
         return self._thread.is_alive()
 
     def figures(self) -> view.Figures:
         return view.figures(self.loop, self.hints, self.audio, self.manifest.model.framing.chunk_seconds)
 
-    def news(self) -> Iterator[ServerEvent]:
-        """What happened with servers since it was last asked for."""
+    def new_events(self) -> Iterator[ServerEvent]:
+        """Yield the server events since the last call."""
         while self.hints is not None and self.hints.events:
             yield self.hints.events.popleft()
 
@@ -172,16 +177,16 @@ class _Session:
         try:
             self.loop.run()
         except BaseException as error:
-            self._trouble = error
+            self._error = error
 
 
 def _show_lines(session: _Session, as_json: bool, file: TextIO) -> None:
-    """A line now and then, until the loop has ended."""
-    every = 1.0 if as_json else 10.0
-    next_line = time.monotonic() + every
+    """Print a line at regular intervals until the loop has ended."""
+    interval = 1.0 if as_json else 10.0
+    next_line = time.monotonic() + interval
     while session.running():
         time.sleep(0.1)
-        for event in session.news():
+        for event in session.new_events():
             if as_json:
                 print(json.dumps({"event": "server", **asdict(event)}), file=file, flush=True)
             elif event.connected:
@@ -189,23 +194,23 @@ def _show_lines(session: _Session, as_json: bool, file: TextIO) -> None:
             else:
                 warn(event.text)
         if time.monotonic() >= next_line:
-            next_line += every
+            next_line += interval
             now = session.figures()
             line = json.dumps({"event": "figures", **asdict(now)}) if as_json else view.log_line(now)
             print(line, file=file, flush=True)
 
 
 def _show_view(session: _Session) -> None:
-    """A view of the terminal's size that answers keys, until the loop has ended."""
+    """Show a full-screen view that reacts to keys, until the loop has ended."""
     model, loop, audio = session.manifest.model, session.loop, session.audio
     framing = model.framing
     latency = f"{1e3 * framing.n_fft / framing.sample_rate:g} ms of the frames"
     if isinstance(audio, DeviceAudio):
         resampling = f", {audio.resampling_ms:.1f} of it resampling from {audio.rate} Hz" if audio.resampling_ms else ""
         latency = f"{audio.latency_ms:.0f} ms from microphone to loudspeaker{resampling}"
-    budget_ms = 1e3 * model.delay * framing.chunk_seconds if session.hints is not None else None
-    frame = view.Frame(f"kb-client live   {session.manifest.label}", latency, budget_ms, loop.choices)
-    voice: Play = loop.play if loop.play != "bypass" else "1"
+    deadline_ms = 1e3 * model.delay * framing.chunk_seconds if session.hints is not None else None
+    layout = view.Layout(f"kb-client live   {session.manifest.label}", latency, deadline_ms, loop.choices)
+    last_choice: Play = loop.play if loop.play != "bypass" else "1"
     last_event = ""
     with view.keyboard() as key, Live(console=console(), screen=True, auto_refresh=False) as screen:
         while session.running():
@@ -215,34 +220,34 @@ def _show_view(session: _Session) -> None:
             elif pressed == "h":
                 loop.stream.hints_on = not loop.stream.hints_on
             elif pressed == " ":
-                loop.play = voice if loop.play == "bypass" else "bypass"
-            elif (chosen := _VOICE_KEYS.get(pressed)) in loop.choices and chosen is not None:
-                loop.play = voice = chosen
-            for event in session.news():
+                loop.play = last_choice if loop.play == "bypass" else "bypass"
+            elif (choice := _SPEAKER_KEYS.get(pressed)) in loop.choices and choice is not None:
+                loop.play = last_choice = choice
+            for event in session.new_events():
                 last_event = event.text
-            screen.update(view.view(session.figures(), frame, last_event), refresh=True)
+            screen.update(view.view(session.figures(), layout, last_event), refresh=True)
 
 
 def _check_call(options: LiveOptions, bundle: Bundle) -> None:
-    """Whether the flags fit each other and the bundle."""
+    """Check that the flags are consistent with each other and with the bundle."""
     model, name = bundle.model, options.bundle
     if options.servers and not isinstance(model, Pair):
-        raise InputError(f"{name}: is one network alone; leave out --server")
+        raise InputError(f"{name}: is one network alone and uses no hints; leave out --server")
     choices = Mixer(model.sources, model.microphones, "bypass").choices
     if options.play not in choices:
-        raise InputError(f"--play {options.play}: with {name} it can be {', '.join(choices)}")
+        raise InputError(f"--play {options.play}: is not possible with {name}; give one of {', '.join(choices)}")
     files = _is_file(options.source), _is_file(options.target)
     if files == (True, False):
-        raise InputError(f"--input {options.source}: is a file, no device; give --output a file too, such as out.wav")
+        raise InputError(f"--input {options.source}: is a file; give a file as --output too, such as out.wav")
     if files == (False, True):
-        raise InputError(f"--output {options.target}: is a file, no device; give --input a sound file too")
+        raise InputError(f"--output {options.target}: is a file; give a sound file as --input too")
     if all(files) and options.rate is not None:
-        raise InputError("--rate is for devices; a file says its rate itself")
+        raise InputError("--rate is the rate of devices, and a file has its own rate; leave out --rate")
     if options.virtual_mic is not None and options.target is not None:
-        raise InputError("--virtual-mic plays to the microphone of that name; leave out --output")
+        raise InputError("--virtual-mic plays to the virtual microphone; leave out --output")
     if options.record is not None:
         check_folder(options.record)
-    reads, writes = list(options.secrets), []
+    reads, writes = list(options.credential_files), []
     if all(files) and options.source is not None and options.target is not None:
         check_output(Path(options.target), "s16")
         reads, writes = [*reads, Path(options.source)], [Path(options.target)]
@@ -253,7 +258,7 @@ def _check_call(options: LiveOptions, bundle: Bundle) -> None:
 
 
 def _is_file(name: str | None) -> bool:
-    return name is not None and (Path(name).suffix.lower() in _FILES or is_stream(Path(name)))
+    return name is not None and (Path(name).suffix.lower() in _FILE_SUFFIXES or is_stream(Path(name)))
 
 
 def _speaker_embedding(options: LiveOptions, manifest: Manifest) -> Samples | None:
@@ -262,7 +267,7 @@ def _speaker_embedding(options: LiveOptions, manifest: Manifest) -> Samples | No
             raise InputError(f"{options.bundle}: separates all speakers; leave out --speaker")
         return None
     if options.speaker is None:
-        raise InputError(f"{options.bundle}: extracts a target speaker; give --speaker a name from kb-client enroll")
+        raise InputError(f"{options.bundle}: extracts a target speaker; give --speaker NAME of an enrolled speaker")
     return speakers.load(options.speaker)
 
 

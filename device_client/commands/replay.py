@@ -1,4 +1,4 @@
-"""``kb-client replay``: from files to files."""
+"""``kb-client replay``: enhance a recording, with hints under simulated network conditions."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +30,13 @@ from knowledge_boosting.device_client.commands.replay_call import (
 )
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model, needs_torch
-from knowledge_boosting.device_client.hints.links import NetworkConditions, Trace, conditions_of, make_links, read_trace
+from knowledge_boosting.device_client.hints.links import (
+    NetworkConditions,
+    Trace,
+    make_links,
+    network_conditions,
+    read_trace,
+)
 from knowledge_boosting.device_client.hints.local_server import local_server
 from knowledge_boosting.device_client.hints.stream import Encodings, HintStream, enroll
 from knowledge_boosting.device_client.live.recording import replay_recording
@@ -49,13 +55,13 @@ if TYPE_CHECKING:
 
 
 def replay_file(options: ReplayOptions) -> None:
-    """Run a recording and write what came of it.
+    """Enhance a recording, and write and print the results.
 
     Raises:
-        InputError: a flag or a file is at fault. Nothing has been written.
-        Failure: the server does not start, or was lost and is required.
+        InputError: A flag or a file cannot be used. Nothing has been written.
+        Failure: The local server does not start, or a server that is required was lost.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     bundle = Bundle(options.bundle)
     if options.frame_log is not None:
         check_frame_log_call(options)
@@ -63,7 +69,7 @@ def replay_file(options: ReplayOptions) -> None:
         return
     manifest, config = bundle.manifest, bundle.model
     check_call(options, manifest)
-    conditions = conditions_of(
+    conditions = network_conditions(
         options.network,
         delay_ms=options.delay_ms,
         jitter_ms=options.jitter_ms,
@@ -87,7 +93,7 @@ def replay_file(options: ReplayOptions) -> None:
 
         run = _new_run(source, config)
         pictures = _pictures(options, source, config)
-        kept: dict[str, list[Samples]] = {}
+        parts: dict[str, list[Samples]] = {}  # the blocks of each system's estimate
         system = "boosted" if server is not None else "small_without_hints"
         with ExitStack() as files:
             comment = f"bundle {manifest.label}" if manifest.untrained else None
@@ -104,39 +110,39 @@ def replay_file(options: ReplayOptions) -> None:
                 for path in outputs
             ]
 
-            def take(estimate: Samples) -> None:
+            def write(estimate: Samples) -> None:
                 for writer, samples in zip(writers, estimate.reshape(len(writers), -1, estimate.shape[2]), strict=True):
                     writer.write(samples)
                 for picture, samples in zip(pictures[1:], estimate, strict=False):
                     picture.add(samples[0])
                 if measured is not None:
-                    kept.setdefault(system, []).append(estimate)
+                    parts.setdefault(system, []).append(estimate)
 
             with ExitStack() as session:
                 hints = None
                 if server is not None:
                     hints = _open_hints(options, manifest, server, embedding, run, conditions, trace, session)
-                _run_frames("replay", model, source, embedding, hints, run, take)
+                _run_frames("replay", model, source, embedding, hints, run, write)
             if run.lost is not None:
-                what = f"the server was lost after {run.hints_received} hints ({run.lost.status}: {run.lost.detail})"
+                text = f"the server was lost after {run.hints_received} hints ({run.lost.status}: {run.lost.detail})"
                 if options.require_server:
-                    raise Failure(f"{what}; nothing was written")
-                warn(f"{what}; the rest ran on the small network alone")
+                    raise Failure(f"{text}; nothing was written")
+                warn(f"{text}; the small network continued without hints")
         clipped = sum(writer.clipped for writer in writers)
         if clipped:
-            warn(f"{clipped} samples exceed full scale and were clipped; --output-format float keeps them")
+            warn(f"{clipped} samples exceed full scale and were clipped; give --output-format float to keep them")
 
         if measured is not None:
             others = {"without hints": ("small_without_hints", model)} if server is not None else {}
             if baseline is not None:
                 others["alone"] = "alone", baseline
             for label, (name, other) in others.items():
-                keep = kept.setdefault(name, []).append
-                _run_frames(label, other, source, embedding, None, _new_run(source, config), keep)
+                append = parts.setdefault(name, []).append
+                _run_frames(label, other, source, embedding, None, _new_run(source, config), append)
             if options.with_large:
-                kept["large"] = _large_estimate(bundle, source, config, embedding)
-        estimates = {name: np.concatenate(parts, axis=-1) for name, parts in kept.items()}
-        kept.clear()
+                parts["large"] = _large_estimate(bundle, source, config, embedding)
+        estimates = {name: np.concatenate(blocks, axis=-1) for name, blocks in parts.items()}
+        parts.clear()
         if pictures:
             for block in source.blocks():
                 pictures[0].add(block[0])
@@ -168,7 +174,7 @@ def replay_file(options: ReplayOptions) -> None:
             run,
             config,
             server="none" if server is None else options.server or "local",
-            wall_seconds=time.perf_counter() - began,
+            wall_seconds=time.perf_counter() - started,
         ),
     )
     if options.report is not None:
@@ -177,12 +183,13 @@ def replay_file(options: ReplayOptions) -> None:
         _compare(options, manifest, source.rate, measured, estimates, report.quality)
     if options.plot is not None:
         _plot(options.plot, options.input_file, manifest, pictures, run)
-    aside = any(path is not None and is_standard_output(path) for path in (*outputs, options.report, options.plot))
-    console(stderr=aside).print(reporting.table(report))
+    written = (*outputs, options.report, options.plot)
+    uses_standard_output = any(path is not None and is_standard_output(path) for path in written)
+    console(stderr=uses_standard_output).print(reporting.table(report))
 
 
 def _pictures(options: ReplayOptions, source: AudioFile, config: ModelConfig) -> "list[Spectrogram]":
-    """Of the mixture and every output; none without ``--plot``."""
+    """Create the spectrograms of the mixture and of every output. Without ``--plot``, the list is empty."""
     if options.plot is None:
         return []
     from knowledge_boosting.device_client.replay.plot import Spectrogram
@@ -191,17 +198,18 @@ def _pictures(options: ReplayOptions, source: AudioFile, config: ModelConfig) ->
 
 
 def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model:
-    """One network alone, to stand beside a bundle's.
+    """Load one network alone, for a comparison with the model of another bundle.
 
     Raises:
-        InputError: it is no network alone, or made for other signals.
+        InputError: The bundle is a pair, or it is made for other signals.
     """
     opened = Bundle(bundle)
     other = opened.model
     if isinstance(other, Pair):
         raise InputError(f"{bundle}: is a pair; give --alone the bundle of one network alone")
     if (other.task, other.microphones, other.framing) != (model.task, model.microphones, model.framing):
-        raise InputError(f"{bundle}: is not of the task, microphones and framing of --bundle; give --alone one that is")
+        text = f"{bundle}: differs from --bundle in task, microphones or framing; give --alone a bundle that matches"
+        raise InputError(text)
     return load_model(opened, engine)
 
 
@@ -209,14 +217,16 @@ def _large_estimate(bundle: Bundle, source: AudioFile, config: ModelConfig, embe
     with needs_torch("--with-large"):
         from knowledge_boosting.device_client.engines.torch_engine import large_estimate
     rate = config.framing.sample_rate
-    estimate = large_estimate(bundle, np.concatenate(list(source.heard(config.microphones, rate)), axis=1), embedding)
+    estimate = large_estimate(
+        bundle, np.concatenate(list(source.resampled_blocks(config.microphones, rate)), axis=1), embedding
+    )
     stream = OutputStream(estimate.shape[:2], rate, source)
     return [*stream.add(estimate), *stream.finish()]
 
 
 def _read_measured(options: ReplayOptions, source: AudioFile, model: ModelConfig) -> Measured:
     if len(options.references) != model.sources:
-        raise InputError(f"--reference: give it {model.sources} times for this bundle, once for each source")
+        raise InputError(f"--reference: give it {model.sources} times for this bundle, once for each speaker")
     return Measured(
         _microphones(source, model.microphones),
         np.stack([_read_reference(path, source, model.microphones) for path in options.references]),
@@ -224,7 +234,7 @@ def _read_measured(options: ReplayOptions, source: AudioFile, model: ModelConfig
 
 
 def _microphones(file: AudioFile, microphones: int) -> Samples:
-    return np.concatenate(list(file.heard(microphones, file.rate)), axis=1)
+    return np.concatenate(list(file.resampled_blocks(microphones, file.rate)), axis=1)
 
 
 def _read_reference(path: Path, mixture: AudioFile, microphones: int) -> Samples:
@@ -234,12 +244,12 @@ def _read_reference(path: Path, mixture: AudioFile, microphones: int) -> Samples
         check_channels(file, microphones)
         samples = _microphones(file, microphones)
     if not np.ptp(samples, axis=1).all():
-        raise InputError(f"{path}: is silent, nothing can be measured against it")
+        raise InputError(f"{path}: is silent; give a reference with speech")
     return samples
 
 
 def _read_enrollment(path: Path) -> Samples:
-    """Speech ``[N]`` at 16 kHz, or an embedding ``[256]``."""
+    """Read speech ``[N]`` at 16 kHz, or an embedding ``[256]``."""
     if path.suffix == ".npy":
         return read_embedding(path)
     return read_speech(path)
@@ -249,14 +259,15 @@ def _speaker_embedding(enrollment: Samples | None, server: str | None, credentia
     if enrollment is None or len(enrollment) == SPEAKER_EMBEDDING_SIZE:
         return enrollment
     if server is None:
-        raise InputError("--enrollment: this bundle runs without a server, which makes embeddings; give one as .npy")
+        text = "--enrollment: only a server computes embeddings, and this bundle uses none; give an embedding as .npy"
+        raise InputError(text)
     return enroll(server, enrollment, credentials)
 
 
 def _new_run(source: AudioFile, model: ModelConfig) -> Run:
-    # Resampling rounds the length to the nearest sample, and the least is one.
-    most = source.length * model.framing.sample_rate // source.rate + 2
-    return Run(HintLog(model.framing.frames(most), model.delay))
+    # Resampling rounds the length to the nearest sample, with a minimum of one.
+    max_length = source.length * model.framing.sample_rate // source.rate + 2
+    return Run(HintLog(model.framing.frames(max_length), model.delay))
 
 
 def _open_hints(
@@ -269,7 +280,7 @@ def _open_hints(
     trace: Trace | None,
     stack: ExitStack,
 ) -> Hints:
-    """A session with the server, on the clock that was asked for; ``stack`` ends it."""
+    """Open a session with the server, on the selected clock. ``stack`` closes it."""
     model = manifest.model
     uplink, downlink = make_links(
         conditions, spacing_ns=round(model.framing.chunk_seconds * 1e9), seed=options.seed, trace=trace
@@ -284,7 +295,7 @@ def _open_hints(
     )
     if options.real_clock:
         real = RealHints(model.delay, run, uplink=uplink, downlink=downlink)
-        stream = open_stream(hold=real.hold)
+        stream = open_stream(before_send=real.wait_for_uplink)
         stack.callback(stream.close)
         real.start(stream)
         return real
@@ -308,9 +319,9 @@ def _run_frames(
     embedding: Samples | None,
     hints: Hints | None,
     run: Run,
-    take: Callable[[Samples], None],
+    write: Callable[[Samples], None],
 ) -> None:
-    """Run a recording, and hand on what came of it at the recording's rate, ``[S, M, n]`` at a time."""
+    """Process a recording, and call ``write`` with the estimate at the recording's rate, ``[S, M, n]`` at a time."""
     config = model.manifest.model
     rate = config.framing.sample_rate
     engine, stream = (
@@ -318,33 +329,33 @@ def _run_frames(
         OutputStream((config.sources, config.microphones), rate, source),
     )
 
-    def write(estimate: Samples) -> None:
+    def convert(estimate: Samples) -> None:
         for samples in stream.add(estimate):
-            take(samples)
+            write(samples)
 
     with _progress(label, len(run.log.used)) as advance:
-        mixture = source.heard(config.microphones, rate)
-        run_frames(engine, mixture, config, hints, run, write, advance)
+        mixture = source.resampled_blocks(config.microphones, rate)
+        run_frames(engine, mixture, config, hints, run, convert, advance)
     for samples in stream.finish():
-        take(samples)
+        write(samples)
 
 
 @contextmanager
 def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A function to call once a frame; a bar appears on a terminal after two seconds."""
+    """Yield a function to call after each frame. On a terminal, a progress bar appears after two seconds."""
     terminal = console(stderr=True)
     if not terminal.is_terminal:
         yield lambda: None
         return
     bar = Progress(console=terminal, transient=True)
     task = bar.add_task(label, total=total)
-    began, done = time.monotonic(), 0
+    started, done = time.monotonic(), 0
 
     def advance() -> None:
         nonlocal done
         done += 1
         if done % 16 == 0:
-            if not bar.live.is_started and time.monotonic() - began > 2:
+            if not bar.live.is_started and time.monotonic() - started > 2:
                 bar.start()
             bar.update(task, completed=done)
 
@@ -368,7 +379,7 @@ def _compare(
     systems: dict[System, Samples] = {}
     for name in ("alone", "boosted", "large"):
         if name in estimates:
-            # Separated voices come in any order: here all in that of the references.
+            # The order of separated speakers is arbitrary. The comparison uses the order of the references.
             systems[name] = estimates[name][list(match_sources(estimates[name], measured.references))]
     gains = {name: quality[name].si_sdri for name in systems}
     systems["reference"] = measured.references
@@ -384,5 +395,5 @@ def _plot(path: Path, input_file: Path, manifest: Manifest, pictures: "list[Spec
     shown = dict(zip(["mixture", *names], pictures, strict=True))
     notice = " - UNTRAINED, random weights" if manifest.untrained else ""
     title = f"{printable(input_file.name)}, bundle {manifest.name}{notice}"
-    budget_ms = 1000 * manifest.model.delay * manifest.model.framing.chunk_seconds
-    plot_replay(path, title, shown, run.log if isinstance(manifest.model, Pair) else None, run.ended_at, budget_ms)
+    deadline_ms = 1000 * manifest.model.delay * manifest.model.framing.chunk_seconds
+    plot_replay(path, title, shown, run.log if isinstance(manifest.model, Pair) else None, run.ended_at, deadline_ms)

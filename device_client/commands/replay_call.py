@@ -1,4 +1,4 @@
-"""A call of ``kb-client replay``: its flags, and whether they fit each other."""
+"""The flags of ``kb-client replay``, and the check that they are consistent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from knowledge_boosting.models.manifest import Manifest
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """The flags of ``kb-client replay``; its help says what each means."""
+    """The flags of ``kb-client replay``. Its help explains them."""
 
     input_file: Path
     output: Path
@@ -23,7 +23,7 @@ class ReplayOptions:
     engine: EngineName
     server: str | None
     credentials: Credentials
-    secrets: tuple[Path, ...]  # files that the credentials are from
+    credential_files: tuple[Path, ...]  # the files from which the credentials were read
     enrollment: Path | None
     frame_log: Path | None
     references: tuple[Path, ...]
@@ -48,50 +48,66 @@ class ReplayOptions:
 
 
 def check_call(options: ReplayOptions, manifest: Manifest) -> None:
-    """Whether the flags fit each other and the bundle."""
+    """Check that the flags are consistent with each other and with the bundle.
+
+    Raises:
+        InputError: They are not.
+    """
     needs_speaker, name = manifest.model.needs_speaker, options.bundle
     if needs_speaker and options.enrollment is None:
-        raise InputError(f"{name}: extracts a target speaker; give --enrollment FILE with a voice or an embedding")
+        raise InputError(f"{name}: extracts a target speaker; give --enrollment FILE with speech or an embedding")
     if not needs_speaker and options.enrollment is not None:
         raise InputError(f"{name}: separates all speakers; leave out --enrollment")
-    measuring = {"--with-large": options.with_large, "--alone": options.alone, "--compare": options.compare}
-    for flag, wanted in measuring.items():
-        if wanted and not options.references:
-            raise InputError(f"{flag}: measures; give --reference to measure against")
-    given = (options.network, options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit)
-    simulated = options.trace is not None or any(value is not None for value in given)
+    comparisons = {"--with-large": options.with_large, "--alone": options.alone, "--compare": options.compare}
+    for flag, value in comparisons.items():
+        if value and not options.references:
+            raise InputError(f"{flag}: needs the true sources; give --reference too")
+    conditions = (options.network, options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit)
+    simulated = options.trace is not None or any(condition is not None for condition in conditions)
     if not isinstance(manifest.model, Pair) and (
         options.server is not None or options.with_large or options.real_clock or simulated
     ):
         raise InputError(
-            f"{name}: is one network alone; leave out --with-large, --clock and the flags of server and network"
+            f"{name}: is one network alone and uses no hints; leave out --with-large, --clock and the flags for server "
+            "and network conditions"
         )
-    if options.trace is not None and any(value is not None for value in given):
-        raise InputError("--trace holds the whole network; leave out the flags of the simulated one")
+    if options.trace is not None and any(condition is not None for condition in conditions):
+        raise InputError("--trace defines all network conditions; leave out the other flags for network conditions")
     if options.server_ms is not None and options.real_clock:
-        raise InputError("--server-ms is for the virtual clock; on the real one the server takes what it takes")
+        raise InputError("--server-ms applies only to the virtual clock; leave it out, or leave out --clock real")
 
 
 def check_frame_log_call(options: ReplayOptions) -> None:
-    """A recorded session has its hints, its speaker and its network in it."""
-    given = (
+    """Check the flags of a call that repeats a recorded session, which defines hints, speaker and network conditions.
+
+    Raises:
+        InputError: A flag contradicts the recorded session.
+    """
+    conflicting = (
         *(options.server, options.enrollment, options.alone, options.compare, options.network, options.trace),
         *(options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit, options.server_ms),
         *(options.report, options.plot),
     )
-    if any(value is not None for value in given) or options.references or options.with_large or options.real_clock:
-        raise InputError("--frame-log runs a recorded session again: give only --output, --bundle and --engine with it")
+    has_conflict = any(value is not None for value in conflicting)
+    if has_conflict or options.references or options.with_large or options.real_clock:
+        raise InputError("--frame-log repeats a recorded session; give only --output, --bundle and --engine with it")
 
 
 def output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> list[Path]:
-    """Where the estimates go, one file a source, or all into one stream; all that is to be written has been checked."""
+    """Return the paths of the estimates, and check that all files can be written.
+
+    There is one file for each speaker. If the output is a pipe or a device, there is one path for all speakers.
+
+    Raises:
+        InputError: A file cannot be written, or it would overwrite another one.
+    """
     outputs = [options.output]
     if model.sources > 1 and not is_stream(options.output):
         stem = options.output.stem
         outputs = [options.output.with_stem(f"{stem}-speaker{number}") for number in range(1, model.sources + 1)]
     for path in outputs:
         check_output(path, options.output_format)
-    made: dict[Path, Sequence[str]] = {}
+    folders: dict[Path, Sequence[str]] = {}
     if options.plot is not None:
         from knowledge_boosting.device_client.replay.plot import check_plot
 
@@ -99,14 +115,14 @@ def output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> li
     if options.compare is not None:
         from knowledge_boosting.device_client.replay.comparison import file_names
 
-        made[options.compare] = file_names(model.sources)
+        folders[options.compare] = file_names(model.sources)
     reads = (
-        *(options.input_file, *options.references, options.enrollment, options.trace, *options.secrets),
+        *(options.input_file, *options.references, options.enrollment, options.trace, *options.credential_files),
         *bundle.iterdir(),
     )
     check_files(
         [path for path in reads if path is not None],
         [path for path in (*outputs, options.report, options.plot) if path is not None],
-        made,
+        folders,
     )
     return outputs

@@ -1,1 +1,1 @@
-"""What computes the small network."""
+"""The engines that run the small network: ONNX Runtime and torch."""

@@ -1,4 +1,4 @@
-"""What runs the small network on the device."""
+"""The interfaces of the engines that run the small network on the device."""
 
 from typing import Protocol
 
@@ -9,43 +9,43 @@ from knowledge_boosting.protos.codec import Samples
 
 
 class Engine(Protocol):
-    """The small network of one session, frame by frame."""
+    """Runs the small network for one session, frame by frame. Its estimates are always finite."""
 
-    overflows: int  # frames whose estimate was not finite; the input was given in its place
+    overflows: int  # number of frames whose estimate was not finite and was replaced by the input
 
     def step(self, window: Samples, hint: Samples | None) -> Samples:
-        """The next frame.
+        """Process the next frame.
 
         Args:
-            window: ``[M, n_fft]``, the frame's samples.
-            hint: ``[hint channels, F]`` of ``delay`` frames ago; None for a hint that is missing or not due yet.
+            window: The samples of the frame, ``[M, n_fft]``.
+            hint: The hint ``[hint channels, F]`` of ``delay`` frames ago. None if it is missing or not due yet.
 
         Returns:
-            ``[S, M, chunk]`` samples of the estimate.
+            Samples ``[S, M, chunk]`` of the estimate.
         """
         ...
 
 
 class Network(Protocol):
-    """What :class:`CheckedEngine` runs: an engine whose estimates may be anything."""
+    """A small network for :class:`CheckedEngine`. Its estimates need not be finite."""
 
     def step(self, window: Samples, hint: Samples | None) -> Samples:
-        """As :meth:`Engine.step`."""
+        """Process the next frame, like :meth:`Engine.step`."""
         ...
 
     def reset(self) -> None:
-        """Begin again, as if nothing had been heard."""
+        """Return to the initial state."""
         ...
 
 
 class CheckedEngine:
-    """An engine whose estimates are finite: where the network's are not, it gives the input, and begins it again."""
+    """An engine that replaces an estimate that is not finite by the input, and then resets the network."""
 
     def __init__(self, network: Network) -> None:
         self.overflows = 0
         self._network = network
-        self._last: Samples | None = None  # [S, M, 1] of what was given last
-        self._replaced = False  # whether that was the input
+        self._last: Samples | None = None  # [S, M, 1], the last samples of the output
+        self._replaced = False  # whether the last output was the input
 
     def step(self, window: Samples, hint: Samples | None) -> Samples:
         estimate = self._network.step(window, hint)
@@ -57,14 +57,14 @@ class CheckedEngine:
         return estimate
 
     def _replace(self, estimate: Samples, samples: Samples, finite: bool) -> Samples:
-        """The chunk of a change between estimate and input, without a click, or the input alone."""
+        """Return the input, or a cross-fade where the output changes between estimate and input."""
         ramp: Samples = np.linspace(0, 1, samples.shape[1] + 1, dtype=np.float32)[1:]
         if finite:
             return _fade(samples, estimate, ramp)
         self.overflows += 1
         self._network.reset()
-        given: Samples = np.nan_to_num(np.broadcast_to(samples, estimate.shape))
-        return given if self._last is None or self._replaced else _fade(self._last, given, ramp)
+        replacement: Samples = np.nan_to_num(np.broadcast_to(samples, estimate.shape))
+        return replacement if self._last is None or self._replaced else _fade(self._last, replacement, ramp)
 
 
 def _fade(before: Samples, after: Samples, ramp: Samples) -> Samples:
@@ -73,10 +73,10 @@ def _fade(before: Samples, after: Samples, ramp: Samples) -> Samples:
 
 
 class Model(Protocol):
-    """A bundle's small network, from which sessions are made."""
+    """The small network of a bundle, which creates sessions."""
 
     manifest: Manifest
 
     def session(self, speaker_embedding: Samples | None) -> Engine:
-        """A session from its start; ``speaker_embedding`` is ``[256]`` for TSE."""
+        """Start a session. ``speaker_embedding`` is ``[256]`` for TSE, otherwise None."""
         ...

@@ -1,4 +1,4 @@
-"""A bundle's small network under the engine that was asked for."""
+"""Load the small network of a bundle with the engine that the user selects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ EngineName = Literal["onnx", "torch"]
 
 
 def load_model(bundle: Bundle, engine: EngineName) -> Model:
-    """A bundle's small network under an engine.
+    """Load the small network of a bundle.
 
     Raises:
-        InputError: the bundle cannot be used, or there is no such engine.
-        Failure: the engine is not installed.
+        InputError: The bundle cannot be used, or there is no such engine.
+        Failure: The engine is not installed.
     """
     if engine not in get_args(EngineName):
         raise InputError(f"engine {engine!r}: must be {' or '.join(get_args(EngineName))}")
@@ -31,8 +31,8 @@ def load_model(bundle: Bundle, engine: EngineName) -> Model:
 
 @contextmanager
 def needs_torch(flag: str) -> Iterator[None]:
-    """Say what to install if an import in this block fails."""
+    """Report how to install torch if an import in this block fails. ``flag`` is the flag that needs it."""
     try:
         yield
     except ImportError as error:
-        raise Failure(f"{flag}: needs torch ({error}): pip install 'knowledge-boosting[server]'") from None
+        raise Failure(f"{flag}: needs torch ({error}); run pip install 'knowledge-boosting[server]'") from None

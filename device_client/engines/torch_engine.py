@@ -1,4 +1,4 @@
-"""The networks in torch: the only part of the client that needs torch."""
+"""The networks in torch. This is the only module of the client that needs torch."""
 
 import torch
 
@@ -11,20 +11,20 @@ from knowledge_boosting.protos.codec import Samples
 
 
 class TorchModel:
-    """A bundle's small network, from which sessions are made."""
+    """The small network of a bundle, which creates sessions."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Load a bundle's network.
+        """Load the weights of a bundle.
 
         Raises:
-            InputError: the bundle cannot be used.
+            InputError: The bundle cannot be used.
         """
-        # One thread: a frame is too little work to share.
+        # A frame is too little work to share among threads.
         torch.set_num_threads(1)
         self._model, self.manifest = load_small(bundle), bundle.manifest
 
     def session(self, speaker_embedding: Samples | None) -> Engine:
-        """A session from its start; ``speaker_embedding`` is ``[256]`` for TSE."""
+        """Start a session. ``speaker_embedding`` is ``[256]`` for TSE, otherwise None."""
         return CheckedEngine(_TorchEngine(self._model, speaker_embedding))
 
 
@@ -55,10 +55,10 @@ def _batch(values: Samples) -> torch.Tensor:
 
 @torch.inference_mode()
 def large_estimate(bundle: Bundle, mixture: Samples, speaker_embedding: Samples | None) -> Samples:
-    """What a bundle's large network alone makes of a whole mixture ``[M, N]``: ``[S, M, N]``.
+    """Compute the estimate ``[S, M, N]`` of a bundle's large network for a whole mixture ``[M, N]``.
 
     Raises:
-        InputError: the bundle has no large part here.
+        InputError: The bundle has no large network, or its file is missing.
     """
     large = load_large(bundle)
     samples = pad_to_frames(_batch(mixture), bundle.model.framing)

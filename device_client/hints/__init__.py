@@ -1,1 +1,1 @@
-"""Hints from a server: sessions, the buffer where they wait, and a simulated way for them."""
+"""Hints from a server: sessions, the buffer for received hints, and simulated network conditions."""

@@ -1,4 +1,4 @@
-"""Where the network leaves hints and the frame loop picks them up."""
+"""The buffer between the thread that receives hints and the frame loop."""
 
 from dataclasses import dataclass
 
@@ -13,22 +13,23 @@ class _Entry:
 
 
 class HintBuffer:
-    """Hints by frame index, in a ring of fixed size. Neither side ever waits for the other.
+    """A ring buffer of hints by frame index, for one thread that puts and one that takes.
 
-    One thread puts, another takes; a slot is one reference, replaced as a whole, so there is no lock to hold.
+    A slot is a single reference, which is replaced as a whole. So no lock is needed, and no thread waits.
     """
 
     def __init__(self, delay: int) -> None:
-        """A buffer for hints that are due ``delay`` frames after their own."""
-        # A hint comes after its frame was captured and is due when frame + delay is: delay + 1 can wait at a time.
+        """Create a buffer for hints whose deadline is ``delay`` frames after their own frame."""
+        # A hint arrives after the capture of its frame, and is taken ``delay`` frames later. So at most delay + 1 hints
+        # are in the buffer at a time.
         self._slots: list[_Entry | None] = [None] * (delay + 2)
 
     def put(self, frame: int, hint: Samples, arrived_at: int) -> None:
-        """Leave the hint ``[channels, F]`` of a frame, which arrives at a time in nanoseconds."""
+        """Store the hint ``[channels, F]`` of a frame, which arrives at the time ``arrived_at`` (nanoseconds)."""
         self._slots[frame % len(self._slots)] = _Entry(frame, hint, arrived_at)
 
     def take(self, frame: int, now: int) -> Samples | None:
-        """The hint of a frame if it has arrived by ``now`` (nanoseconds; that instant included), else None."""
+        """Return the hint of a frame. None if it has not arrived at ``now`` (nanoseconds) or before."""
         entry = self._slots[frame % len(self._slots)]
         if entry is None or entry.frame != frame or entry.arrived_at > now:
             return None

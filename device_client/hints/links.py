@@ -1,8 +1,8 @@
-"""A network between device and server, simulated: when would a packet sent now arrive?
+"""A simulation of the links between device and server, which computes the arrival time of each packet.
 
-Each direction is one link. A packet waits for the ones before it to leave (bandwidth), travels (delay and jitter), may
-be lost and sent again (loss), and is never delivered before an earlier one, because gRPC runs over TCP.
-Times are integer nanoseconds, so that equal inputs give equal results everywhere.
+Each direction is one link. A packet waits until the packets before it have left (bandwidth), and travels (delay and
+jitter). It can be lost and sent again (loss). It never arrives before an earlier packet, because gRPC uses TCP. Times
+are integer nanoseconds, so that the same input gives the same result on every machine.
 """
 
 import csv
@@ -15,17 +15,17 @@ import numpy as np
 from knowledge_boosting.common.errors import InputError, existing_file, reason
 
 PACKET_OVERHEAD = 80  # bytes of TCP/IP, HTTP/2, gRPC and message headers around a payload
-_LEAST_TIMEOUT = 200_000_000  # ns; TCP's usual least retransmission timeout
+_MIN_RETRANSMISSION_TIMEOUT = 200_000_000  # ns; the usual minimum of TCP
 
 
 @dataclass(frozen=True)
 class NetworkConditions:
-    """A network, both directions alike. Delay and jitter are of the round trip, half of it each way."""
+    """The conditions of both links. Delay and jitter are those of the round trip, half in each direction."""
 
     delay_ms: float = 0.0
     jitter_ms: float = 0.0  # mean of an exponentially distributed extra delay
     loss: float = 0.0  # probability that a packet is lost
-    bandwidth_mbit: float | None = None  # per direction; None: no limit
+    bandwidth_mbit: float | None = None  # for each direction; None: no limit
 
 
 PRESETS = {
@@ -38,7 +38,7 @@ PRESETS = {
 
 
 class Link:
-    """One direction of a network. Ask once per packet, in the order of sending."""
+    """One direction of the connection. Call :meth:`arrival` once for each packet, in the order of sending."""
 
     def __init__(
         self,
@@ -49,15 +49,15 @@ class Link:
         seed: Sequence[int],
         recorded_ns: Sequence[int] | None = None,
     ) -> None:
-        """A link with nothing on its way.
+        """Create an idle link.
 
         Args:
-            conditions: of the network.
-            delay_ns: this direction's share of the fixed delay.
-            spacing_ns: time between packets; a receiver finds a loss by the three packets that follow it.
-            seed: of jitter and loss.
-            recorded_ns: delays of successive packets from a recording, repeated when it ends; they replace fixed
-                delay, jitter and loss.
+            conditions: The network conditions.
+            delay_ns: The part of the fixed delay that belongs to this direction.
+            spacing_ns: The time between packets. A receiver detects a loss by the three packets that follow.
+            seed: The seed for jitter and loss.
+            recorded_ns: Recorded delays of successive packets, which repeat at the end. They replace the fixed delay,
+                jitter and loss. None: no recording.
         """
         self._conditions = conditions
         self._delay = delay_ns
@@ -69,35 +69,39 @@ class Link:
         self._last_arrival = 0
 
     def arrival(self, sent_at: int, payload_bytes: int) -> int:
-        """When a packet arrives that is handed to the link at ``sent_at``, both in nanoseconds."""
+        """Return when a packet arrives that is sent at ``sent_at``, both in nanoseconds."""
         conditions = self._conditions
         if self._recorded is not None:
-            leaves, travel = sent_at, self._recorded[self._packets % len(self._recorded)]
+            departure, travel = sent_at, self._recorded[self._packets % len(self._recorded)]
         else:
-            leaves = max(sent_at, self._idle_at)
+            departure = max(sent_at, self._idle_at)
             if conditions.bandwidth_mbit is not None:
-                leaves += round((payload_bytes + PACKET_OVERHEAD) * 8e3 / conditions.bandwidth_mbit)
-            self._idle_at = leaves
-            # Both are drawn for every packet, so that one setting does not shift the draws of the other.
-            extra, fate = self._random.standard_exponential(), self._random.random()
-            travel = self._delay + round(extra * conditions.jitter_ms / 2 * 1e6) + self._stall(fate)
+                departure += round((payload_bytes + PACKET_OVERHEAD) * 8e3 / conditions.bandwidth_mbit)
+            self._idle_at = departure
+            # Both are drawn for every packet, so that the jitter does not depend on the loss rate or vice versa.
+            jitter, loss_draw = self._random.standard_exponential(), self._random.random()
+            retransmission = self._retransmission_delay(loss_draw)
+            travel = self._delay + round(jitter * conditions.jitter_ms / 2 * 1e6) + retransmission
         self._packets += 1
-        self._last_arrival = max(leaves + travel, self._last_arrival)
+        self._last_arrival = max(departure + travel, self._last_arrival)
         return self._last_arrival
 
-    def _stall(self, fate: float) -> int:
-        """Time that retransmissions add: the first after three duplicate acknowledgements, then doubling timeouts."""
-        loss, stall, wait = self._conditions.loss, 0, self._retransmit
-        while fate < loss:
-            stall += wait
-            wait = max(2 * wait, _LEAST_TIMEOUT)
-            fate /= loss  # uniform again, given that it was below
-        return stall
+    def _retransmission_delay(self, draw: float) -> int:
+        """Return the nanoseconds that retransmissions add, for a draw from the uniform distribution on [0, 1).
+
+        The first one follows three duplicate acknowledgements, and each further one a timeout that doubles.
+        """
+        loss, delay, wait = self._conditions.loss, 0, self._retransmit
+        while draw < loss:
+            delay += wait
+            wait = max(2 * wait, _MIN_RETRANSMISSION_TIMEOUT)
+            draw /= loss  # given that it was below the loss rate, it is uniform on [0, 1) again
+        return delay
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Recorded one-way delays of successive packets, nanoseconds."""
+    """Recorded one-way delays of successive packets, in nanoseconds."""
 
     up: tuple[int, ...]
     down: tuple[int, ...]
@@ -106,21 +110,21 @@ class Trace:
 def make_links(
     conditions: NetworkConditions, *, spacing_ns: int, seed: int, trace: Trace | None = None
 ) -> tuple[Link, Link]:
-    """Uplink and downlink of a network, or of a recording of one."""
+    """Create the uplink and the downlink for network conditions or for a recorded trace."""
     total = round(conditions.delay_ms * 1e6)
     recorded = (trace.up, trace.down) if trace is not None else (None, None)
     up, down = (
-        Link(conditions, delay_ns=share, spacing_ns=spacing_ns, seed=(seed, way), recorded_ns=recorded[way])
-        for way, share in enumerate((total // 2, total - total // 2))
+        Link(conditions, delay_ns=delay, spacing_ns=spacing_ns, seed=(seed, direction), recorded_ns=recorded[direction])
+        for direction, delay in enumerate((total // 2, total - total // 2))
     )
     return up, down
 
 
 def read_trace(path: Path) -> Trace:
-    """A CSV file of one-way delays: header ``up_ms,down_ms``, then a line a packet.
+    """Read a CSV file of one-way delays: the header ``up_ms,down_ms``, then one line for each packet.
 
     Raises:
-        InputError: the file cannot be read, lacks the header or a value, or a delay is negative.
+        InputError: The file cannot be read, the header or a value is missing, or a delay is negative.
     """
     existing_file(path, "a trace")
     try:
@@ -129,7 +133,7 @@ def read_trace(path: Path) -> Trace:
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: not readable as CSV ({reason(error)})") from None
     if not rows:
-        raise InputError(f"{path}: holds no delays; write a header 'up_ms,down_ms' and one line a packet")
+        raise InputError(f"{path}: contains no delays; write a header 'up_ms,down_ms' and one line for each packet")
     delays: dict[str, list[int]] = {"up_ms": [], "down_ms": []}
     for number, row in enumerate(rows, start=2):
         for column, values in delays.items():
@@ -138,13 +142,13 @@ def read_trace(path: Path) -> Trace:
                 if not 0 <= delay < float("inf"):
                     raise ValueError
             except (KeyError, TypeError, ValueError):
-                text = "needs columns up_ms and down_ms with delays in milliseconds, 0 or more"
+                text = "must have delays of 0 ms or more in the columns up_ms and down_ms"
                 raise InputError(f"{path}: line {number} {text}") from None
             values.append(round(delay * 1e6))
     return Trace(tuple(delays["up_ms"]), tuple(delays["down_ms"]))
 
 
-def conditions_of(
+def network_conditions(
     preset: str | None,
     *,
     delay_ms: float | None,
@@ -152,13 +156,13 @@ def conditions_of(
     loss: float | None,
     bandwidth_mbit: float | None,
 ) -> NetworkConditions:
-    """A preset's conditions, each of which a value given replaces.
+    """Return the network conditions of a preset, in which every value that is not None replaces that of the preset.
 
     Raises:
-        InputError: no such preset.
+        InputError: There is no such preset.
     """
     if preset is not None and preset not in PRESETS:
         raise InputError(f"--network {preset}: must be one of {', '.join(PRESETS)}")
     base = PRESETS[preset] if preset is not None else NetworkConditions()
-    given = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "bandwidth_mbit": bandwidth_mbit}
-    return replace(base, **{name: value for name, value in given.items() if value is not None})
+    overrides = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "loss": loss, "bandwidth_mbit": bandwidth_mbit}
+    return replace(base, **{name: value for name, value in overrides.items() if value is not None})

@@ -1,4 +1,4 @@
-"""A kb-server process of our own, on loopback, for as long as it is needed."""
+"""A temporary kb-server process on a loopback address."""
 
 import importlib.util
 import re
@@ -19,28 +19,28 @@ from knowledge_boosting.common.connection import connect
 from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.protos.codec import SERVICE_NAME
 
-# Seconds.
-_START_TIMEOUT = 120  # a slow disk takes long to read torch
-_ANSWER_TIMEOUT = 10.0
+_START_TIMEOUT = 120  # seconds; importing torch takes long on a slow disk
+_ANSWER_TIMEOUT = 10.0  # seconds
 
 
 @contextmanager
 def local_server(bundle: Path) -> Iterator[str]:
-    """Start a server for a bundle, yield its ``HOST:PORT`` once it is healthy, stop it whatever happens.
+    """Start a server for a bundle, yield its address ``HOST:PORT``, and stop it when the block ends.
 
     Raises:
-        Failure: it does not start, the message has its own last words; or it cannot be reached.
+        Failure: The server does not start, or it cannot be reached.
     """
     if importlib.util.find_spec("torch") is None:
         raise Failure(
-            "a server on this machine needs torch: give --server HOST:PORT, or pip install 'knowledge-boosting[server]'"
+            "a server on this machine needs torch; give --server HOST:PORT, or run "
+            "pip install 'knowledge-boosting[server]'"
         )
     server = [sys.executable, "-m", "knowledge_boosting.remote_server.main"]
     command = [*server, "--bundle", str(bundle), "--port", "0", "--device", "cpu"]
-    # Its only client may be as fast as it can.
+    # The only client is this process, which can send faster than real time.
     command += ["--max-sessions", "2", "--limit", "speed=0"]
     with tempfile.TemporaryFile() as log:
-        # A session of its own keeps Ctrl-C for us; with our end of its standard input gone it stops by itself.
+        # In its own session, it does not receive Ctrl-C. If this process dies, its standard input ends and it stops.
         process = subprocess.Popen(
             [*command, "--until-stdin-ends"],
             stdin=subprocess.PIPE,
@@ -54,8 +54,8 @@ def local_server(bundle: Path) -> Iterator[str]:
                 process.kill()
                 process.wait()
                 log.seek(0)
-                words = log.read().decode(errors="replace").strip().splitlines()
-                raise Failure(f"the local server did not start: {words[-1] if words else 'no word from it'}")
+                lines = log.read().decode(errors="replace").strip().splitlines()
+                raise Failure(f"the local server did not start: {lines[-1] if lines else 'it printed no message'}")
             _check_health(address)
             yield address
         finally:
@@ -92,7 +92,7 @@ def _check_health(address: str) -> None:
                 request, timeout=_ANSWER_TIMEOUT
             )
     except (InputError, grpc.RpcError) as error:
-        why = error.details() if isinstance(error, grpc.Call) else str(error)
-        raise Failure(f"the local server has started, but cannot be reached ({why})") from None
+        detail = error.details() if isinstance(error, grpc.Call) else str(error)
+        raise Failure(f"the local server has started, but cannot be reached ({detail})") from None
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        raise Failure("the local server has started, but does not serve")
+        raise Failure("the local server has started, but it is not serving")

@@ -1,4 +1,4 @@
-"""One session with a server: audio out, hints in."""
+"""One session with a server, which sends audio and receives hints; and the enrollment of a speaker."""
 
 import queue
 import threading
@@ -25,44 +25,43 @@ from knowledge_boosting.protos.codec import (
 )
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 
-# Seconds.
-_CONNECT_TIMEOUT = 5.0  # for a server that is there to accept a connection
-_ANSWER_TIMEOUT = 60.0  # for a session, or an embedding; the server may have to load what that needs
-_NONE = Credentials()
+_CONNECT_TIMEOUT = 5.0  # seconds
+_ANSWER_TIMEOUT = 60.0  # seconds, for a session or an embedding; the server loads the bundle or the encoder if needed
+_NO_CREDENTIALS = Credentials()
 
 
 @dataclass(frozen=True)
 class ReceivedHint:
-    """A hint as it came off the wire."""
+    """A hint that a server has sent."""
 
     frame: int
-    hint: Samples | None  # [channels, F]; None: ready after the deadline, and not sent
+    hint: Samples | None  # [channels, F]; None: it was late at the server, which did not send its values
     payload_bytes: int
-    queue_us: int
-    compute_us: int
+    queue_us: int  # time that the audio waited in the server, microseconds
+    compute_us: int  # time that the large network took, microseconds
 
 
 @dataclass(frozen=True)
 class StreamEnd:
-    """Why no more hints come."""
+    """Why a stream of hints has ended."""
 
-    status: str
+    status: str  # name of a gRPC status
     detail: str
 
 
 @dataclass(frozen=True)
 class Encodings:
-    """How samples and hints travel: names from the protocol's tables."""
+    """The encodings of samples and hints on the wire, by their names in :mod:`protos.codec`."""
 
     pcm: str = "f32"
     hints: str = "f32"
 
 
 class HintStream:
-    """A session of hints for one stretch of audio.
+    """A session with a server for one continuous stream of audio.
 
-    ``send`` never blocks. ``receive`` blocks until the next hint, and returns None once the stream has ended; ``ended``
-    then says why.
+    :meth:`send` never blocks. :meth:`receive` blocks until the next hint. When the stream has ended, it returns None,
+    and ``ended`` gives the reason.
     """
 
     def __init__(
@@ -71,40 +70,42 @@ class HintStream:
         manifest: Manifest,
         *,
         encodings: Encodings,
-        credentials: Credentials = _NONE,
+        credentials: Credentials = _NO_CREDENTIALS,
         speaker_embedding: Samples | None = None,
-        hold: Callable[[int, int], None] | None = None,
+        before_send: Callable[[int, int], None] | None = None,
         first_frame: Callable[[], int] = lambda: 0,
         deadline_ms: int = 0,
         reproducible: bool = False,
-        patience: float = _ANSWER_TIMEOUT,
+        timeout: float = _ANSWER_TIMEOUT,
     ) -> None:
         """Open a session.
 
         Args:
-            server: ``HOST:PORT``.
-            manifest: of the device's bundle; the server must run the same.
-            credentials: that the server wants.
-            speaker_embedding: ``[256]``, for TSE.
-            hold: called with (frame, payload bytes) on the sending thread before a message goes out; may wait.
-            first_frame: asked, once the server has answered, for the frame at which the audio begins.
-            deadline_ms: age at which a hint is of no use any more, and its values need not come; 0: all are wanted.
-            reproducible: whether the same audio must give the same hints to the last bit; the server takes longer then.
-            patience: seconds that the server has for the session, and at most to accept a connection.
+            server: The address of the server, ``HOST:PORT``.
+            manifest: The manifest of the device's bundle. The server must run the same bundle.
+            encodings: The encodings of samples and hints.
+            credentials: The credentials for the server.
+            speaker_embedding: ``[256]`` for TSE, otherwise None.
+            before_send: Called with the frame and the size of the payload in bytes before a message is sent. It runs on
+                the sending thread, and can wait.
+            first_frame: Called when the server has accepted the connection. Returns the first frame of the audio.
+            deadline_ms: The age at which a hint is late, so that the server omits its values. 0: no deadline.
+            reproducible: Whether the same audio must give bit-identical hints. Then the server needs more time.
+            timeout: Seconds until the session must have started. It also limits the time for the connection.
 
         Raises:
-            Refused: the two ends do not accept each other.
-            InputError: the server cannot be reached or refuses the session.
-            Failure: the server cannot serve it now.
+            Refused: Client and server do not accept each other.
+            InputError: The server cannot be reached, or it refuses the session.
+            Failure: The server cannot serve the session now.
         """
         self._manifest = manifest
         self._encodings = encodings
         self._pcm_encoding = PCM_ENCODINGS[encodings.pcm]
         self._hint_encoding = HINT_ENCODINGS[encodings.hints]
-        self._hold = hold
+        self._before_send = before_send
         self._outbox: queue.SimpleQueue[tuple[int, Samples] | None] = queue.SimpleQueue()
-        self._channel = connect(server, credentials, min(patience, _CONNECT_TIMEOUT))
-        self.first_frame = self._next_frame = self._end_sent = first_frame()
+        self._channel = connect(server, credentials, min(timeout, _CONNECT_TIMEOUT))
+        self.first_frame = self._next_frame = self._sent = first_frame()
         self._config = pb.SessionConfig(
             protocol_version=PROTOCOL_VERSION,
             bundle_name=manifest.name,
@@ -117,36 +118,39 @@ class HintStream:
             hint_deadline_ms=deadline_ms,
             reproducible=reproducible,
         )
-        self.draining = False  # whether the server has said that it will end the session
+        self.draining = False  # whether the server has announced that it will end the session
         self.bytes_up = 0
         self.bytes_down = 0
         self.ended: StreamEnd | None = None
         self._call = HintServiceStub(self._channel).StreamHints(self._requests(), metadata=credentials.metadata)
-        timer = threading.Timer(patience, self._call.cancel)
+        timer = threading.Timer(timeout, self._call.cancel)
         timer.start()
         try:
             first = next(self._call)
         except (grpc.RpcError, StopIteration):
             self.close()
             if not timer.is_alive():
-                raise Failure(f"{server}: gave no session within {patience:g} s; try again") from None
+                raise Failure(f"{server}: did not start a session within {timeout:g} s; try again") from None
             raise call_failed(server, "refused the session", self._call) from None
         finally:
             timer.cancel()
         if first.WhichOneof("response") != "started":
             self.close()
-            raise InputError(f"{server}: answered a session's configuration with no start; is kb-server running there?")
+            raise InputError(f"{server}: did not follow the protocol; check that kb-server runs at this address")
         self.session_id = first.started.session_id
 
     def send(self, frame: int, samples: Samples) -> None:
-        """Send the samples ``[M, n]`` that complete a frame; the first ones with the lookahead before them."""
+        """Send the samples ``[M, n]`` that complete one or more frames, beginning with ``frame``.
+
+        The first call also includes the lookahead samples before them.
+        """
         framing = self._manifest.model.framing
         before = framing.lookahead if frame == self.first_frame else 0
-        self._end_sent = frame + (samples.shape[1] - before) // framing.chunk
+        self._sent = frame + (samples.shape[1] - before) // framing.chunk
         self._outbox.put((frame, samples))
 
     def receive(self) -> ReceivedHint | None:
-        """The next hint, in frame order; None when the stream has ended."""
+        """Wait for the next hint, in frame order. Return None when the stream has ended."""
         if self.ended is not None:
             return None
         model = self._manifest.model
@@ -154,13 +158,13 @@ class HintStream:
             response = next(self._call)
             while response.WhichOneof("response") == "draining":
                 if self.draining:
-                    raise ValueError("the server said more than once that it shuts down")
+                    raise ValueError("the server announced its shutdown more than once")
                 self.draining = True
                 response = next(self._call)
             hint = response.hint
             if hint.frame != self._next_frame:
-                raise ValueError(f"hint of frame {hint.frame} came where that of {self._next_frame} was due")
-            if hint.frame >= self._end_sent:
+                raise ValueError(f"hint of frame {hint.frame} came instead of that of frame {self._next_frame}")
+            if hint.frame >= self._sent:
                 raise ValueError(f"hint of frame {hint.frame} came before its audio was sent")
             late = self._config.hint_deadline_ms and not hint.payload
             values = None if late else decode_hint(hint, self._hint_encoding, model.hint_channels, model.framing.bins)
@@ -181,11 +185,11 @@ class HintStream:
         return ReceivedHint(hint.frame, values, len(hint.payload), hint.queue_us, hint.compute_us)
 
     def finish(self) -> None:
-        """Tell the server that no more audio comes; hints still under way can be received."""
+        """End the audio. The hints of the audio that was sent can still be received."""
         self._outbox.put(None)
 
     def close(self) -> None:
-        """End the session now."""
+        """End the session at once."""
         self._outbox.put(None)
         self._call.cancel()
         self._channel.close()
@@ -195,19 +199,19 @@ class HintStream:
         while (item := self._outbox.get()) is not None:
             frame, samples = item
             pcm = encode_pcm(samples, self._pcm_encoding)
-            if self._hold is not None:
-                self._hold(frame, len(pcm))
+            if self._before_send is not None:
+                self._before_send(frame, len(pcm))
             self.bytes_up += len(pcm)
             yield pb.StreamHintsRequest(audio=pb.AudioChunk(first_frame=frame, pcm=pcm))
 
 
-def enroll(server: str, speech: Samples, credentials: Credentials = _NONE) -> Samples:
-    """The speaker embedding ``[256]`` that a server makes of enrollment speech ``[N]`` at 16 kHz.
+def enroll(server: str, speech: Samples, credentials: Credentials = _NO_CREDENTIALS) -> Samples:
+    """Have a server compute the speaker embedding ``[256]`` of enrollment speech ``[N]`` at 16 kHz.
 
     Raises:
-        Refused: the two ends do not accept each other.
-        InputError: the server cannot be reached, has no speaker encoder, or refuses the speech.
-        Failure: it took too long, or failed.
+        Refused: Client and server do not accept each other.
+        InputError: The server cannot be reached, has no speaker encoder, or refuses the speech.
+        Failure: The server took too long, or it failed.
     """
     encoding = PCM_ENCODINGS["f32"]
     request = pb.EnrollRequest(

@@ -1,1 +1,1 @@
-"""From microphone to loudspeaker: the loop, what a person sees of it, and what it leaves behind."""
+"""Live sessions: the real-time loop, its view in the terminal, and its recording."""

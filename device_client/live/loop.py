@@ -1,4 +1,4 @@
-"""The live frame loop: microphone to loudspeaker, frame by frame, with the hints that are there in time."""
+"""The frame loop of a live session, from audio input to audio output."""
 
 import time
 from typing import Protocol
@@ -13,12 +13,12 @@ from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.protos.codec import Samples
 
-RECENT = 1250  # frames that are remembered: ten seconds of 8 ms
-FRAME = np.dtype(
+RECENT_FRAMES = 1250  # ten seconds of 8 ms frames
+FRAME_RECORD = np.dtype(
     [
-        ("hint", np.bool_),  # fused at this frame
-        ("age_ms", np.float32),  # of that hint, from its frame's capture to its arrival; NaN without one
-        ("compute_ms", np.float32),  # the small network's
+        ("hint", np.bool_),  # whether a hint was fused
+        ("age_ms", np.float32),  # from the capture of the hint's frame to the arrival of the hint; NaN without a hint
+        ("compute_ms", np.float32),  # time of the small network
         ("input_peak", np.float32),
         ("output_peak", np.float32),
     ]
@@ -26,15 +26,27 @@ FRAME = np.dtype(
 
 
 class FrameRecorder(Protocol):
-    """Takes down every frame."""
+    """The interface of a recorder that stores every frame."""
 
     def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: Play) -> None:
-        """A frame's new input samples ``[M, n]``, what was played ``[M, chunk]``, and the hint that was fused."""
+        """Store the next frame without waiting.
+
+        Args:
+            fresh: The new input samples, ``[M, n]``.
+            played: The output samples, ``[M, chunk]``.
+            hint: The hint that was fused, ``[channels, F]``, or None.
+            record: A record of type :data:`FRAME_RECORD`.
+            play: The mix that was played.
+        """
         ...
 
 
 class LiveLoop:
-    """One live stream. :meth:`run` is the real-time thread; others may read its figures and set its controls."""
+    """The frame loop of one live stream.
+
+    :meth:`run` is called on the real-time thread. Other threads can read the figures, and set ``play`` and
+    ``stream.hints_on``.
+    """
 
     def __init__(
         self,
@@ -50,14 +62,14 @@ class LiveLoop:
         self._mixer = Mixer(model.sources, model.microphones, play)
         self.choices = self._mixer.choices
         self.play = play
-        # Figures. A frame's record is complete before it is counted.
-        self.recent = np.zeros(RECENT, FRAME)
+        # The figures below are read by other threads. A frame is counted only when its record is complete.
+        self.recent = np.zeros(RECENT_FRAMES, FRAME_RECORD)
         self.frames = 0
         self.compute_ms = 0.0  # sum over all frames
-        self.slowest_ms = 0.0
+        self.slowest_ms = 0.0  # maximum over all frames
 
     def run(self) -> None:
-        """Run until the audio ends."""
+        """Process frames until the audio ends."""
         stream, delay, chunk, hints = self.stream, self._model.delay, self._model.framing.chunk, self._hints
         while self._audio.read(stream.fresh):
             frame = stream.step(time.perf_counter_ns())
@@ -71,8 +83,8 @@ class LiveLoop:
             self.compute_ms += compute_ms
             self.slowest_ms = max(self.slowest_ms, compute_ms)
             record = (used, age, compute_ms, np.abs(frame.fresh).max(), np.abs(played).max())
-            self.recent[frame.number % RECENT] = record
+            self.recent[frame.number % RECENT_FRAMES] = record
             if self._recorder is not None:
-                kept = self.recent[frame.number % RECENT].copy()
-                self._recorder.put(frame.fresh.copy(), played, frame.hint, kept, play)
+                record_copy = self.recent[frame.number % RECENT_FRAMES].copy()
+                self._recorder.put(frame.fresh.copy(), played, frame.hint, record_copy, play)
             self.frames = stream.frames

@@ -1,7 +1,11 @@
-"""What a live session leaves behind to be listened to, looked into, and run again, sample for sample.
+"""Record a live session, and repeat a recorded session with bit-identical output.
 
-A folder: ``input.wav`` (what the network heard) and ``output.wav`` (what was played), float samples at the bundle's
-rate; ``frames.csv``, a line a frame; ``hints.f32``, the hints that were fused, one after another; ``session.json``.
+A recording is a folder with these files:
+
+- ``input.wav`` and ``output.wav``: the network's input and the played output, as float samples at the bundle's rate.
+- ``frames.csv``: one line for each frame.
+- ``hints.f32``: the hints that were fused, in order.
+- ``session.json``: the bundle, the initial mix and the speaker embedding.
 """
 
 import csv
@@ -23,13 +27,13 @@ from knowledge_boosting.common.errors import InputError, existing_file, reason
 from knowledge_boosting.common.files import check_files, check_new_folder
 from knowledge_boosting.device_client.audio.files import check_output, open_audio, write_sound
 from knowledge_boosting.device_client.audio.mixer import Mixer, Play
-from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.models.config import ModelConfig, Strict
 from knowledge_boosting.models.manifest import Manifest, read_json
 from knowledge_boosting.protos.codec import Samples
 
-_MOST_WAITING = 1250  # frames that may wait for the disk
+_MAX_PENDING = 1250  # frames that wait for the disk
 FILES = ("input.wav", "output.wav", "frames.csv", "hints.f32", "session.json")
 _COLUMNS = ("frame", "hint", "age_ms", "compute_ms", "play")
 
@@ -45,13 +49,13 @@ class Session(Strict):
 
 
 class Recorder:
-    """Writes a session's frames, on a thread of its own so that the frame loop never waits for a disk."""
+    """Writes the frames of a session on its own thread, so that the frame loop never waits for the disk."""
 
     def __init__(self, folder: Path, manifest: Manifest, speaker_embedding: Samples | None, play: Play) -> None:
-        """Make the folder and begin.
+        """Create the folder and its files.
 
         Raises:
-            InputError: the folder is there and not empty, or cannot be written.
+            InputError: The folder exists and is not empty, or it cannot be written.
         """
         check_folder(folder)
         framing, microphones = manifest.model.framing, manifest.model.microphones
@@ -60,9 +64,9 @@ class Recorder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "session.json").write_text(session.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            form = {"samplerate": framing.sample_rate, "channels": microphones, "format": "WAV", "subtype": "FLOAT"}
-            self._input = soundfile.SoundFile(folder / "input.wav", "w", **form)
-            self._output = soundfile.SoundFile(folder / "output.wav", "w", **form)
+            format_ = {"samplerate": framing.sample_rate, "channels": microphones, "format": "WAV", "subtype": "FLOAT"}
+            self._input = soundfile.SoundFile(folder / "input.wav", "w", **format_)
+            self._output = soundfile.SoundFile(folder / "output.wav", "w", **format_)
             self._hints = (folder / "hints.f32").open("wb")
             self._table = (folder / "frames.csv").open("w", newline="", encoding="utf-8")
         except (OSError, soundfile.LibsndfileError) as error:
@@ -74,32 +78,35 @@ class Recorder:
         self._hint_size = 4 * manifest.model.hint_channels * framing.bins
         self._frames: queue.SimpleQueue[tuple[Samples, Samples, Samples | None, np.void, Play] | None]
         self._frames = queue.SimpleQueue()
-        self.trouble: str | None = None
+        self.error: str | None = None
         self._thread = threading.Thread(target=self._write, name="kb-recorder", daemon=True)
         self._thread.start()
 
     def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: Play) -> None:
-        """Take down the next frame."""
-        if self.trouble is None and self._frames.qsize() >= _MOST_WAITING:
-            self.trouble = "the disk is too slow"
-        if self.trouble is None:
+        """Store the next frame, as :meth:`FrameRecorder.put`."""
+        if self.error is None and self._frames.qsize() >= _MAX_PENDING:
+            self.error = "the disk is too slow"
+        if self.error is None:
             self._frames.put((fresh, played, hint, record, play))
 
     def close(self) -> None:
-        """Write what is left. ``trouble`` then says why the recording ends before the session did, if it does."""
+        """Write the pending frames and close the files.
+
+        If the recording could not be completed, ``error`` is set to a message, and the files are cut to whole frames.
+        """
         self._frames.put(None)
         self._thread.join()
         for file in (self._input, self._output, self._hints, self._table):
             try:
                 file.close()
             except (OSError, soundfile.LibsndfileError) as error:
-                self.trouble = self.trouble or reason(error)
-        if self.trouble is not None:
-            kept = self._cut()
-            self.trouble = f"{self._folder}: the recording is cut short after {kept} frames ({self.trouble})"
+                self.error = self.error or reason(error)
+        if self.error is not None:
+            frames = self._truncate()
+            self.error = f"{self._folder}: the recording is cut short after {frames} frames ({self.error})"
         for name in ("input.wav", "output.wav"):
             with (self._folder / name).open("r+b", buffering=0) as file:
-                sound_files.erase_time(file)
+                sound_files.erase_timestamp(file)
 
     def _write(self) -> None:
         number = 0
@@ -115,10 +122,10 @@ class Recorder:
                 self._rows.writerow([number, int(hint is not None), age, f"{record['compute_ms']:.3f}", play])
                 number += 1
         except (OSError, soundfile.LibsndfileError, AssertionError) as error:
-            self.trouble = self._disk() or reason(error)
+            self.error = self._system_error() or reason(error)
 
-    def _disk(self) -> str | None:
-        """What the system says of another file there; libsndfile does not pass it on."""
+    def _system_error(self) -> str | None:
+        """Write another file and return the error of the system, which libsndfile does not report. None if it works."""
         try:
             with tempfile.TemporaryFile(dir=self._folder) as probe:
                 probe.write(bytes(1 << 20))
@@ -126,47 +133,47 @@ class Recorder:
             return reason(error)
         return None
 
-    def _cut(self) -> int:
-        """Cut all files to the frames of which everything is there, so that these can be run again; how many."""
+    def _truncate(self) -> int:
+        """Cut all files to the frames that are complete in each, so that they can be repeated. Return their number."""
         table = self._folder / "frames.csv"
         head, *rows = table.read_bytes().splitlines(keepends=True) or [b""]
         sounds = [
             (self._folder / name, lookahead) for name, lookahead in (("input.wav", self._lookahead), ("output.wav", 0))
         ]
-        fused = (self._folder / "hints.f32").stat().st_size // max(self._hint_size, 1)
-        kept, used = len(rows) - (not rows[-1].endswith(b"\n")) if rows else 0, 0
+        stored_hints = (self._folder / "hints.f32").stat().st_size // max(self._hint_size, 1)
+        frames, hints = len(rows) - (not rows[-1].endswith(b"\n")) if rows else 0, 0
         for path, lookahead in sounds:
-            kept = min(kept, max(0, soundfile.info(path).frames - lookahead) // self._chunk)
-        for number, row in enumerate(rows[:kept]):
-            used += row.split(b",")[1] == b"1"
-            if used > fused:
-                kept, used = number, fused
+            frames = min(frames, max(0, soundfile.info(path).frames - lookahead) // self._chunk)
+        for number, row in enumerate(rows[:frames]):
+            hints += row.split(b",")[1] == b"1"
+            if hints > stored_hints:
+                frames, hints = number, stored_hints
                 break
         for path, lookahead in sounds:
             with soundfile.SoundFile(path, "r+") as file:
-                file.truncate(kept * self._chunk + lookahead)
-        os.truncate(self._folder / "hints.f32", used * self._hint_size)
-        os.truncate(table, len(head) + sum(map(len, rows[:kept])))
-        return kept
+                file.truncate(frames * self._chunk + lookahead)
+        os.truncate(self._folder / "hints.f32", hints * self._hint_size)
+        os.truncate(table, len(head) + sum(map(len, rows[:frames])))
+        return frames
 
 
 def check_folder(folder: Path) -> None:
-    """Whether a recording can go there.
+    """Check that a recording can be written to a folder.
 
     Raises:
-        InputError: something is there already, or it cannot be written.
+        InputError: The folder exists and is not empty, or it cannot be written.
     """
     check_new_folder(folder)
 
 
 class FrameLog:
-    """A recorded session's frames, to be run again."""
+    """The log of a recorded session, which can be repeated."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        """Read ``frames.csv`` and what lies beside it.
+        """Read ``frames.csv`` and the other files in its folder.
 
         Raises:
-            InputError: a file is missing or not what it should be, or the session was run with another bundle.
+            InputError: A file is missing or invalid, or the session was recorded with another bundle.
         """
         existing_file(path, "a frame log")
         document = read_json(existing_file(path.parent / "session.json", "the session of a frame log"))
@@ -177,24 +184,34 @@ class FrameLog:
             play: dict[str, Play] = {name: name for name in get_args(Play)}
             self.play = [play[name] for _, name in rows]
         except (ValidationError, OSError, KeyError, TypeError, ValueError):
-            raise InputError(f"{path}: is no frame log of kb-client live --record") from None
+            text = f"{path}: is not a frame log; give the frames.csv that kb-client live --record writes"
+            raise InputError(text) from None
         if self.session.bundle_id != manifest.id:
             name = self.session.bundle_name
             raise InputError(
-                f"{path}: was recorded with the bundle {name} ({self.session.bundle_id}); give --bundle it"
+                f"{path}: was recorded with the bundle {name} ({self.session.bundle_id}); give that bundle as --bundle"
             )
         self.used = np.array([bool(hint) for hint, _ in rows])
         model = manifest.model
         if self.used[: model.delay].any() or (self.used.any() and not model.hint_channels):
-            raise InputError(f"{path}: names hints at frames that have none; it was changed, copy it again")
+            raise InputError(f"{path}: lists hints at frames that cannot have one; it was changed, copy it again")
         size = 4 * model.hint_channels * model.framing.bins
         hints = existing_file(path.parent / "hints.f32", "the hints of a frame log")
         if hints.stat().st_size != size * int(self.used.sum()):
-            raise InputError(f"{hints}: does not hold the {int(self.used.sum())} hints of {path.name}; copy both again")
+            text = f"{hints}: does not contain the {int(self.used.sum())} hints of {path.name}; copy both files again"
+            raise InputError(text)
         self._hints = hints
 
     def run(self, model: Model, samples: Iterable[Samples]) -> Iterator[Samples]:
-        """What was played, ``[M, chunk]`` at a time, when the input was ``samples``, ``[M, n]`` at a time."""
+        """Repeat the session.
+
+        Args:
+            model: The small network of the session's bundle.
+            samples: The recorded input, ``[M, n]`` at a time.
+
+        Yields:
+            The output that was played, ``[M, chunk]`` at a time.
+        """
         config, session = model.manifest.model, self.session
         framing = config.framing
         speaker = np.array(session.speaker_embedding, np.float32) if session.speaker_embedding is not None else None
@@ -202,22 +219,22 @@ class FrameLog:
         with self._hints.open("rb") as file:
             hints = _RecordedHints(file, self.used, config)
             stream = BoostedStream(model.session(speaker), config, hints)
-            # What the input has beyond the last frame is its lookahead.
-            for play, (fresh, _) in zip(self.play, frames_of(samples, framing), strict=False):
+            # The input is longer than the frames by the lookahead, which would give an additional frame.
+            for play, (fresh, _) in zip(self.play, split_frames(samples, framing), strict=False):
                 stream.fresh[:] = fresh
                 frame = stream.step(0)
                 yield mixer.mix(play, frame.window[:, : framing.chunk], frame.estimate)
 
 
 class _RecordedHints:
-    """The hints that were fused, one after another."""
+    """A source of the recorded hints."""
 
     def __init__(self, file: BinaryIO, used: NDArray[np.bool_], model: ModelConfig) -> None:
         self._file, self._used, self._delay = file, used, model.delay
         self._shape = model.hint_channels, model.framing.bins
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
-        """They are there already."""
+        """Discard the samples, because the hints are recorded already."""
 
     def take(self, frame: int, now: int) -> Samples | None:
         if not self._used[frame + self._delay]:
@@ -227,10 +244,16 @@ class _RecordedHints:
 
 
 def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -> None:
-    """Run a recorded session again: the same hints at the same frames, so the same samples.
+    """Repeat a recorded session and write its output. The same hints at the same frames give the same samples.
+
+    Args:
+        log_file: The ``frames.csv`` of the session.
+        source: The ``input.wav`` of the session.
+        target: The file for the output.
+        model: The small network of the session's bundle.
 
     Raises:
-        InputError: a file cannot be used, or does not belong to the frame log.
+        InputError: A file cannot be used, or it does not belong to the frame log.
     """
     manifest = model.manifest
     framing, microphones = manifest.model.framing, manifest.model.microphones
@@ -240,7 +263,7 @@ def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -
     with open_audio(source) as file:
         length = framing.chunk * len(log.play) + framing.lookahead
         if (file.rate, file.channels, file.length) != (framing.sample_rate, microphones, length):
-            raise InputError(f"{source}: is not the input.wav that was recorded with {log_file}")
-        with write_sound(target, framing.sample_rate, microphones, "float") as written:
+            raise InputError(f"{source}: is not the recording of {log_file}; give the input.wav from the same folder")
+        with write_sound(target, framing.sample_rate, microphones, "float") as writer:
             for played in log.run(model, file.blocks()):
-                written.write(played)
+                writer.write(played)

@@ -1,4 +1,4 @@
-"""What a live session shows: a view in a terminal, lines for scripts and logs."""
+"""The display of a live session: a view for a terminal, and lines for logs."""
 
 import math
 import os
@@ -18,40 +18,40 @@ from rich.text import Text
 from knowledge_boosting.device_client.audio.live_audio import LiveAudio
 from knowledge_boosting.device_client.audio.mixer import Play
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
-from knowledge_boosting.device_client.live.loop import RECENT, LiveLoop
+from knowledge_boosting.device_client.live.loop import RECENT_FRAMES, LiveLoop
 
-_SILENCE = -60.0  # dB of full scale, and less
-_METER_FRAMES = 25  # a meter shows the loudest of the last fifth of a second
-_SLOW = 0.8  # of the time there is
+_MIN_DB = -60.0  # lower limit of the meters, dB relative to full scale
+_METER_FRAMES = 25  # a meter shows the peak of the last fifth of a second
+_MAX_LOAD = 0.8  # a higher real-time factor gives a warning
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A live session at one moment."""
+    """The figures of a live session at one moment."""
 
-    seconds: float  # of audio so far
+    seconds: float  # duration of the audio so far
     frames: int
-    input_db: float  # peak of the last moments, dB of full scale
+    input_db: float  # peak of the last fifth of a second, dB relative to full scale
     output_db: float
     hints_on_time: int
     hints_late: int
     hints_missing: int
     hint_age_ms: float | None  # median of the last ten seconds
-    compute_ms: float  # of a frame, mean of the last ten seconds
-    slowest_ms: float  # of all frames
+    compute_ms: float  # time for each frame, mean of the last ten seconds
+    slowest_ms: float  # maximum time of all frames
     real_time_factor: float
     underruns: int
     overruns: int
-    server: str | None  # that hints come from
-    hints: bool  # whether they are to be used
+    server: str | None  # address of the server from which hints come
+    hints: bool  # whether hints are fused
     play: Play
-    overflows: int = 0  # frames at which the network gave no numbers, and the input was played
+    overflows: int = 0  # frames whose estimate was not finite, so that the input was played
 
 
 def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_seconds: float) -> Figures:
-    """The session as it is now."""
+    """Return the current figures of a session."""
     frames = loop.frames
-    recent = loop.recent[:frames] if frames < RECENT else np.roll(loop.recent, -frames % RECENT)
+    recent = loop.recent[:frames] if frames < RECENT_FRAMES else np.roll(loop.recent, -frames % RECENT_FRAMES)
     ages = recent["age_ms"][~np.isnan(recent["age_ms"])]
     compute_ms = float(recent["compute_ms"].mean()) if frames else 0.0
     late = min(hints.late, loop.stream.hints_due - loop.stream.hints_used) if hints is not None else 0
@@ -78,13 +78,13 @@ def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_sec
 
 def _decibels(peaks: "np.ndarray[tuple[int], np.dtype[np.float32]]") -> float:
     peak = float(peaks[-_METER_FRAMES:].max(initial=0))
-    return round(max(_SILENCE, 20 * math.log10(peak)), 1) if peak > 0 else _SILENCE
+    return round(max(_MIN_DB, 20 * math.log10(peak)), 1) if peak > 0 else _MIN_DB
 
 
-def too_slow(now: Figures) -> str | None:
-    """What to tell somebody whose device does not keep up."""
-    if now.real_time_factor > _SLOW:
-        return "this device is too slow: close other programs, plug in power, or choose a smaller bundle"
+def load_warning(now: Figures) -> str | None:
+    """Return a warning if the device is too slow, otherwise None."""
+    if now.real_time_factor > _MAX_LOAD:
+        return "this device is too slow; close other programs, connect the power supply, or choose a smaller bundle"
     return None
 
 
@@ -94,11 +94,11 @@ def _xruns(now: Figures) -> str:
 
 
 def _overflowed(frames: int) -> str:
-    return f"the network overflowed at {frames} frame{'s' * (frames != 1)}, and the input was played"
+    return f"the network overflowed at {frames} frame{'s' * (frames != 1)}, so that the input was played"
 
 
 def log_line(now: Figures) -> str:
-    """One line for a log."""
+    """Return the figures as one line for a log."""
     age = f", {now.hint_age_ms:.1f} ms old" if now.hint_age_ms is not None else ""
     parts = [
         f"{_clock(now.seconds)} in {now.input_db:.0f} dB, out {now.output_db:.0f} dB",
@@ -113,12 +113,12 @@ def log_line(now: Figures) -> str:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What stays the same on the terminal."""
+class Layout:
+    """The constant parts of the view."""
 
     title: str
     latency: str
-    budget_ms: float | None  # how late a hint may be; None: a network alone
+    deadline_ms: float | None  # maximum age of a hint; None if there are no hints
     choices: Sequence[Play]
 
 
@@ -130,39 +130,39 @@ _PLAYING: dict[Play, str] = {
 }
 
 
-def view(now: Figures, frame: Frame, last_event: str) -> RenderableType:
-    """The session for a terminal."""
+def view(now: Figures, layout: Layout, last_event: str) -> RenderableType:
+    """Return the view of a session for a terminal."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column(ratio=1)
     grid.add_row("input", _meter(now.input_db))
     grid.add_row("output", _meter(now.output_db))
     grid.add_row("playing", _PLAYING[now.play])
-    if frame.budget_ms is not None:
+    if layout.deadline_ms is not None:
         due = now.hints_on_time + now.hints_late + now.hints_missing
         share = f" ({100 * now.hints_on_time / due:.1f} %)" if due else ""
         counts = f"{now.hints_on_time} on time{share}, {now.hints_late} late, {now.hints_missing} missing"
         grid.add_row("hints", Text(counts) if now.hints else Text(f"OFF; {counts}", style="yellow"))
         age = f"{now.hint_age_ms:.1f} ms" if now.hint_age_ms is not None else "none came"
-        grid.add_row("hint age", f"{age}; may be {frame.budget_ms:g} ms")
-        grid.add_row("server", now.server or Text("none: the small network works alone", style="yellow"))
-    load = f"{now.compute_ms:.2f} ms a frame, slowest {now.slowest_ms:.1f} ms; real-time factor"
+        grid.add_row("hint age", f"{age}; deadline {layout.deadline_ms:g} ms")
+        grid.add_row("server", now.server or Text("none: the small network runs without hints", style="yellow"))
+    load = f"{now.compute_ms:.2f} ms per frame, maximum {now.slowest_ms:.1f} ms; real-time factor"
     grid.add_row("device", f"{load} {now.real_time_factor:.2f}")
     sound = Text(_xruns(now))
     if now.underruns + now.overruns:
-        sound = Text(f"{sound}; if it crackles, give --buffer-ms more", style="yellow")
+        sound = Text(f"{sound}; if you hear crackling, increase --buffer-ms", style="yellow")
     grid.add_row("sound", sound)
-    grid.add_row("latency", frame.latency)
+    grid.add_row("latency", layout.latency)
     keys = ["space bypass"]
-    if len(frame.choices) > 2:
+    if len(layout.choices) > 2:
         keys.append("1 2 speaker")
-    if "both" in frame.choices:
+    if "both" in layout.choices:
         keys.append("b both")
-    if frame.budget_ms is not None:
+    if layout.deadline_ms is not None:
         keys.append("h hints")
-    parts: list[RenderableType] = [Text(f" {frame.title}   {_clock(now.seconds)} ", style="reverse"), Text(), grid]
-    if (slow := too_slow(now)) is not None:
-        parts.append(Text(slow, style="bold red"))
+    parts: list[RenderableType] = [Text(f" {layout.title}   {_clock(now.seconds)} ", style="reverse"), Text(), grid]
+    if (warning := load_warning(now)) is not None:
+        parts.append(Text(warning, style="bold red"))
     if now.overflows:
         parts.append(Text(_overflowed(now.overflows), style="bold red"))
     return Group(*parts, Text(), Text(last_event, style="dim"), Text("   ".join([*keys, "q quit"]), style="bold"))
@@ -173,7 +173,7 @@ def _meter(decibels: float) -> Table:
     bar.add_column(ratio=1)
     bar.add_column(width=7, justify="right")
     colour = "red" if decibels > -1 else "green"
-    bar.add_row(Bar(-_SILENCE, 0, decibels - _SILENCE, color=colour), f"{decibels:.0f} dB")
+    bar.add_row(Bar(-_MIN_DB, 0, decibels - _MIN_DB, color=colour), f"{decibels:.0f} dB")
     return bar
 
 
@@ -183,7 +183,11 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def keyboard() -> Iterator[Callable[[float], str]]:
-    """A function that waits up to so many seconds for a key: the key, or nothing."""
+    """Read single keys from the terminal in this block.
+
+    Yields:
+        A function that waits up to a number of seconds for a key, and returns it, or an empty string.
+    """
     if sys.platform == "win32":
         import msvcrt
 
@@ -200,11 +204,11 @@ def keyboard() -> Iterator[Callable[[float], str]]:
         import termios
         import tty
 
-        before = termios.tcgetattr(sys.stdin)
+        original = termios.tcgetattr(sys.stdin)
 
         def key(seconds: float) -> str:
             if select.select([sys.stdin], [], [], seconds)[0]:
-                with suppress(OSError):  # the terminal is gone
+                with suppress(OSError):  # the terminal was closed
                     if pressed := os.read(sys.stdin.fileno(), 1):
                         return pressed.decode(errors="replace")
                 time.sleep(seconds)
@@ -215,4 +219,4 @@ def keyboard() -> Iterator[Callable[[float], str]]:
             yield key
         finally:
             with suppress(termios.error):
-                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, original)

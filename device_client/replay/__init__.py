@@ -1,1 +1,1 @@
-"""A recording through the frame loop on a computed or a real clock, and what is measured of it."""
+"""Replay of a recording through the frame loop, on the virtual or the real clock, and the report about it."""

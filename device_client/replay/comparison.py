@@ -1,4 +1,4 @@
-"""What every network makes of one mixture, side by side: sound files and one picture."""
+"""The comparison of all networks on one mixture: sound files and a figure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
-from knowledge_boosting.common.pictures import any_words
+from knowledge_boosting.common.pictures import literal_text
 from knowledge_boosting.device_client.audio.files import write_audio
 from knowledge_boosting.device_client.replay.plot import Spectrogram, draw_spectrogram
 from knowledge_boosting.models.bundle import Bundle
@@ -29,61 +29,61 @@ _TITLES: dict[System, str] = {
     "alone": "small network alone",
     "boosted": "boosted by late hints",
     "large": "large network",
-    "reference": "reference: the voice itself",
+    "reference": "reference: the true source",
 }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was made of one mixture."""
+    """The estimates of several systems for one mixture."""
 
     mixture: Samples  # [M, N]
-    systems: Mapping[System, Samples]  # [S, M, N] each, the voices of all in the same order
-    gains: Mapping[System, float]  # SI-SDRi in dB, of the systems that are no reference
+    systems: Mapping[System, Samples]  # [S, M, N] each, with the speakers in the same order
+    gains: Mapping[System, float]  # SI-SDRi in dB, for all systems except the reference
     rate: int  # Hz
-    task: str  # of the bundle
+    task: str  # the task of the bundle
     title: str
 
 
 def file_names(sources: int) -> list[str]:
-    """The names of all files that a comparison can have."""
-    return [_MIXTURE, PICTURE, *(name for system in _TITLES for name in _voice_names(system, sources))]
+    """Return the names of all files that a comparison can write."""
+    return [_MIXTURE, PICTURE, *(name for system in _TITLES for name in _speaker_files(system, sources))]
 
 
-def _voice_names(system: System, sources: int) -> list[str]:
+def _speaker_files(system: System, sources: int) -> list[str]:
     if sources == 1:
         return [f"{system}.wav"]
     return [f"{system}-speaker{number}.wav" for number in range(1, sources + 1)]
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> None:
-    """Write ``mixture.wav``, a file for every system and voice, and the picture.
+    """Write ``mixture.wav``, a file for each system and speaker, and the figure.
 
-    The picture also has the quality by delay that is recorded in the shipped bundles of the same task.
+    The figure also shows the quality by delay that is recorded in the shipped bundles of the same task.
 
     Raises:
-        InputError: the folder cannot be made, or a file not be written.
+        InputError: The folder cannot be created, or a file cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: cannot make the folder ({reason(error)}); give another --compare") from None
+        raise InputError(f"{folder}: cannot create the folder ({reason(error)}); give another --compare") from None
     write_audio(folder / _MIXTURE, comparison.mixture, comparison.rate, "s16")
-    for name, voices in comparison.systems.items():
-        for file_name, voice in zip(_voice_names(name, len(voices)), voices, strict=True):
-            write_audio(folder / file_name, voice, comparison.rate, "s16")
+    for name, signals in comparison.systems.items():
+        for file_name, signal in zip(_speaker_files(name, len(signals)), signals, strict=True):
+            write_audio(folder / file_name, signal, comparison.rate, "s16")
     _draw(folder / PICTURE, comparison)
 
 
-@any_words()
+@literal_text()
 def _draw(path: Path, comparison: Comparison) -> None:
     curve = _quality_by_delay(comparison.task)
     gains = comparison.gains
     shown = {"mixture": comparison.mixture[0]}
-    for system, voices in comparison.systems.items():
-        voice = ", speaker 1" if len(voices) > 1 else ""
-        gain = f": {gains[system]:+.1f} dB SI-SDRi{' (all speakers)' if voice else ''}" if system in gains else ""
-        shown[_TITLES[system] + voice + gain] = voices[0, 0]
+    for system, signals in comparison.systems.items():
+        speaker = ", speaker 1" if len(signals) > 1 else ""
+        gain = f": {gains[system]:+.1f} dB SI-SDRi{' (all speakers)' if speaker else ''}" if system in gains else ""
+        shown[_TITLES[system] + speaker + gain] = signals[0, 0]
     levels = {title: _levels(samples, comparison.rate) for title, samples in shown.items()}
     top = max(float(level.max()) for level, _ in levels.values())
     rows = len(shown)
@@ -112,7 +112,7 @@ def _levels(samples: Samples, rate: int) -> tuple[NDArray[np.float32], tuple[flo
 
 
 def _quality_by_delay(task: str) -> dict[str, list[tuple[float, float]]]:
-    """What is recorded in the shipped bundles: by system, (delay in ms, SI-SDRi in dB)."""
+    """Return the figures of the shipped bundles: for each system, pairs of delay in ms and SI-SDRi in dB."""
     curve: dict[str, list[tuple[float, float]]] = {}
     for bundle in Bundle.shipped():
         model, quality = bundle.model, bundle.manifest.quality
@@ -136,9 +136,9 @@ def _draw_curve(axis: Any, curve: Mapping[str, list[tuple[float, float]]]) -> No
             level = float(np.mean([gain for _, gain in points]))
             label = {"alone": "small network alone", "large": "large network"}[system]
             axis.axhline(level, color=colours[system], linestyle="--", label=f"{label}, {level:.1f} dB")
-    axis.set_xlabel("hints late by, ms")
+    axis.set_xlabel("delay of the hints, ms")
     axis.set_ylabel("SI-SDRi, dB")
-    # From no delay on, so that one figure alone, too, stands at its place.
+    # The axis starts at a delay of 0, so that a single point is shown at the right position too.
     axis.set_xlim(-4, max(delay for delay, _ in curve["boosted"]) + 8)
     axis.set_ylim(bottom=0)
     axis.margins(y=0.15)

@@ -1,25 +1,25 @@
-"""What became of every hint of a run."""
+"""The log of all hints of a run: whether each was on time, late or missing, and its age."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from knowledge_boosting.device_client.replay.tally import Tally
 
-_TALLIED = 1 << 16  # frames at a time
+_BLOCK = 1 << 16  # frames that are processed at a time
 
 
 class HintLog:
-    """What became of every hint of a run of T frames."""
+    """The log of the hints of a run of T frames. All times are in nanoseconds."""
 
     def __init__(self, frames: int, delay: int) -> None:
-        """A log with room for ``frames``; :meth:`end` says how many there were."""
+        """Create a log for up to ``frames`` frames. :meth:`end` sets their actual number."""
         self.delay = delay
-        self.captured_at: NDArray[np.int64] = np.zeros(frames, np.int64)  # when the window was complete, ns
-        self.arrived_at: NDArray[np.int64] = np.full(frames, -1, np.int64)  # ns; -1: not yet
+        self.captured_at: NDArray[np.int64] = np.zeros(frames, np.int64)  # when the window of a frame was complete
+        self.arrived_at: NDArray[np.int64] = np.full(frames, -1, np.int64)  # when the hint of a frame arrived, or -1
         self.used: NDArray[np.bool_] = np.zeros(frames, np.bool_)
 
     def end(self, frames: int) -> None:
-        """The run had ``frames`` frames, at most those that there is room for."""
+        """Set the actual number of frames, which is at most that of the constructor."""
         self.captured_at, self.arrived_at, self.used = (
             self.captured_at[:frames],
             self.arrived_at[:frames],
@@ -27,26 +27,28 @@ class HintLog:
         )
 
     def classify(self, end: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which frames' hints were on time, late and missing when the run ended at ``end`` (ns), each ``[T - delay]``.
+        """Return whether each hint was on time, late or missing when the run ended at ``end``.
 
-        The last ``delay`` frames' hints are never due, so they are neither.
+        Returns:
+            Three arrays ``[T - delay]``. The hints of the last ``delay`` frames are not included, because no frame
+            could use them.
         """
         due = max(len(self.used) - self.delay, 0)
         on_time = self.used[:due]
-        came = (self.arrived_at[:due] >= 0) & (self.arrived_at[:due] <= end)
-        return on_time, came & ~on_time, ~came & ~on_time
+        arrived = (self.arrived_at[:due] >= 0) & (self.arrived_at[:due] <= end)
+        return on_time, arrived & ~on_time, ~arrived & ~on_time
 
     def tally(self, end: int) -> Tally:
-        """The ages of all hints that came by ``end`` (ns)."""
+        """Return the ages of all hints that arrived until ``end``."""
         tally = Tally()
-        for first in range(0, len(self.used), _TALLIED):
-            part = slice(first, first + _TALLIED)
-            arrived = self.arrived_at[part]
-            came = (arrived >= 0) & (arrived <= end)
-            tally.add_all(np.rint((arrived - self.captured_at[part])[came] / 1e3).astype(np.int64))
+        for first in range(0, len(self.used), _BLOCK):
+            block = slice(first, first + _BLOCK)
+            arrived_at = self.arrived_at[block]
+            arrived = (arrived_at >= 0) & (arrived_at <= end)
+            tally.add_all(np.rint((arrived_at - self.captured_at[block])[arrived] / 1e3).astype(np.int64))
         return tally
 
     def ages_ms(self, end: int) -> NDArray[np.float64]:
-        """Milliseconds from a window's completion to its hint's arrival, ``[T]``; NaN where none came by ``end``."""
-        came = (self.arrived_at >= 0) & (self.arrived_at <= end)
-        return np.where(came, (self.arrived_at - self.captured_at) / 1e6, np.nan)
+        """Return the ages of the hints in milliseconds, ``[T]``. They are NaN for hints that arrived after ``end``."""
+        arrived = (self.arrived_at >= 0) & (self.arrived_at <= end)
+        return np.where(arrived, (self.arrived_at - self.captured_at) / 1e6, np.nan)

@@ -1,4 +1,4 @@
-"""The frame loop over a recording, on a virtual or the real clock."""
+"""The frame loop over a recording, on the virtual or the real clock."""
 
 import queue
 import threading
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from knowledge_boosting.device_client.boosted_stream import BoostedStream, HintSource, frames_of
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, HintSource, split_frames
 from knowledge_boosting.device_client.engines.engine import Engine
 from knowledge_boosting.device_client.hints.buffer import HintBuffer
 from knowledge_boosting.device_client.hints.links import Link
@@ -21,36 +21,36 @@ from knowledge_boosting.protos.codec import Samples
 
 @dataclass
 class Run:
-    """What a pass over a recording gave, beside the estimate."""
+    """The figures of one pass over a recording."""
 
     log: HintLog
-    compute: Tally = field(default_factory=Tally)  # the small network's time for each frame
-    frames_behind: int = 0  # that were started more than a chunk after their windows were complete
+    compute: Tally = field(default_factory=Tally)  # time of the small network for each frame
+    frames_behind: int = 0  # frames that started more than a chunk after their window was complete
     ended_at: int = 0  # stream time, ns
     hints_received: int = 0
     server_queue: Tally = field(default_factory=Tally)
     server_compute: Tally = field(default_factory=Tally)
     bytes_up: int = 0
     bytes_down: int = 0
-    overflows: int = 0  # frames at which the network gave no numbers, and the input was taken
-    lost: StreamEnd | None = None  # why hints ended before the audio did
+    overflows: int = 0  # frames whose estimate was not finite, so that the output is the input
+    lost: StreamEnd | None = None  # why the session ended before the audio; None if it did not
 
-    def count(self, hint: ReceivedHint) -> None:
-        """A hint has come."""
+    def count_hint(self, hint: ReceivedHint) -> None:
+        """Add a received hint to the figures."""
         self.hints_received += 1
         self.server_queue.add(hint.queue_us)
         self.server_compute.add(hint.compute_us)
 
 
 class Hints(HintSource, Protocol):
-    """Hints on a clock of their own. Times are stream times in nanoseconds."""
+    """A source of hints that also defines the clock. All times are stream times in nanoseconds."""
 
     def wait_until(self, time_ns: int) -> int:
-        """Wait until a stream time; the time it is then."""
+        """Wait until a stream time. Return the time at the end of the wait."""
         ...
 
     def finish(self) -> None:
-        """No more frames: write into the run what became of the hints."""
+        """End the stream, and complete the figures of the run."""
         ...
 
 
@@ -63,22 +63,24 @@ def run_frames(
     write: Callable[[Samples], None],
     progress: Callable[[], None],
 ) -> None:
-    """Run a mixture frame by frame.
+    """Process a mixture frame by frame.
 
     Args:
-        mixture: its samples, ``[M, n]`` at a time.
-        hints: None for a network alone, or one whose hints are all withheld.
-        run: where it is written down what happens; the log has room for all frames.
-        write: called with every chunk of the estimate, ``[S, M, n]``; together they are as long as the mixture.
-        progress: called after every frame.
+        engine: A new session of the small network.
+        mixture: The samples of the mixture, ``[M, n]`` at a time.
+        model: The configuration of the model.
+        hints: The source of hints. None for one network alone, or to withhold all hints.
+        run: The object for the figures. Its log must have room for all frames.
+        write: Called with each chunk of the estimate, ``[S, M, n]``. All chunks together are as long as the mixture.
+        progress: Called after each frame.
     """
     framing, log, stream = model.framing, run.log, BoostedStream(engine, model, hints)
     chunk_ns = round(framing.chunk_seconds * 1e9)
-    for samples, length in frames_of(mixture, framing):
-        complete = round(framing.complete_at(stream.frames) * 1e9)
-        log.captured_at[stream.frames] = complete
-        now = hints.wait_until(complete) if hints is not None else 0
-        run.frames_behind += hints is not None and now - complete > chunk_ns
+    for samples, length in split_frames(mixture, framing):
+        captured_at = round(framing.complete_at(stream.frames) * 1e9)
+        log.captured_at[stream.frames] = captured_at
+        now = hints.wait_until(captured_at) if hints is not None else 0
+        run.frames_behind += hints is not None and now - captured_at > chunk_ns
         run.ended_at = now
         stream.fresh[:] = samples
         frame = stream.step(now)
@@ -94,9 +96,9 @@ def run_frames(
 
 
 class VirtualHints:
-    """Hints on a computed clock: a real server computes them, arithmetic says when each arrives.
+    """Hints on the virtual clock: a real server computes them, and their arrival times are simulated.
 
-    The result depends on the seed alone, not on the speed of this machine.
+    The result depends only on the seed, and not on the speed of this machine.
     """
 
     def __init__(
@@ -110,19 +112,24 @@ class VirtualHints:
         server_ns: int,
         sample_bytes: int,
     ) -> None:
-        """Hints over a stream.
+        """Create a source of hints.
 
         Args:
-            server_ns: time the server takes for a frame.
-            sample_bytes: size of one sample of all channels on the wire.
+            stream: An open session with the server.
+            delay: The delay of the hints, frames.
+            run: The object for the figures.
+            uplink: The simulated link to the server.
+            downlink: The simulated link from the server.
+            server_ns: The simulated time of the server for each frame, ns.
+            sample_bytes: The size of one sample of all channels on the wire, bytes.
         """
         self._stream, self._run = stream, run
         self._buffer = HintBuffer(delay)
         self._uplink, self._downlink = uplink, downlink
         self._server_ns, self._sample_bytes = server_ns, sample_bytes
         self._sent = 0
-        self._free_at = 0  # the server, ns
-        self._computed_at: deque[int] = deque()  # of the hints that have not been received
+        self._server_idle_at = 0  # ns
+        self._computed_at: deque[int] = deque()  # ns, for the hints that have not been received yet
 
     def wait_until(self, time_ns: int) -> int:
         return time_ns
@@ -130,14 +137,14 @@ class VirtualHints:
     def send(self, frame: int, samples: Samples, now: int) -> None:
         self._sent += 1
         if self._stream.ended is not None:
-            return  # nobody takes it any more
+            return  # there is no server any more
         self._stream.send(frame, samples.copy())
-        reached = self._uplink.arrival(now, samples.shape[1] * self._sample_bytes)
-        self._free_at = max(reached, self._free_at) + self._server_ns
-        self._computed_at.append(self._free_at)
+        received_at = self._uplink.arrival(now, samples.shape[1] * self._sample_bytes)
+        self._server_idle_at = max(received_at, self._server_idle_at) + self._server_ns
+        self._computed_at.append(self._server_idle_at)
 
     def take(self, frame: int, now: int) -> Samples | None:
-        # Waiting for the hint even if it will be late keeps the server from falling behind without bound.
+        # Even a late hint is awaited here, so that the real server does not fall behind without limit.
         while self._run.hints_received <= frame and self._receive():
             pass
         return self._buffer.take(frame, now)
@@ -157,21 +164,21 @@ class VirtualHints:
             return False
         arrival = self._downlink.arrival(self._computed_at.popleft(), received.payload_bytes)
         self._run.log.arrived_at[received.frame] = arrival
-        assert received.hint is not None  # this session has no deadline
+        assert received.hint is not None  # a session without a deadline always gets the values
         self._buffer.put(received.frame, received.hint, arrival)
-        self._run.count(received)
+        self._run.count_hint(received)
         return True
 
 
 class RealHints:
-    """Hints on the real clock: frames are paced, simulated delays really pass, deadlines are met or missed."""
+    """Hints on the real clock: frames are paced in real time, and the simulated delays are waited for."""
 
     def __init__(self, delay: int, run: Run, *, uplink: Link, downlink: Link) -> None:
         self._run = run
         self._buffer = HintBuffer(delay)
         self._uplink, self._downlink = uplink, downlink
         self._sent_at: dict[int, int] = {}
-        self._on_the_way: queue.SimpleQueue[tuple[int, ReceivedHint] | None] = queue.SimpleQueue()
+        self._in_flight: queue.SimpleQueue[tuple[int, ReceivedHint] | None] = queue.SimpleQueue()
         self._stream: HintStream | None = None
         self._threads = [
             threading.Thread(target=self._receive, name="hint-receiver", daemon=True),
@@ -179,12 +186,12 @@ class RealHints:
         ]
         self._started_at = 0
 
-    def hold(self, frame: int, payload_bytes: int) -> None:
-        """Wait, on the sending thread, until a message has crossed the uplink."""
+    def wait_for_uplink(self, frame: int, payload_bytes: int) -> None:
+        """Wait on the sending thread until a message would have crossed the simulated uplink."""
         self.wait_until(self._uplink.arrival(self._sent_at.pop(frame), payload_bytes))
 
     def start(self, stream: HintStream) -> None:
-        """Begin with stream time 0 now; the stream must have :meth:`hold` as its ``hold``."""
+        """Start the clock at stream time 0. ``stream`` must call :meth:`wait_for_uplink` as its ``before_send``."""
         self._stream = stream
         self._started_at = time.perf_counter_ns()
         for thread in self._threads:
@@ -197,7 +204,7 @@ class RealHints:
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
         assert self._stream is not None
-        if self._stream.ended is None:  # else nobody takes it any more
+        if self._stream.ended is None:
             self._sent_at[frame] = now
             self._stream.send(frame, samples.copy())
 
@@ -219,14 +226,14 @@ class RealHints:
     def _receive(self) -> None:
         assert self._stream is not None
         while (received := self._stream.receive()) is not None:
-            self._run.count(received)
-            self._on_the_way.put((self._downlink.arrival(self._now(), received.payload_bytes), received))
-        self._on_the_way.put(None)
+            self._run.count_hint(received)
+            self._in_flight.put((self._downlink.arrival(self._now(), received.payload_bytes), received))
+        self._in_flight.put(None)
 
     def _deliver(self) -> None:
-        while (item := self._on_the_way.get()) is not None:
+        while (item := self._in_flight.get()) is not None:
             arrival, received = item
             now = self.wait_until(arrival)
-            assert received.hint is not None  # this session has no deadline
+            assert received.hint is not None  # a session without a deadline always gets the values
             self._buffer.put(received.frame, received.hint, now)
             self._run.log.arrived_at[received.frame] = now

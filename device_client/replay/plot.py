@@ -1,4 +1,4 @@
-"""The picture of a replay: spectrograms of mixture and output, and every hint's age."""
+"""The figure of a replay: spectrograms of mixture and output, and the age of each hint."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
-from knowledge_boosting.common.pictures import any_words
+from knowledge_boosting.common.pictures import literal_text
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.protos.codec import Samples
 
@@ -18,38 +18,41 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 FORMATS = (".png", ".pdf", ".svg")
-_MOST_COLUMNS = 1200  # about as many as the picture has points
-_FRAMES_AT_ONCE = 256
+_MAX_COLUMNS = 1200  # about the width of a spectrogram in pixels
+_BATCH = 256  # frames that are transformed at a time
 
 
 def check_plot(path: Path) -> None:
-    """Whether a picture of that name can be written.
+    """Check that the suffix of a path is that of a supported image format.
 
     Raises:
-        InputError: the suffix is none of ``FORMATS``.
+        InputError: It is not.
     """
     if path.suffix not in FORMATS:
-        raise InputError(f"{path}: a plot must end in {', '.join(FORMATS)}")
+        raise InputError(f"{path}: the name of a plot must end in one of {', '.join(FORMATS)}")
 
 
-@any_words()
+@literal_text()
 def plot_replay(
     path: Path,
     title: str,
     signals: "dict[str, Spectrogram]",
     log: HintLog | None,
     ended_at: int,
-    budget_ms: float,
+    deadline_ms: float,
 ) -> None:
-    """Draw and write the picture, whole or not at all.
+    """Draw the figure and write it to a file. After an error there is no file.
 
     Args:
-        signals: by name.
-        log: of the hints; None for a network alone.
-        budget_ms: age at which a hint is due.
+        path: The path of the file.
+        title: The title of the figure.
+        signals: The spectrograms, by their headings.
+        log: The log of the hints. None for one network alone.
+        ended_at: The stream time at which the run ended, ns.
+        deadline_ms: The maximum age of a hint, ms.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: The file cannot be written.
     """
     rows = len(signals) + (log is not None)
     figure, axes = plt.subplots(
@@ -61,7 +64,7 @@ def plot_replay(
         image = draw_spectrogram(axis, name, level, extent, top)
     figure.colorbar(image, ax=axes[: len(signals), 0].tolist(), label="dB", aspect=30, pad=0.01)
     if log is not None:
-        _plot_ages(axes[-1, 0], log, ended_at, budget_ms)
+        _plot_ages(axes[-1, 0], log, ended_at, deadline_ms)
     axes[-1, 0].set_xlabel("time, s")
     figure.suptitle(title, fontsize=11)
     with atomic_file(path) as temporary:
@@ -73,25 +76,33 @@ def plot_replay(
             plt.close(figure)
 
 
-def _plot_ages(axis: Any, log: HintLog, ended_at: int, budget_ms: float) -> None:
+def _plot_ages(axis: Any, log: HintLog, ended_at: int, deadline_ms: float) -> None:
     seconds = log.captured_at / 1e9
     ages = log.ages_ms(ended_at)
     on_time, late, missing = (np.flatnonzero(flags) for flags in log.classify(ended_at))
-    axis.axhline(budget_ms, color="black", linewidth=0.8, linestyle="--", label=f"due after {budget_ms:g} ms")
+    axis.axhline(deadline_ms, color="black", linewidth=0.8, linestyle="--", label=f"deadline ({deadline_ms:g} ms)")
     axis.plot(seconds[on_time], ages[on_time], ".", markersize=3, color="tab:green", label=f"on time ({len(on_time)})")
     axis.plot(seconds[late], ages[late], ".", markersize=4, color="tab:orange", label=f"late ({len(late)})")
-    # A missing hint has no age: it is marked on the zero line.
+    # A missing hint has no age, and is marked on the zero line.
     zero = np.zeros(len(missing))
     axis.plot(seconds[missing], zero, "|", markersize=8, color="tab:red", label=f"missing ({len(missing)})")
     axis.set_title("age of hints on arrival", loc="left", fontsize=10)
     axis.set_ylabel("ms")
-    highest = np.nanmax(ages, initial=budget_ms) if not np.isnan(ages).all() else budget_ms
-    axis.set_ylim(0, 1.35 * max(highest, 1))
+    max_age = np.nanmax(ages, initial=deadline_ms) if not np.isnan(ages).all() else deadline_ms
+    axis.set_ylim(0, 1.35 * max(max_age, 1))
     axis.legend(loc="upper right", ncols=4, fontsize=8)
 
 
 def draw_spectrogram(axis: Any, title: str, level: NDArray[np.float32], extent: tuple[float, ...], top: float) -> Any:
-    """Draw a spectrogram, 80 dB down from ``top``; returns the image."""
+    """Draw a spectrogram with a range of 80 dB below ``top`` (dB), and return the matplotlib image.
+
+    Args:
+        axis: The matplotlib axis.
+        title: The heading.
+        level: The levels in dB, ``[F, T]``.
+        extent: The first and last time in seconds, and the lowest and highest frequency in kHz.
+        top: The highest level of the colour scale, dB.
+    """
     image = axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top, cmap="magma")
     axis.set_ylabel("kHz")
     axis.set_title(title, loc="left", fontsize=10)
@@ -99,38 +110,41 @@ def draw_spectrogram(axis: Any, title: str, level: NDArray[np.float32], extent: 
 
 
 class Spectrogram:
-    """Level of 32 ms frames, of a signal that comes in pieces; long ones are drawn by the mean power of several."""
+    """Computes the spectrogram of a signal block by block, with frames of 32 ms.
+
+    For a long signal, each column of the spectrogram is the mean power of several frames.
+    """
 
     def __init__(self, rate: int, length: int) -> None:
-        """A picture of a signal of ``length`` samples."""
+        """Create the spectrogram of a signal of ``length`` samples at ``rate`` Hz."""
         self._rate, self._size = rate, round(0.032 * rate)
         self._hop = self._size // 4
         self._length = max(length, self._size)
         frames = (self._length - self._size) // self._hop + 1
-        self._frames_each = -(-frames // _MOST_COLUMNS)
-        self._power = np.zeros((-(-frames // self._frames_each), self._size // 2 + 1))
-        self._frames, self._done = frames, 0
-        self._rest = np.zeros(0, np.float32)
+        self._frames_per_column = -(-frames // _MAX_COLUMNS)
+        self._power = np.zeros((-(-frames // self._frames_per_column), self._size // 2 + 1))
+        self._frames, self._frames_done = frames, 0
+        self._pending = np.zeros(0, np.float32)
 
     def add(self, signal: Samples) -> None:
-        """The next samples ``[n]``."""
-        self._rest = np.concatenate([self._rest, signal])
-        if len(self._rest) >= self._size:
-            frames = np.lib.stride_tricks.sliding_window_view(self._rest, self._size)[:: self._hop]
-            for first in range(0, len(frames), _FRAMES_AT_ONCE):
-                self._count(frames[first : first + _FRAMES_AT_ONCE])
-            self._rest = self._rest[len(frames) * self._hop :]
+        """Add the next samples ``[n]`` of the signal."""
+        self._pending = np.concatenate([self._pending, signal])
+        if len(self._pending) >= self._size:
+            frames = np.lib.stride_tricks.sliding_window_view(self._pending, self._size)[:: self._hop]
+            for first in range(0, len(frames), _BATCH):
+                self._accumulate(frames[first : first + _BATCH])
+            self._pending = self._pending[len(frames) * self._hop :]
 
-    def _count(self, frames: NDArray[np.float32]) -> None:
+    def _accumulate(self, frames: NDArray[np.float32]) -> None:
         spectrum = np.abs(np.fft.rfft(frames.astype(np.float64) * np.hanning(self._size), axis=1)) / (self._size / 4)
-        columns = np.arange(self._done, self._done + len(frames)) // self._frames_each
+        columns = np.arange(self._frames_done, self._frames_done + len(frames)) // self._frames_per_column
         np.add.at(self._power, columns, np.square(spectrum))
-        self._done += len(frames)
+        self._frames_done += len(frames)
 
     def levels(self) -> tuple[NDArray[np.float32], tuple[float, ...]]:
-        """Level in dB ``[F, T]``, and its extent in seconds and kHz."""
-        if not self._done:
-            self.add(np.zeros(self._size - len(self._rest), np.float32))
-        counts = np.bincount(np.arange(self._frames) // self._frames_each)
+        """Return the levels in dB, ``[F, T]``, and their extent for :func:`draw_spectrogram`."""
+        if not self._frames_done:
+            self.add(np.zeros(self._size - len(self._pending), np.float32))
+        counts = np.bincount(np.arange(self._frames) // self._frames_per_column)
         level = 20 * np.log10(np.sqrt(self._power / counts[:, None]).T + 1e-7)
         return level.astype(np.float32), (0.0, self._length / self._rate, 0.0, self._rate / 2000)

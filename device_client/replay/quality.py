@@ -1,4 +1,4 @@
-"""How much of the wanted voice an estimate holds. All figures in decibels; signals are ``[..., N]``."""
+"""Quality figures of estimates, in dB. Signals have the shape ``[..., N]``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,26 +12,31 @@ from knowledge_boosting.protos.codec import Samples
 
 
 def si_sdr(estimate: Samples, reference: Samples) -> NDArray[np.float64]:
-    """Scale-invariant signal-to-distortion ratio of zero-mean signals (Le Roux et al., ICASSP 2019), per signal."""
-    centred, wanted = _zero_mean(estimate), _zero_mean(reference)
-    target = wanted * ((centred * wanted).sum(-1) / _power(wanted))[..., None]
+    """Return the scale-invariant signal-to-distortion ratio of each signal, after removal of the mean.
+
+    The definition is that of Le Roux et al., ICASSP 2019.
+    """
+    centred, centred_reference = _zero_mean(estimate), _zero_mean(reference)
+    scale = (centred * centred_reference).sum(-1) / _power(centred_reference)
+    target = centred_reference * scale[..., None]
     return _decibels(_power(target), _power(centred - target))
 
 
 def snr(estimate: Samples, reference: Samples) -> NDArray[np.float64]:
-    """Signal-to-noise ratio, the noise being whatever differs from the reference; per signal."""
-    wanted = reference.astype(np.float64)
-    return _decibels(_power(wanted), _power(wanted - estimate))
+    """Return the signal-to-noise ratio of each signal. The noise is the difference from the reference."""
+    reference64 = reference.astype(np.float64)
+    return _decibels(_power(reference64), _power(reference64 - estimate))
 
 
 def match_sources(estimates: Samples, references: Samples) -> Sequence[int]:
-    """Which estimate belongs to which reference.
+    """Assign the estimates to the references, by the best mean SI-SDR.
 
     Args:
-        estimates, references: ``[S, M, N]``.
+        estimates: ``[S, M, N]``.
+        references: ``[S, M, N]``.
 
     Returns:
-        For every reference the index of its estimate: the assignment with the best mean SI-SDR.
+        For each reference, the index of its estimate.
     """
     scores = np.array([[si_sdr(e, r).mean() for e in estimates] for r in references])
     orders = permutations(range(len(estimates)))
@@ -45,7 +50,7 @@ def _zero_mean(signal: Samples) -> NDArray[np.float64]:
 
 
 def _power(signal: NDArray[np.float64]) -> NDArray[np.float64]:
-    # The least double keeps silence and perfection apart from a division by zero.
+    # The smallest positive double prevents a division by zero for silence and for perfect estimates.
     power: NDArray[np.float64] = np.square(signal).sum(-1) + np.finfo(np.float64).tiny
     return power
 
@@ -57,14 +62,14 @@ def _decibels(power: NDArray[np.float64], of: NDArray[np.float64]) -> NDArray[np
 
 @dataclass(frozen=True)
 class Measured:
-    """What figures and comparisons are made of: whole signals, at the file's rate."""
+    """The signals for quality figures and comparisons, at the rate of the mixture's file."""
 
     mixture: Samples  # [M, N]
     references: Samples  # [S, M, N]
 
 
 def qualities(measured: Measured, estimates: dict[str, Samples]) -> dict[str, Quality]:
-    """Figures of the mixture, and of every system there is an estimate ``[S, M, N]`` of, by its name."""
+    """Return the figures of the mixture and of each system, by name. ``estimates`` has one ``[S, M, N]`` for each."""
     mixture, references = measured.mixture, measured.references
     before = si_sdr(mixture, references).mean(), snr(mixture, references).mean()
     quality = {"mixture": Quality(si_sdr=round(float(before[0]), 3), si_sdri=0, snri=0)}

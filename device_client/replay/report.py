@@ -1,4 +1,4 @@
-"""What a replay tells: the JSON report (``docs/report.md`` describes it) and the table for the terminal."""
+"""The report of a replay: a JSON file, which ``docs/report.md`` describes, and a table for the terminal."""
 
 from bisect import bisect_left
 from pathlib import Path
@@ -21,13 +21,13 @@ FrameRange = tuple[int, int]
 
 
 class Record(BaseModel):
-    """A part of the report."""
+    """Base class of the parts of the report."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Percentiles(Record):
-    """Of a set of figures; null where there are none."""
+    """Percentiles of a set of times. They are null if the set is empty."""
 
     p50: float | None
     p95: float | None
@@ -36,7 +36,7 @@ class Percentiles(Record):
 
     @classmethod
     def of(cls, times: Tally) -> "Percentiles":
-        """Percentiles of times, in milliseconds."""
+        """Return the percentiles of times, in milliseconds."""
         if not times:
             return cls(p50=None, p95=None, p99=None, max=None)
         p50, p95, p99, top = (round(times.percentile_ms(q), 3) for q in (50, 95, 99, 100))
@@ -44,41 +44,41 @@ class Percentiles(Record):
 
 
 class BundleReport(Record):
-    """The bundle that ran."""
+    """The part of the report about the bundle."""
 
     name: str
     id: str
     task: TaskName
     untrained: bool
-    notice: str | None = Field(description="what must be known before any figure here is used")
+    notice: str | None = Field(description="a warning about the weights that applies to all figures")
     delay_frames: int
     delay_ms: float
 
 
 class NetworkReport(Record):
-    """The simulated network."""
+    """The part of the report about the network conditions."""
 
     delay_ms: float
     jitter_ms: float
     loss: float
     bandwidth_mbit: float | None
     trace: str | None
-    server_ms: float | None = Field(description="virtual clock: time the server is taken to need for a frame")
+    server_ms: float | None = Field(description="virtual clock: simulated time of the server for each frame")
     pcm_encoding: str
     hint_encoding: str
 
 
 class HintReport(Record):
-    """What became of the hints."""
+    """The part of the report about the hints."""
 
-    due: int = Field(description="hints that a frame waited for: all but those of the last delay_frames frames")
+    due: int = Field(description="hints that a frame could use: all except those of the last delay_frames frames")
     on_time: int
-    late: int = Field(description="arrived after the frame they were due at had started; fused as zeros")
-    missing: int = Field(description="had not arrived when the run ended; fused as zeros")
-    late_frames: list[FrameRange] = Field(description="first and last frame of every stretch of late hints")
+    late: int = Field(description="hints that arrived after their deadline; zeros were fused instead")
+    missing: int = Field(description="hints that had not arrived at the end of the run; zeros were fused instead")
+    late_frames: list[FrameRange] = Field(description="first and last frame of each range of late hints")
     missing_frames: list[FrameRange]
-    age_ms: Percentiles = Field(description="from a frame's capture to the arrival of its hint")
-    age_histogram_ms: dict[str, int] = Field(description="arrived hints by age: upper edge of each class, in order")
+    age_ms: Percentiles = Field(description="time from the capture of a frame to the arrival of its hint")
+    age_histogram_ms: dict[str, int] = Field(description="number of hints by age; the key is the upper edge of a class")
     bytes_up: int = Field(description="PCM sent")
     bytes_down: int = Field(description="hint payloads received")
     kbit_per_second_up: float
@@ -86,16 +86,16 @@ class HintReport(Record):
 
 
 class ServerLost(Record):
-    """The server went away before the audio ended."""
+    """The part of the report about a server that was lost before the end of the audio."""
 
-    first_lost_hint: int = Field(description="no hint of this frame or a later one was fused")
-    first_frame_without: int = Field(description="from this frame on the small network was alone")
+    first_lost_hint: int = Field(description="first frame whose hint was not received")
+    first_frame_without: int = Field(description="first frame from which on no hint was fused")
     status: str
     detail: str
 
 
 class Quality(Record):
-    """Mean over sources and microphones, dB."""
+    """The quality of one system in dB, as the mean over speakers and microphones."""
 
     si_sdr: float
     si_sdri: float
@@ -103,19 +103,19 @@ class Quality(Record):
 
 
 class Timing(Record):
-    """Everything that differs from run to run on the virtual clock."""
+    """The part of the report about times. On the virtual clock, only this part differs between runs."""
 
     server: str
     wall_seconds: float
-    compute_ms: Percentiles = Field(description="small network, per frame")
-    real_time_factor: float = Field(description="compute time over duration of the audio; below 1 keeps up")
-    frames_behind: int = Field(description="real clock: frames started more than one chunk after their capture")
+    compute_ms: Percentiles = Field(description="time of the small network for each frame")
+    real_time_factor: float = Field(description="compute time divided by the duration of the audio; must be below 1")
+    frames_behind: int = Field(description="real clock: frames that started more than one chunk after their capture")
     server_queue_ms: Percentiles
     server_compute_ms: Percentiles
 
 
 class Report(Record):
-    """One replay."""
+    """The report of one replay."""
 
     schema_version: Literal[1] = 1
     bundle: BundleReport
@@ -129,7 +129,7 @@ class Report(Record):
     network: NetworkReport | None = Field(description="null for a bundle of one network alone")
     frames: int
     overflows: int = Field(
-        default=0, description="frames at which the small network gave no numbers, and the input was taken in its place"
+        default=0, description="frames whose estimate was not finite, so that the output is the input"
     )
     hints: HintReport | None
     server_lost: ServerLost | None
@@ -140,7 +140,7 @@ class Report(Record):
 
 
 def bundle_report(manifest: Manifest) -> BundleReport:
-    """The report's part on the bundle."""
+    """Create the part about the bundle."""
     return BundleReport(
         name=manifest.name,
         id=manifest.id,
@@ -148,14 +148,22 @@ def bundle_report(manifest: Manifest) -> BundleReport:
         untrained=manifest.untrained,
         notice=UNTRAINED_NOTICE if manifest.untrained else None,
         delay_frames=manifest.model.delay,
-        delay_ms=_budget_ms(manifest.model),
+        delay_ms=_delay_ms(manifest.model),
     )
 
 
 def network_report(
     conditions: NetworkConditions, *, trace: str | None, server_ms: float | None, pcm: str, hints: str
 ) -> NetworkReport:
-    """The report's part on the network."""
+    """Create the part about the network conditions.
+
+    Args:
+        conditions: The network conditions.
+        trace: The path of the trace that replaces them, or None.
+        server_ms: The simulated time of the server for each frame, or None on the real clock.
+        pcm: The encoding of the samples.
+        hints: The encoding of the hints.
+    """
     recorded = trace is not None
     return NetworkReport(
         delay_ms=0 if recorded else conditions.delay_ms,
@@ -170,7 +178,7 @@ def network_report(
 
 
 def hint_report(run: Run, seconds: float) -> HintReport:
-    """The report's part on the hints."""
+    """Create the part about the hints. ``seconds`` is the duration of the audio."""
     on_time, late, missing = run.log.classify(run.ended_at)
     ages = run.log.tally(run.ended_at)
     return HintReport(
@@ -190,7 +198,7 @@ def hint_report(run: Run, seconds: float) -> HintReport:
 
 
 def lost_report(run: Run) -> ServerLost | None:
-    """The report's part on a server that went away."""
+    """Create the part about a lost server. It is None if the server was not lost."""
     if run.lost is None:
         return None
     first = run.hints_received
@@ -203,7 +211,7 @@ def lost_report(run: Run) -> ServerLost | None:
 
 
 def timing(run: Run, model: ModelConfig, *, server: str, wall_seconds: float) -> Timing:
-    """The report's part on time."""
+    """Create the part about times."""
     frames = max(len(run.compute), 1)
     return Timing(
         server=server,
@@ -217,8 +225,8 @@ def timing(run: Run, model: ModelConfig, *, server: str, wall_seconds: float) ->
 
 
 def table(report: Report) -> Table:
-    """The report for a person."""
-    bundle, hints, took = report.bundle, report.hints, report.timing
+    """Return the report as a table for the terminal."""
+    bundle, hints, times = report.bundle, report.hints, report.timing
     title = f"{report.input}: {report.frames} frames, {report.seconds:.2f} s, bundle {bundle.name}"
     grid = Table(title=title, show_header=False, title_justify="left", caption_justify="left")
     if bundle.notice:
@@ -230,21 +238,21 @@ def table(report: Report) -> Table:
         grid.add_row(
             "hints", f"{hints.on_time} on time ({share}), {hints.late} late, {hints.missing} missing of {hints.due}"
         )
-        grid.add_row("hint age", f"{_spread(hints.age_ms)}; due after {bundle.delay_ms:g} ms")
+        grid.add_row("hint age", f"{_percentiles(hints.age_ms)}; deadline {bundle.delay_ms:g} ms")
         grid.add_row("traffic", f"{hints.kbit_per_second_up:g} kbit/s up, {hints.kbit_per_second_down:g} down")
         if report.server_lost is not None:
             lost = report.server_lost
             grid.add_row(
                 "server lost", f"no hints from frame {lost.first_frame_without} on ({lost.status}: {lost.detail})"
             )
-        grid.add_row("server", f"compute {_spread(took.server_compute_ms)}")
+        grid.add_row("server", f"compute {_percentiles(times.server_compute_ms)}")
     else:
         grid.add_row("hints", "none: this bundle is one network alone")
-    grid.add_row("device", f"compute {_spread(took.compute_ms)}; real-time factor {took.real_time_factor:.2f}")
+    grid.add_row("device", f"compute {_percentiles(times.compute_ms)}; real-time factor {times.real_time_factor:.2f}")
     if report.overflows:
-        grid.add_row("overflowed", f"{report.overflows} frames: the input was taken; scale samples to +-1")
-    if took.frames_behind:
-        grid.add_row("device too slow", f"{took.frames_behind} frames started more than a chunk late")
+        grid.add_row("overflowed", f"{report.overflows} frames: the output is the input; scale the samples to +-1")
+    if times.frames_behind:
+        grid.add_row("device too slow", f"{times.frames_behind} frames started more than one chunk after their capture")
     names = {
         "mixture": "mixture",
         "alone": "alone",
@@ -263,27 +271,27 @@ def table(report: Report) -> Table:
 
 def _describe(network: NetworkReport, clock: str) -> str:
     if network.trace is not None:
-        words = [f"delays of {network.trace}"]
+        parts = [f"delays of {network.trace}"]
     else:
-        words = [f"{network.delay_ms:g} ms round trip"]
+        parts = [f"{network.delay_ms:g} ms round trip"]
         if network.jitter_ms:
-            words.append(f"{network.jitter_ms:g} ms jitter")
+            parts.append(f"{network.jitter_ms:g} ms jitter")
         if network.loss:
-            words.append(f"{100 * network.loss:g} % loss")
+            parts.append(f"{100 * network.loss:g} % loss")
         if network.bandwidth_mbit is not None:
-            words.append(f"{network.bandwidth_mbit:g} Mbit/s")
+            parts.append(f"{network.bandwidth_mbit:g} Mbit/s")
     if network.server_ms:
-        words.append(f"server {network.server_ms:g} ms")
-    return f"{', '.join(words)}; {clock} clock"
+        parts.append(f"server {network.server_ms:g} ms")
+    return f"{', '.join(parts)}; {clock} clock"
 
 
-def _spread(figures: Percentiles) -> str:
+def _percentiles(figures: Percentiles) -> str:
     if figures.p50 is None:
         return "none"
     return f"p50 {figures.p50:.2f}, p95 {figures.p95:.2f}, p99 {figures.p99:.2f} ms"
 
 
-def _budget_ms(model: ModelConfig) -> float:
+def _delay_ms(model: ModelConfig) -> float:
     return round(1000 * model.delay * model.framing.chunk_seconds, 6)
 
 
@@ -301,10 +309,10 @@ def _histogram(ages: Tally) -> dict[str, int]:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the report as JSON, whole or not at all.
+    """Write the report as JSON. After an error there is no file.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: The file cannot be written.
     """
     with atomic_file(path) as temporary:
         temporary.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")

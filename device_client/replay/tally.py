@@ -1,4 +1,4 @@
-"""Times by number, in a room that hardly grows with them."""
+"""A compact histogram of times."""
 
 from collections import Counter
 
@@ -7,19 +7,19 @@ from numpy.typing import NDArray
 
 
 class Tally:
-    """Times counted by the whole microsecond."""
+    """A histogram of times in whole microseconds. Its memory does not grow with the number of equal times."""
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
         self.total = 0  # microseconds
 
     def add(self, microseconds: int) -> None:
-        """Count one time."""
+        """Add one time."""
         self.counts[microseconds] += 1
         self.total += microseconds
 
     def add_all(self, microseconds: NDArray[np.int64]) -> None:
-        """Count many."""
+        """Add an array of times."""
         values, counts = np.unique(microseconds, return_counts=True)
         self.counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         self.total += int(microseconds.sum())
@@ -28,9 +28,9 @@ class Tally:
         return self.counts.total()
 
     def percentile_ms(self, q: float) -> float:
-        """The percentile in milliseconds, interpolated linearly between two times; there must be one at least."""
+        """Return the percentile ``q`` in milliseconds, with linear interpolation. There must be at least one time."""
         values = sorted(self.counts)
         ends = np.cumsum([self.counts[value] for value in values])
-        place = (ends[-1] - 1) * q / 100
-        below, above = (values[int(np.searchsorted(ends, at, "right"))] for at in (np.floor(place), np.ceil(place)))
-        return float(below + (above - below) * (place % 1)) / 1e3
+        rank = (ends[-1] - 1) * q / 100
+        below, above = (values[int(np.searchsorted(ends, index, "right"))] for index in (np.floor(rank), np.ceil(rank)))
+        return float(below + (above - below) * (rank % 1)) / 1e3

@@ -1,4 +1,4 @@
-"""Addresses of servers: what they must be, and where they lead."""
+"""Tests for parsing and classifying network addresses."""
 
 import pytest
 
@@ -28,14 +28,14 @@ def test_an_address_is_host_and_port(server: str, expected: tuple[str, int]) -> 
 
 
 @pytest.mark.parametrize(
-    ("server", "why"),
+    ("server", "message"),
     [
-        ("http://gpu-host:50051/", "has http:// before it, and is no web address; give gpu-host:50051"),
-        ("grpc://gpu-host:50051", "has grpc:// before it, and is no web address; give gpu-host:50051"),
-        ("https://", "has https:// before it, and is no web address; give HOST:PORT"),
+        ("http://gpu-host:50051/", "must be an address without http://; give gpu-host:50051"),
+        ("grpc://gpu-host:50051", "must be an address without grpc://; give gpu-host:50051"),
+        ("https://", "must be an address without https://; give HOST:PORT"),
         ("::1", "an IPv6 address needs brackets and a port; give [::1]:50051"),
         ("2001:db8::7:50051", "an IPv6 address needs brackets; give [2001:db8::7]:50051"),
-        ("gpu-host", "must be HOST:PORT; give gpu-host:50051 if that is the port"),
+        ("gpu-host", "must be HOST:PORT; give gpu-host:50051 if 50051 is the port"),
         ("gpu-host:", "must be HOST:PORT, with a port from 1 to 65535"),
         ("gpu-host:0", "must be HOST:PORT, with a port from 1 to 65535"),
         ("gpu-host:65536", "must be HOST:PORT, with a port from 1 to 65535"),
@@ -50,20 +50,20 @@ def test_an_address_is_host_and_port(server: str, expected: tuple[str, int]) -> 
         ("unix:/run/kb:50051", "must be HOST:PORT, such as gpu-host:50051"),
     ],
 )
-def test_what_is_no_address_is_told_what_it_should_be(server: str, why: str) -> None:
+def test_a_malformed_address_is_refused_with_the_expected_form(server: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         split_address(server)
-    assert str(caught.value) == f"--server {server}: {why}"
+    assert str(caught.value) == f"--server {server}: {message}"
 
 
-def test_every_way_to_write_this_machine_is_this_machine() -> None:
+def test_every_spelling_of_a_loopback_address_is_recognised() -> None:
     ours = ["localhost", "LOCALHOST", "LocalHost.", "127.0.0.1", "127.8.9.10", "::1", "[::1]", "::ffff:127.0.0.1"]
     assert all(map(is_loopback, ours))
     others = ["", "gpu-host", "localhost.example", "127.0.0.1.example", "0.0.0.0", "::", "10.0.0.1", "::ffff:10.0.0.1"]
     assert not any(map(is_loopback, others))
 
 
-def test_which_proxy_leads_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proxy_of_a_host_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert proxy_of("gpu-host") is None
     monkeypatch.setenv("http_proxy", "http://me:secret@proxy:3128/")
     assert proxy_of("gpu-host") == ("proxy:3128", "http_proxy")

@@ -1,4 +1,4 @@
-"""What all command lines have in common."""
+"""Tests for the common behaviour of all commands."""
 
 import re
 import signal
@@ -27,7 +27,7 @@ def test_help_shows_values_as_they_are_written(
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert f"Usage: {' '.join(call)}" in texts[0]
-    # Python's names of types are for nobody to write.
+    # A user does not write the names of Python types.
     assert not re.search(r"<(str|int|float|bool|path|file|list|tuple|choice)", texts[0])
 
 
@@ -38,7 +38,7 @@ def test_every_command_prints_its_version(name: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("call", [("kb-client", "replay"), ("kb-server", "status"), ("kb-train",)], ids=" ".join)
-def test_a_wrong_call_names_the_help_of_its_own_command(
+def test_the_message_for_a_wrong_call_names_the_help_of_that_command(
     call: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, *part = call
@@ -57,7 +57,7 @@ def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_waits_for_no_library(number: signal.Signals, tmp_path: Path) -> None:
-    """As for gRPC's threads, which may wait for a call that was interrupted, for ever."""
+    """A thread that never ends stands for the threads of gRPC, which can wait forever for an interrupted call."""
     script = (
         "import os, threading, time\n"
         "from knowledge_boosting.common import cli\n"

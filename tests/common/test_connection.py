@@ -1,4 +1,4 @@
-"""Connections to a server, and what is said where there is none."""
+"""Tests for connections to a server, and for the messages when a connection fails."""
 
 import socket
 import ssl
@@ -21,7 +21,7 @@ PLAIN = Credentials()
 
 @contextmanager
 def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A port of loopback whose every connection is given to ``answer``."""
+    """Listen on a loopback port, and pass every connection to ``answer``."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def accept() -> None:
@@ -40,7 +40,7 @@ def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    """Of a gRPC server on all of loopback."""
+    """The port of a gRPC server that listens on the loopback addresses."""
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     with suppress(RuntimeError):  # a machine without IPv6
@@ -104,19 +104,19 @@ def test_a_host_behind_a_proxy_is_reached_through_it_or_the_proxy_is_named(
         for where in (proxy, 1):
             monkeypatch.setenv("https_proxy", f"http://me:secret@127.0.0.1:{where}")
             assert refusal("gpu-host.invalid:50051") == (
-                f"no answer through the proxy 127.0.0.1:{where}, which https_proxy names; "
-                "set no_proxy=gpu-host.invalid to go without it"
+                f"no answer through the proxy 127.0.0.1:{where} from https_proxy; "
+                "set no_proxy=gpu-host.invalid to connect directly"
             )
 
 
-def test_a_host_that_is_not_known() -> None:
-    assert refusal("gpu-host.invalid:50051") == "no host of that name is known here; is it spelt right?"
-    # What no name can be is told alike.
-    assert refusal("a..b:50051") == "no host of that name is known here; is it spelt right?"
+def test_an_unknown_host_is_reported() -> None:
+    assert refusal("gpu-host.invalid:50051") == "the host name is unknown; check its spelling"
+    # A name that is not a valid host name gives the same message.
+    assert refusal("a..b:50051") == "the host name is unknown; check its spelling"
 
 
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
-def test_who_else_answers_is_named(encrypted: bool, certificates: Certificates) -> None:
+def test_another_service_on_the_port_is_named(encrypted: bool, certificates: Certificates) -> None:
     def ssh(connection: socket.socket) -> None:
         connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
         while connection.recv(4096):
@@ -127,13 +127,13 @@ def test_who_else_answers_is_named(encrypted: bool, certificates: Certificates) 
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
 
     credentials = read_credentials(["127.0.0.1:1"], tls_ca=certificates.ca) if encrypted else PLAIN
-    for answer, who in ((ssh, "an SSH server"), (web, "a web server (HTTP/1)")):
+    for answer, service in ((ssh, "an SSH server"), (web, "a web server (HTTP/1)")):
         with listening(answer) as port:
-            why = refusal(f"127.0.0.1:{port}", credentials, Refused)
-        assert why == f"{who} answers on that port; give the port of kb-server, 50051 unless told otherwise"
+            message = refusal(f"127.0.0.1:{port}", credentials, Refused)
+        assert message == f"{service} answers on that port; give the port of kb-server, which is 50051 by default"
 
 
-def test_a_web_server_with_tls_is_told_from_a_hint_server(certificates: Certificates) -> None:
+def test_a_web_server_with_tls_is_distinguished_from_a_hint_server(certificates: Certificates) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificates.pair("server"))
     context.set_alpn_protocols(["http/1.1"])
@@ -145,4 +145,4 @@ def test_a_web_server_with_tls_is_told_from_a_hint_server(certificates: Certific
     with listening(web) as port:
         server = f"127.0.0.1:{port}"
         credentials = read_credentials([server], tls_ca=certificates.ca)
-        assert refusal(server, credentials, Refused) == "speaks TLS but not gRPC; is that the port of kb-server?"
+        assert refusal(server, credentials, Refused) == "speaks TLS but not gRPC; give the port of kb-server"

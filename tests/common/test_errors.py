@@ -1,4 +1,4 @@
-"""What a person is told is one line, whatever it quotes."""
+"""Tests for error messages."""
 
 import pickle
 
@@ -17,6 +17,6 @@ def test_a_message_is_one_line_that_keeps_its_beginning_and_its_end(kind: type[E
     assert str(kind("a name  with two spaces")) == "a name  with two spaces"
 
 
-def test_errors_come_whole_out_of_another_process() -> None:
+def test_errors_can_be_passed_between_processes() -> None:
     error = pickle.loads(pickle.dumps(InputError("a.wav: no such file")))
     assert (type(error), str(error)) == (InputError, "a.wav: no such file")

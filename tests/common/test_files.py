@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Tests for writing files atomically and for checking the files of a command."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ def _umask() -> int:
     return value
 
 
-def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
     with pytest.raises(ZeroDivisionError), atomic_file(path) as temporary:
@@ -41,7 +41,7 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
-def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write there"), atomic_file(tmp_path / "no" / "a"):
         pass
     (tmp_path / "full").mkdir()
@@ -57,7 +57,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def check(reads: list[Path], writes: list[Path], folders: dict[Path, list[str]] | None = None) -> str:
-    """What a call that reads and writes these files is told; nothing if it may run."""
+    """Return the error message for a command that reads and writes these files. It is empty if there is no error."""
     try:
         check_files(reads, writes, folders)
     except InputError as error:
@@ -65,7 +65,7 @@ def check(reads: list[Path], writes: list[Path], folders: dict[Path, list[str]] 
     return ""
 
 
-def test_no_call_may_write_over_its_inputs_or_twice_to_one_file(tmp_path: Path) -> None:
+def test_no_output_may_overwrite_an_input_or_another_output(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     a, b = tmp_path / "a.wav", tmp_path / "b.wav"
     a.write_text("a")
@@ -83,14 +83,14 @@ def test_no_call_may_write_over_its_inputs_or_twice_to_one_file(tmp_path: Path) 
     for path in same:
         assert "would overwrite an input" in check([a], [path]), path
         assert "would overwrite an input" in check([path], [a]), path
-        assert path == a or "is written twice" in check([], [a, path]), path
-    # Neither is there yet.
+        assert path == a or "two outputs have this name" in check([], [a, path]), path
+    # None of these files exists yet.
     for path in (b, tmp_path / "dangling.wav", tmp_path / "sub" / ".." / "b.wav", tmp_path / "folder" / "b.wav"):
-        assert "is written twice" in check([], [b, path]), path
-    # Files that a folder gets.
+        assert "two outputs have this name" in check([], [b, path]), path
+    # The folders arguments name files too.
     assert "would overwrite an input" in check([a], [], {tmp_path: ["a.wav"]})
-    assert "is written twice" in check([], [b], {tmp_path / "folder": ["c.wav", "b.wav"]})
-    assert "is written twice" in check(
+    assert "two outputs have this name" in check([], [b], {tmp_path / "folder": ["c.wav", "b.wav"]})
+    assert "two outputs have this name" in check(
         [], [], {tmp_path / "new": ["c.wav"], tmp_path / "sub" / ".." / "new": ["c.wav"]}
     )
     assert not check([a], [b, tmp_path / "c.wav"], {tmp_path / "new" / "deep": ["a.wav", "b.wav"]})
@@ -104,14 +104,14 @@ def test_no_call_may_write_over_its_inputs_or_twice_to_one_file(tmp_path: Path) 
     ]
 
 
-def test_what_cannot_be_written_is_found_out_before_anything_is_done(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_found_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     long = "n" * 300
     cases = [
-        ([tmp_path / "no" / "a.wav"], {}, "no folder"),
+        ([tmp_path / "no" / "a.wav"], {}, "there is no folder"),
         ([tmp_path], {}, "is a folder"),
         ([tmp_path / f"{long}.wav"], {}, "File name too long"),
-        ([tmp_path / "file" / "a.wav"], {}, "no folder"),
+        ([tmp_path / "file" / "a.wav"], {}, "there is no folder"),
         ([], {tmp_path / "file" / "d": ["a"]}, "is a file"),
         ([], {tmp_path / "file": ["a"]}, "is a file"),
         ([], {tmp_path / long: ["a"]}, "File name too long"),
@@ -120,7 +120,7 @@ def test_what_cannot_be_written_is_found_out_before_anything_is_done(tmp_path: P
     ]
     for writes, folders, expected in cases:
         assert expected in check([], writes, folders), writes or folders
-    # The longest name that the file system takes.
+    # This is the longest name that the file system accepts.
     longest = tmp_path / f"{'é' * 125}.wav"
     assert not check([], [longest], {tmp_path / ("n" * 255): ["a"]})
     with atomic_file(longest) as temporary:

@@ -1,4 +1,4 @@
-"""Sound files of every container: whole, cut short, and with lengths that their writers left open."""
+"""Tests for sound files of every container: complete, cut short, and with a placeholder as the length."""
 
 import struct
 from pathlib import Path
@@ -45,7 +45,7 @@ def fault(path: Path) -> str:
         *(("NIST", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")),
     ],
 )
-def test_a_file_is_read_whole_and_refused_cut(container: str, encoding: str, tmp_path: Path) -> None:
+def test_a_complete_file_is_read_and_a_truncated_one_is_refused(container: str, encoding: str, tmp_path: Path) -> None:
     path, cut = tmp_path / "whole", tmp_path / "cut"
     endian = "BIG" if container == "RIFX" else None
     container = {"RIFX": "WAV"}.get(container, container)
@@ -65,7 +65,7 @@ def test_every_encoding_of_wav_is_read_or_refused_in_a_line(encoding: str, tmp_p
         try:
             soundfile.write(path, speech(channels=channels), rate, subtype=encoding)
         except soundfile.LibsndfileError:
-            continue  # GSM 6.10 and others have one channel, or one rate
+            continue  # some encodings, such as GSM 6.10, allow only one channel or one rate
         try:
             samples = read(path)
         except UnusableSound as error:
@@ -73,41 +73,43 @@ def test_every_encoding_of_wav_is_read_or_refused_in_a_line(encoding: str, tmp_p
         else:
             assert len(samples) >= RATE
         return
-    pytest.skip("libsndfile does not write it")
+    pytest.skip("libsndfile cannot write this encoding")
 
 
 @pytest.mark.parametrize(
     "sizes",
     [
         (0x7FFFF024, 0x7FFFF000),  # sox
-        (0x7FFFF000 + 36 - 4, 0x7FFFF000 - 4),  # sox, whole frames of another size
+        (0x7FFFF000 + 36 - 4, 0x7FFFF000 - 4),  # sox, rounded to another frame size
         (0x80000024, 0x80000000),  # arecord
         (0x7FFFFFFF, 0x7FFFFFFF - 36),
         (0xFFFFFFFF, 0xFFFFFFFF),  # ffmpeg
         (0xFFFFFFFF, 0xFFFFFFFF - 36),
-        (0, 0),  # killed before it could come back
+        (0, 0),  # a program that was killed before it wrote the length
         (36, 0),
         (8, 0),
     ],
 )
 @pytest.mark.parametrize("extra", [b"", b"LIST" + struct.pack("<I", 5) + b"hello\0"])
-def test_lengths_that_were_left_open_are_read_to_the_end(sizes: tuple[int, int], extra: bytes, tmp_path: Path) -> None:
+def test_a_file_with_a_placeholder_as_length_is_read_to_the_end(
+    sizes: tuple[int, int], extra: bytes, tmp_path: Path
+) -> None:
     pcm = np.round(speech() * 32767).astype("<i2")
     path = tmp_path / "pipe.wav"
     path.write_bytes(wav(pcm, RATE, sizes, extra))
     np.testing.assert_array_equal(read(path), (pcm / 32768).astype(np.float32))
 
 
-def test_a_wav_that_is_empty_stays_empty(tmp_path: Path) -> None:
+def test_an_empty_wav_is_reported_as_empty(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), RATE)
     assert fault(tmp_path / "empty.wav") == "holds no samples"
-    # Its length is 0, and what follows is no sound.
+    # The length of the data chunk is 0, and the chunk that follows contains no sound.
     listed = wav(np.zeros((0, 2), "<i2"), RATE) + b"LIST" + struct.pack("<I", 4) + b"INFO"
     (tmp_path / "listed.wav").write_bytes(listed[:4] + struct.pack("<I", len(listed) - 8) + listed[8:])
     assert fault(tmp_path / "listed.wav") == "holds no samples"
 
 
-def test_open_lengths_of_other_containers_are_read_to_the_end(tmp_path: Path) -> None:
+def test_placeholders_in_other_containers_are_read_to_the_end(tmp_path: Path) -> None:
     for container, at, width in (("AU", 8, 4), ("FLAC", 21, 5)):
         path = tmp_path / container
         soundfile.write(path, speech(), RATE, format=container, subtype="PCM_16")
@@ -115,7 +117,7 @@ def test_open_lengths_of_other_containers_are_read_to_the_end(tmp_path: Path) ->
         if container == "AU":
             content[at : at + width] = b"\xff" * 4
         else:
-            content[at] &= 0xF0  # 36 bits, of which the first four are half a byte
+            content[at] &= 0xF0  # the length has 36 bits, and the first four are half a byte
             content[at + 1 : at + width] = bytes(4)
         path.write_bytes(content)
         np.testing.assert_array_equal(read(path), expected)
@@ -125,26 +127,26 @@ def test_open_lengths_of_other_containers_are_read_to_the_end(tmp_path: Path) ->
 def test_absurd_rates_are_refused(rate: int, tmp_path: Path) -> None:
     path = tmp_path / "x.wav"
     path.write_bytes(wav(np.zeros((100, 2), "<i2"), rate))
-    assert f"rate is {rate} Hz" in fault(path)
+    assert f"its sample rate is {rate} Hz" in fault(path)
 
 
 @pytest.mark.parametrize("value", [1e38, -1e38, 3e9, np.nan, np.inf])
-def test_samples_that_cannot_be_computed_with_are_refused(value: float, tmp_path: Path) -> None:
+def test_samples_that_are_not_finite_or_too_large_are_refused(value: float, tmp_path: Path) -> None:
     samples = speech().astype(np.float32)
     samples[-1, 1] = value
     soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
     assert fault(tmp_path / "x.wav").startswith("has samples ")
 
 
-def test_any_name_will_do(tmp_path: Path) -> None:
+def test_a_sound_file_can_have_any_name(tmp_path: Path) -> None:
     for name in ("no suffix", "headerless.raw", "\udcff\udcfe.wav", "[b]$x$.wav"):
         path = tmp_path / name
         path.write_bytes(wav(np.zeros((100, 2), "<i2"), RATE))
         assert len(read(path)) == 100
 
 
-def test_headers_of_nonsense_are_refused_in_a_line(tmp_path: Path) -> None:
-    """Headers with bytes changed and files cut anywhere: read, or refused; nothing else, and never for long."""
+def test_damaged_headers_are_refused_with_one_line(tmp_path: Path) -> None:
+    """A file with changed header bytes, or cut anywhere, is read or refused. It causes no other exception."""
     rng = np.random.default_rng(1)
     for container, encoding in (
         ("WAV", "PCM_16"),

@@ -1,4 +1,4 @@
-"""How commands begin and end: Ctrl-C while modules are read, and servers whose parent is gone."""
+"""Tests for Ctrl-C while a command loads its modules, and for servers whose parent process has ended."""
 
 import os
 import select
@@ -27,9 +27,9 @@ SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
     ],
 )
 def test_ctrl_c_while_modules_are_read_gives_no_traceback(name: str, module: str, tmp_path: Path) -> None:
-    """Interrupted when a module has been read, which Python tells: before and after the command has begun."""
+    """Interrupt a command when a module has been loaded, which ``-X importtime`` shows, at several stages."""
     place, function = SCRIPTS[name].split(":")
-    # What an installed script does.
+    # This is what an installed script does.
     script = f"import sys; from {place} import {function}; sys.argv[0] = {name!r}; sys.exit({function}())"
     arguments = ["--help"]
     if name == "kb-client":
@@ -63,7 +63,7 @@ def test_ctrl_c_while_modules_are_read_gives_no_traceback(name: str, module: str
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for a process that is no child")
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open to wait for a process that is not a child")
 def test_a_test_run_that_is_killed_leaves_no_server(golden_bundle: Callable[[str], Path]) -> None:
     script = (
         "import sys\n"
@@ -84,6 +84,6 @@ def test_a_test_run_that_is_killed_leaves_no_server(golden_bundle: Callable[[str
         server = os.pidfd_open(int(run.stdout.readline()))
         try:
             run.kill()
-            assert select.select([server], [], [], 60)[0], "the server runs on"
+            assert select.select([server], [], [], 60)[0], "the server is still running"
         finally:
             os.close(server)

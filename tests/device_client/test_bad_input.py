@@ -1,4 +1,4 @@
-"""What a wrong call or a bad file gets: one line that names it and the mend, exit 2, and no file written."""
+"""Tests for invalid calls and files: one line with the fix, exit code 2, and no output file."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Bundle = Callable[[str], Path]
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Names of files in a folder, hidden temporary ones included."""
+    """Return the names of all files in a folder, including hidden temporary files."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -50,8 +50,8 @@ def test_input_files_that_cannot_be_used(
         tmp_path: "is a folder",
         write_raw(tmp_path / "text.wav", b"this is no audio at all"): "not readable as audio",
         write_raw(tmp_path / "zero.wav", b""): "not readable as audio",
-        write_raw(tmp_path / "cut.wav", whole[:-4000]): "cut short, 60044 of 64044 bytes",
-        write_raw(tmp_path / "header.wav", whole[:44]): "cut short, 44 of 64044 bytes",
+        write_raw(tmp_path / "cut.wav", whole[:-4000]): "cut short, only 60044 of 64044 bytes",
+        write_raw(tmp_path / "header.wav", whole[:44]): "cut short, only 44 of 64044 bytes",
         write_raw(tmp_path / "cut.flac", (tmp_path / "whole.flac").read_bytes()[:20000]): "",
         tmp_path / "empty.wav": "holds no samples",
         tmp_path / "nan.wav": "NaN or infinite",
@@ -88,8 +88,11 @@ def test_flags_that_cannot_be_used(
     soundfile.write(tmp_path / "long.wav", np.zeros(31 * 8000), 8000)
     cases: list[tuple[list[object], str]] = [
         (["--bundle", ss], "Missing"),
-        (["-o", out, "--bundle", ss, "--alone", ss], "--alone: measures; give --reference"),
-        (["-o", out, "--bundle", ss, "--compare", tmp_path / "both"], "--compare: measures; give --reference"),
+        (["-o", out, "--bundle", ss, "--alone", ss], "--alone: needs the true sources; give --reference"),
+        (
+            ["-o", out, "--bundle", ss, "--compare", tmp_path / "both"],
+            "--compare: needs the true sources; give --reference",
+        ),
         (
             ["-o", out, "--bundle", ss, "--compare", tmp_path, "--reference", mixture, "--reference", mixture],
             "mixture.wav: would overwrite an input",
@@ -101,25 +104,28 @@ def test_flags_that_cannot_be_used(
         (["-o", tmp_path / "no" / "out.wav", "--bundle", ss], "no folder"),
         (["-o", mixture, "--bundle", tse, "--enrollment", "x.npy"], "would overwrite an input"),
         (["-o", out, "--bundle", ss, "--report", tmp_path / "no" / "r.json"], "no folder"),
-        (["-o", out, "--bundle", ss, "--plot", tmp_path / "p.doc"], "a plot must end in"),
+        (["-o", out, "--bundle", ss, "--plot", tmp_path / "p.doc"], "the name of a plot must end in"),
         (["-o", out, "--bundle", ss, "--network", "pigeon"], "must be one of lan, wifi"),
         (["-o", out, "--bundle", ss, "--delay-ms", "-1"], "--delay-ms"),
         (["-o", out, "--bundle", ss, "--loss", "1"], "--loss"),
         (["-o", out, "--bundle", ss, "--jitter-ms", "x"], "--jitter-ms"),
         (["-o", out, "--bundle", ss, "--clock", "sun"], "--clock"),
         (["-o", out, "--bundle", ss, "--clock", "real", "--server-ms", "3"], "--server-ms"),
-        (["-o", out, "--bundle", ss, "--trace", trace, "--loss", "0.1"], "--trace holds the whole network"),
+        (["-o", out, "--bundle", ss, "--trace", trace, "--loss", "0.1"], "--trace defines all network conditions"),
         (["-o", out, "--bundle", ss, "--trace", trace], "trace.csv: line 3"),
         (["-o", out, "--bundle", ss, "--enrollment", mixture], "leave out --enrollment"),
         (["-o", out, "--bundle", tse], "give --enrollment"),
         (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "short.npy"], "256 finite numbers"),
-        (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "zeros.npy"], "nobody's voice"),
+        (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "zeros.npy"], "contains only zeros"),
         (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "long.wav"], "31.0 s; give 1 to 30 s"),
         (["-o", out, "--bundle", ss, "--reference", mixture], "give it 2 times"),
         (["-o", out, "--bundle", ss, "--server", "nowhere"], "must be HOST:PORT"),
         (["-o", out, "--bundle", ss, "--wrong"], "--wrong"),
-        (["-o", out, "--bundle", ss, "--report", tmp_path / "out-speaker1.wav"], "is written twice"),
-        (["-o", out, "--bundle", ss, "--report", tmp_path / "p.png", "--plot", tmp_path / "p.png"], "is written twice"),
+        (["-o", out, "--bundle", ss, "--report", tmp_path / "out-speaker1.wav"], "two outputs have this name"),
+        (
+            ["-o", out, "--bundle", ss, "--report", tmp_path / "p.png", "--plot", tmp_path / "p.png"],
+            "two outputs have this name",
+        ),
         (["-o", out, "--bundle", ss, "--report", good, "--trace", good], "would overwrite an input"),
         (["-o", out, "--bundle", ss, "--report", ss / "bundle.json"], "would overwrite an input"),
         (["-o", out, "--bundle", ss, "--report", tmp_path], "is a folder"),
@@ -130,7 +136,7 @@ def test_flags_that_cannot_be_used(
                 *("-o", tmp_path / "sub/alone.wav", "--bundle", ss, "--compare", tmp_path / "sub"),
                 *("--reference", mixture, "--reference", mixture, "--report", tmp_path / "sub/boosted-speaker2.wav"),
             ],
-            "alone-speaker1.wav: is written twice",
+            "alone-speaker1.wav: two outputs have this name",
         ),
     ]
     before = leftovers(tmp_path)
@@ -155,7 +161,7 @@ def test_references_that_cannot_be_used(
 
 
 @pytest.mark.parametrize("part", ["small.onnx", "small.safetensors", "bundle.json", "schema", "id"])
-def test_a_bundle_that_was_changed(
+def test_a_changed_bundle_is_refused(
     part: str, golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
@@ -170,7 +176,7 @@ def test_a_bundle_that_was_changed(
         weights[-1] ^= 1
         (copy / part).write_bytes(weights)
         expected = "digest differs"
-        # Each engine checks what it reads.
+        # Each engine checks only the file that it reads.
         flags += ["--engine", "onnx" if part == "small.onnx" else "torch"]
     elif part == "bundle.json":
         manifest.write_text("{")
@@ -185,15 +191,15 @@ def test_a_bundle_that_was_changed(
     assert expected in refusal_here("kb-client", capsys, "replay", mixture, *flags)
 
 
-def test_nobody_at_the_servers_address(
+def test_a_server_that_does_not_answer(
     golden_bundle: Bundle, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["-o", tmp_path / "o.wav", "--bundle", golden_bundle(SS), "--server", "127.0.0.1:1"]
     line = refusal_here("kb-client", capsys, "replay", mixture, *flags)
-    assert line == "--server 127.0.0.1:1: no answer; is kb-server running there, and the port open?"
+    assert line == "--server 127.0.0.1:1: no answer; check that kb-server runs there and that the port is open"
 
 
-def test_a_server_of_another_bundle(
+def test_a_server_with_another_bundle(
     golden_bundle: Bundle, mixture: Path, tmp_path: Path, ss_server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = next(name for name in NAMES if name.startswith("ss") and name != SS)

@@ -1,4 +1,4 @@
-"""``kb-client bench``: figures for every bundle, and what they mean."""
+"""Tests for ``kb-client bench``."""
 
 import json
 import subprocess
@@ -27,17 +27,17 @@ def test_every_installed_bundle_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "words"),
+    ("milliseconds", "verdict"),
     [(0.8, "live, with 10x headroom"), (5.0, "too slow for golden: most frames")],
 )
-def test_the_verdict_is_in_words(
+def test_the_verdict_follows_from_the_time_per_frame(
     milliseconds: float,
-    words: str,
+    verdict: str,
     golden_bundle: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    clock = [0]  # stands still but for the network
+    clock = [0]  # advances only while the network runs
     step = CheckedEngine.step
 
     def slow(engine: CheckedEngine, window: Samples, hint: Samples | None) -> Samples:
@@ -47,13 +47,13 @@ def test_the_verdict_is_in_words(
     monkeypatch.setattr(CheckedEngine, "step", slow)
     monkeypatch.setattr("time.perf_counter_ns", lambda: clock[0])
     run_bench([str(golden_bundle("ss_delay6_compression2"))], "onnx", 200, None)
-    assert words in " ".join(capsys.readouterr().out.replace("ss_delay6_compression2", "golden").split())
+    assert verdict in " ".join(capsys.readouterr().out.replace("ss_delay6_compression2", "golden").split())
 
 
-def test_a_folder_that_is_not_there_is_found_out_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_missing_output_folder_is_reported_before_the_measurement(tmp_path: Path) -> None:
     call = command("kb-client", "bench", "--json", tmp_path / "no" / "b.json")
     result = subprocess.run(call, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "make it first" in result.stderr
+    assert "create it first" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not result.stdout

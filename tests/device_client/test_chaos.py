@@ -1,4 +1,4 @@
-"""A live session on the real clock, while its server is killed, started again and frozen."""
+"""Tests for a live session in real time whose server is killed, restarted and frozen."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SS = "ss_delay6_compression2"
 
 
 class Live:
-    """A running kb-client live --json-lines, from file to file."""
+    """A running ``kb-client live --json-lines`` with files as input and output."""
 
     def __init__(self, folder: Path, bundle: Path, seconds: int, servers: list[str]) -> None:
         self.folder, self.frames = folder, seconds * 125
@@ -56,7 +56,7 @@ class Live:
         return max((int(line["hints_on_time"]) for line in self.lines if line["event"] == "figures"), default=0)
 
     def wait_for_hints(self) -> None:
-        """Until more hints have been fused than now."""
+        """Wait until more hints have been fused than now."""
         before = self.used()
         self.wait_for("hints", lambda: self.used() > before + 20)
 
@@ -66,7 +66,7 @@ class Live:
         )
 
     def end(self) -> dict[str, Any]:
-        """Its last line, after a stop as a user would."""
+        """Stop it with Ctrl-C, and return its last line."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait(timeout=PATIENCE)
         self._reader.join()
@@ -78,7 +78,7 @@ class Live:
         return self.lines[-1]
 
     def check_output(self, bundle: Path) -> None:
-        """Every sample is there, and is what the same hints give again."""
+        """Check that the output is complete, and that the recorded session gives the same output again."""
         last, recording = self.lines[-1], self.folder / "recording"
         played = soundfile.read(recording / "output.wav", dtype="float32")[0]
         assert len(played) == 128 * last["frames"]
@@ -99,19 +99,19 @@ def live(folder: Path, bundle: Path, seconds: int, servers: list[str]) -> Iterat
         session.process.wait()
 
 
-def test_a_draining_server_is_left_for_the_next_one(
+def test_the_client_moves_from_a_draining_server_to_the_next_one(
     golden_bundle: Callable[[str], Path], ss_server: Server, tmp_path: Path
 ) -> None:
     bundle, silent = golden_bundle(SS), socket.create_server(("127.0.0.1", 0))
-    nobody = f"127.0.0.1:{silent.getsockname()[1]}"  # takes connections and never says a word
+    silent_server = f"127.0.0.1:{silent.getsockname()[1]}"  # accepts connections and never sends anything
     with silent, running_server(bundle) as first:
-        servers = [nobody, first.address, ss_server.address]
+        servers = [silent_server, first.address, ss_server.address]
         with live(tmp_path, bundle, 300, servers) as session:
-            leave_for_the_next(session, first, ss_server)
+            check_move(session, first, ss_server)
         session.check_output(bundle)
 
 
-def leave_for_the_next(session: Live, first: Server, second: Server) -> None:
+def check_move(session: Live, first: Server, second: Server) -> None:
     session.wait_for_event(True, 0)
     session.wait_for_hints()
     count = len(session.lines)
@@ -119,15 +119,14 @@ def leave_for_the_next(session: Live, first: Server, second: Server) -> None:
     session.wait_for_event(False, count)
     session.wait_for_event(True, count)
     session.wait_for_hints()
-    told = [line for line in session.lines if line["event"] == "server"]
-    moves = f"{first.address} shuts down; moving to {second.address}"
-    assert moves in [line["text"] for line in told]
-    assert told[-1]["server"] == second.address
+    events = [line for line in session.lines if line["event"] == "server"]
+    assert f"{first.address} shuts down; moving to {second.address}" in [line["text"] for line in events]
+    assert events[-1]["server"] == second.address
     assert session.end()["server"] == second.address
 
 
 class Host:
-    """A host of our own, a network namespace at the other end of a cable that can be pulled."""
+    """A separate host: a network namespace behind a virtual cable, which the test can disconnect."""
 
     address = "10.77.0.2"
 
@@ -155,13 +154,13 @@ class Host:
 def host() -> Iterator[Host]:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("a network namespace needs root and iproute2")
-    made = Host(f"kb{os.getpid()}"[:12])
-    yield made
-    made.close()
+    host = Host(f"kb{os.getpid()}"[:12])
+    yield host
+    host.close()
 
 
 @pytest.mark.slow
-def test_a_host_that_vanishes_is_missed_at_once_and_found_again(
+def test_the_loss_of_a_host_is_noticed_at_once_and_its_return_too(
     golden_bundle: Callable[[str], Path], host: Host, tmp_path: Path
 ) -> None:
     bundle = golden_bundle(SS)
@@ -181,7 +180,7 @@ def test_a_host_that_vanishes_is_missed_at_once_and_found_again(
                 count, pulled = len(session.lines), time.monotonic()
                 host.cable("down")
                 session.wait_for_event(False, count)
-                # Closing the old connection takes twice as long as missing it; nothing may wait for that.
+                # Closing the old connection takes twice as long as noticing its loss, and nothing must wait for that.
                 assert time.monotonic() - pulled < 4
                 count = len(session.lines)
                 host.cable("up")
@@ -197,11 +196,11 @@ def test_a_host_that_vanishes_is_missed_at_once_and_found_again(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="counts threads in /proc")
-def test_killed_started_again_and_frozen(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_server_is_killed_restarted_and_frozen(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     bundle, port = golden_bundle(SS), free_port()
     address = f"127.0.0.1:{port}"
     with live(tmp_path, bundle, 600, [address]) as session:
-        session.wait_for_event(False, 0)  # nobody is there at first
+        session.wait_for_event(False, 0)  # at first there is no server
         before = 0, 0.0
         for number in range(5):
             count = len(session.lines)
@@ -214,8 +213,8 @@ def test_killed_started_again_and_frozen(golden_bundle: Callable[[str], Path], t
                     count = len(session.lines)
                     server.process.send_signal(signal.SIGSTOP)
                     session.wait_for_event(False, count)
-                    told = [line["text"] for line in session.lines[count:] if line["event"] == "server"]
-                    assert "no answer any more" in told[0]
+                    texts = [line["text"] for line in session.lines[count:] if line["event"] == "server"]
+                    assert "the server stopped answering" in texts[0]
                     server.process.send_signal(signal.SIGCONT)
                     session.wait_for_event(True, count)
                     session.wait_for_hints()
@@ -224,7 +223,7 @@ def test_killed_started_again_and_frozen(golden_bundle: Callable[[str], Path], t
                 session.wait_for_event(False, count)
         with running_server(bundle, "--port", port):
             session.wait_for_hints()
-            # gRPC keeps some threads of its own in reserve.
+            # gRPC keeps some spare threads.
             assert threads(session.process.pid) <= before[0] + 4
             assert memory_mib(session.process.pid) < before[1] + 24
             session.end()

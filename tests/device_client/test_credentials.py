@@ -1,4 +1,4 @@
-"""The device's end of TLS and tokens: what fits is used; what does not is told in one line, and ends the command."""
+"""Tests for TLS and tokens in the client: valid ones are used, and an invalid one ends the command with one line."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def token(tmp_path: Path) -> Path:
 
 @contextmanager
 def tls_server(certificate: Path, key: Path) -> Iterator[str]:
-    """A gRPC server without services, since kb-server takes no such certificate; its port."""
+    """Run a gRPC server without services and yield its address. kb-server would refuse such a certificate."""
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_secure_port(
         "127.0.0.1:0", grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
@@ -60,7 +60,7 @@ def test_replay_with_a_token_over_tls(
     assert len(soundfile.read(out.with_name("out-speaker1.wav"))[0]) == 32000
 
 
-def test_live_with_a_token_from_the_environment_and_a_certificate_that_the_machine_trusts(
+def test_live_with_a_token_from_the_environment_and_the_certificates_of_the_system(
     golden_bundle: Bundle,
     guarded_server: Server,
     certificates: Certificates,
@@ -74,11 +74,11 @@ def test_live_with_a_token_from_the_environment_and_a_certificate_that_the_machi
         *("--bundle", golden_bundle(SS), "--server", guarded_server.address, "--tls"),
     )
     assert result.returncode == 0, result.stderr
-    told = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["connected"] for line in told if line["event"] == "server"] == [True]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["connected"] for line in lines if line["event"] == "server"] == [True]
 
 
-def test_a_device_shows_its_certificate(
+def test_a_client_presents_its_certificate(
     golden_bundle: Bundle,
     mutual_server: Server,
     certificates: Certificates,
@@ -96,16 +96,16 @@ def test_a_device_shows_its_certificate(
 
     where = f"--server {mutual_server.address}: "
     line = refusal_here("kb-client", capsys, *call(None))
-    assert line == f"{where}wants a certificate of this device; give --tls-cert and --tls-key"
+    assert line == f"{where}requires a client certificate; give --tls-cert and --tls-key"
     line = refusal_here("kb-client", capsys, *call("foreign-device"))
-    assert line.startswith(f"{where}does not accept the certificate of --tls-cert")
+    assert line.startswith(f"{where}rejects the certificate of --tls-cert")
     assert "expired on 2020-01-01" in refusal_here("kb-client", capsys, *call("expired-device"))
     assert not list(mixture.parent.glob("out*"))
     result = run("kb-client", *call("device"))
     assert result.returncode == 0, result.stderr
 
 
-def test_what_the_two_ends_do_not_accept(
+def test_client_and_server_that_do_not_accept_each_other(
     golden_bundle: Bundle,
     guarded_server: Server,
     ss_server: Server,
@@ -136,10 +136,10 @@ def test_what_the_two_ends_do_not_accept(
             (["--server", server, "--tls"], "its certificate is not trusted (unable to get local issuer certificate)"),
             (["--server", expired, "--tls-ca", ca], "its certificate is not trusted (certificate has expired); renew"),
             (["--server", other_name, "--tls-ca", ca], "is not valid for '127.0.0.1'); give --server a name"),
-            (["--server", server], f"--server {server}: speaks TLS; give --tls, or --tls-ca FILE"),
-            (["--server", plain, "--tls-ca", ca], f"--server {plain}: speaks no TLS; leave out --tls"),
+            (["--server", server], f"--server {server}: speaks TLS; give --tls or --tls-ca FILE"),
+            (["--server", plain, "--tls-ca", ca], f"--server {plain}: speaks no TLS; leave out the --tls flags"),
         ]
-        # Enrolling is not for a bundle.
+        # Enrollment does not depend on a bundle.
         denied: list[object] = ["--server", server, "--tls-ca", ca, "--token-file", elsewhere]
         for command in commands:
             more = [] if command[0] == "enroll" else [(denied, "PERMISSION_DENIED: the token of elsewhere is not for")]
@@ -150,22 +150,22 @@ def test_what_the_two_ends_do_not_accept(
             assert sorted(mixture.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize("what", ["a wrong token", "an unknown certificate"])
-def test_live_processes_that_are_refused_end(
-    what: str, golden_bundle: Bundle, guarded_server: Server, certificates: Certificates, mixture: Path
+@pytest.mark.parametrize("fault", ["a wrong token", "an unknown certificate"])
+def test_a_live_process_that_is_refused_ends(
+    fault: str, golden_bundle: Bundle, guarded_server: Server, certificates: Certificates, mixture: Path
 ) -> None:
     wrong = write_private(mixture.with_name("wrong"), "wrong-0123456789-9fGkq2")
-    authority = certificates.ca if what == "a wrong token" else certificates.foreign_ca
+    authority = certificates.ca if fault == "a wrong token" else certificates.foreign_ca
     line = refusal(
         *("kb-client", "live", "--input", mixture, "--output", mixture.with_name("out.wav")),
         *("--bundle", golden_bundle(SS), "--server", guarded_server.address),
         *("--tls-ca", authority, "--token-file", wrong),
     )
-    assert ("UNAUTHENTICATED" if what == "a wrong token" else "not trusted") in line
+    assert ("UNAUTHENTICATED" if fault == "a wrong token" else "not trusted") in line
     assert not list(mixture.parent.glob("out*"))
 
 
-def test_live_goes_on_where_one_server_refuses_and_another_serves(
+def test_live_uses_another_server_if_one_refuses(
     golden_bundle: Bundle, guarded_server: Server, ss_server: Server, mixture: Path
 ) -> None:
     result = run(
@@ -173,12 +173,12 @@ def test_live_goes_on_where_one_server_refuses_and_another_serves(
         *("--bundle", golden_bundle(SS), "--server", guarded_server.address, "--server", ss_server.address),
     )
     assert result.returncode == 0, result.stderr
-    refused = f"warning: --server {guarded_server.address}: speaks TLS; give --tls, or --tls-ca FILE"
+    refused = f"warning: --server {guarded_server.address}: speaks TLS; give --tls or --tls-ca FILE"
     assert result.stderr.splitlines().count(refused) == 1
     assert f"hints come from {ss_server.address}" in result.stdout
 
 
-def test_live_without_a_server_goes_on_alone(
+def test_live_runs_without_hints_if_there_is_no_server(
     golden_bundle: Bundle, certificates: Certificates, mixture: Path, token: Path
 ) -> None:
     out = mixture.with_name("out.wav")
@@ -187,11 +187,14 @@ def test_live_without_a_server_goes_on_alone(
         *("--server", "127.0.0.1:1", "--tls-ca", certificates.ca, "--token-file", token),
     )
     assert result.returncode == 0, result.stderr
-    assert "no answer; is kb-server running there, and the port open?; the small network goes on" in result.stderr
+    assert (
+        "no answer; check that kb-server runs there and that the port is open; the small network runs without hints"
+        in result.stderr
+    )
     assert len(soundfile.read(out)[0]) == 32000
 
 
-def test_credentials_that_cannot_be_used(
+def test_invalid_credentials_are_refused(
     golden_bundle: Bundle,
     certificates: Certificates,
     mixture: Path,
@@ -203,20 +206,20 @@ def test_credentials_that_cannot_be_used(
     empty = write_private(mixture.with_name("empty"), "")
     certificate, key = certificates.pair("device")
     here, there = ["--server", "127.0.0.1:1"], ["--server", "gpu-host:1"]
-    unencrypted = "--server gpu-host:1: the token would travel unencrypted; give --tls, or --tls-ca FILE"
+    unencrypted = "--server gpu-host:1: the token would be sent unencrypted; give --tls or --tls-ca FILE"
     cases: list[tuple[list[object], str]] = [
-        (["--tls"], "--tls: is for a server; give --server HOST:PORT too"),
-        (["--token-file", token], "--token-file: is for a server"),
+        (["--tls"], "--tls: needs a server; give --server HOST:PORT too"),
+        (["--token-file", token], "--token-file: needs a server"),
         ([*here, "--tls-cert", certificate], "give both --tls-cert and --tls-key"),
         ([*here, "--tls-cert", certificate, "--tls-key", certificates.pair("server")[1]], "is not the key of"),
-        ([*here, "--tls-ca", key], f"{key}: holds no certificate in PEM"),
+        ([*here, "--tls-ca", key], f"{key}: contains no certificate in PEM"),
         ([*here, "--tls-ca", mixture.with_name("none")], "no such file; give the path of a certificate in PEM"),
         ([*here, "--token-file", mixture.with_name("none")], "no such file; give the path of a token"),
-        ([*here, "--token-file", two], f"{two}: must hold a token and nothing else"),
-        ([*here, "--token-file", empty], f"{empty}: must hold a token and nothing else"),
+        ([*here, "--token-file", two], f"{two}: must contain only the token"),
+        ([*here, "--token-file", empty], f"{empty}: must contain only the token"),
         ([*there, "--token-file", token], unencrypted),
-        (["--server", "127.0.0.1.example:1", "--token-file", token], "the token would travel unencrypted"),
-        # To this machine it may.
+        (["--server", "127.0.0.1.example:1", "--token-file", token], "the token would be sent unencrypted"),
+        # To this machine, the token can be sent unencrypted.
         ([*here, "--token-file", token], "no answer"),
         (["--server", "localhost:1", "--token-file", token], "no answer"),
         (["--server", "[::1]:1", "--token-file", token], "no answer"),
@@ -230,15 +233,15 @@ def test_credentials_that_cannot_be_used(
     for command in (call, ["live", "--bundle", golden_bundle(SS)], ["enroll", "anna", ENROLLMENT]):
         assert refusal_here("kb-client", capsys, *command, *there) == unencrypted
     monkeypatch.setenv("KB_TOKEN", "two words")
-    assert refusal_here("kb-client", capsys, *call, *here).startswith("KB_TOKEN: must hold a token and nothing else")
+    assert refusal_here("kb-client", capsys, *call, *here).startswith("KB_TOKEN: must contain only the token")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_a_token_that_everybody_can_read_is_warned_of(golden_bundle: Bundle, mixture: Path, token: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_a_token_that_all_users_can_read_causes_a_warning(golden_bundle: Bundle, mixture: Path, token: Path) -> None:
     token.chmod(0o644)
     result = run(
         *("kb-client", "replay", mixture, "-o", mixture.with_name("out.wav"), "--bundle", golden_bundle(SS)),
         *("--server", "127.0.0.1:1", "--token-file", token),
     )
     assert result.returncode == 2
-    assert f"warning: {token}: every user of this machine can read it; chmod 600 it" in result.stderr
+    assert f"warning: {token}: every user of this machine can read it; run chmod 600 on it" in result.stderr

@@ -1,4 +1,4 @@
-"""The sound card's side of the live loop, with PortAudio's part played by the test."""
+"""Tests for live audio of a sound card, with a fake PortAudio."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -20,26 +20,26 @@ class PortAudioError(Exception):
 
 
 class Card:
-    """A sound card that is driven block by block."""
+    """A fake sound card. The test calls its callback block by block."""
 
     def __init__(self, microphones: int = 2, loudspeakers: int = 2) -> None:
         self.devices = [
             {"index": 0, "name": "card", "hostapi": 0, "max_input_channels": microphones, "default_samplerate": 16000.0}
             | {"max_output_channels": loudspeakers, "default_low_input_latency": 0.0, "default_low_output_latency": 0.0}
         ]
-        self.trouble_opening: str | None = None
-        self.trouble_starting: str | None = None
+        self.open_error: str | None = None
+        self.start_error: str | None = None
         self.active = self.closed = False
 
     def open(self, *, callback: Callable[..., None], channels: tuple[int, int], **_: Any) -> "Card":
-        if self.trouble_opening is not None:
-            raise PortAudioError(self.trouble_opening)
+        if self.open_error is not None:
+            raise PortAudioError(self.open_error)
         self._callback, self.channels, self.latency = callback, channels, (0.0, 0.0)
         return self
 
     def start(self) -> None:
-        if self.trouble_starting is not None:
-            raise PortAudioError(self.trouble_starting)
+        if self.start_error is not None:
+            raise PortAudioError(self.start_error)
         self.active = True
 
     def abort(self) -> None:
@@ -49,7 +49,7 @@ class Card:
         self.closed = ignore_errors
 
     def block(self, captured: Samples) -> Samples:
-        """One block ``[n, channels]`` captured; what is played meanwhile."""
+        """Capture one block ``[n, channels]``, and return the block that is played at the same time."""
         played = np.full((len(captured), self.channels[1]), np.nan, np.float32)
         status = SimpleNamespace(input_overflow=False, output_underflow=False)
         self._callback(captured, played, len(captured), None, status)
@@ -70,36 +70,36 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
 
 
 def pass_through(audio: DeviceAudio, chunk: Samples) -> None:
-    """What the loop does, with a network that changes nothing."""
+    """Do what the frame loop does, with a network that changes nothing."""
     assert audio.read(chunk)
     audio.write(chunk[:, -128:].copy())
 
 
 def captured(block: int) -> Samples:
-    """Samples that say where they belong."""
-    place = np.arange(128 * block, 128 * (block + 1), dtype=np.float32)
-    return np.stack([place, -place], axis=1)
+    """Return samples whose values are their positions in the stream."""
+    position = np.arange(128 * block, 128 * (block + 1), dtype=np.float32)
+    return np.stack([position, -position], axis=1)
 
 
 def run(card: Card, audio: DeviceAudio, blocks: int, stalled: range = range(0)) -> Samples:
-    """What is played while so many blocks are captured; during some of them the loop gets nothing done."""
+    """Return what is played while blocks are captured. During the blocks ``stalled`` the loop does nothing."""
     audio.start()
     played, done = [], 0
     for block in range(blocks):
         played.append(card.block(captured(block)))
-        while block not in stalled and done < block - audio.overruns:  # a block is lost whole
+        while block not in stalled and done < block - audio.overruns:  # an overrun loses a whole block
             pass_through(audio, np.zeros((2, 128 if done else 192), np.float32))
             done += 1
     return np.concatenate(played)
 
 
 @pytest.mark.parametrize("buffer_ms", [0, 8, 30])
-def test_what_is_captured_is_played_after_a_fixed_time(buffer_ms: float, card: Card) -> None:
+def test_captured_audio_is_played_after_a_fixed_time(buffer_ms: float, card: Card) -> None:
     with open_device_audio(None, None, Framing(), 2, None, buffer_ms) as audio:
         played = run(card, audio, 60)
         silence = 256 + round(16 * buffer_ms)
         assert not played[:silence].any()
-        # A chunk that is played is the newest of its window: 64 samples behind the first ones.
+        # A played chunk is the newest one of its window, which begins 64 samples earlier.
         np.testing.assert_array_equal(played[silence:, 0], 64 + np.arange(len(played) - silence))
         np.testing.assert_array_equal(played[:, 1], -played[:, 0])
         assert (audio.underruns, audio.overruns) == (0, 0)
@@ -107,7 +107,7 @@ def test_what_is_captured_is_played_after_a_fixed_time(buffer_ms: float, card: C
     assert card.closed
 
 
-def test_after_a_stall_the_delay_is_what_it_was(card: Card) -> None:
+def test_a_stall_does_not_change_the_latency(card: Card) -> None:
     with open_device_audio(None, None, Framing(), 2, None, 0) as audio:
         played = run(card, audio, 60, stalled=range(20, 25))
         assert audio.underruns == 5
@@ -119,15 +119,15 @@ def test_after_a_stall_the_delay_is_what_it_was(card: Card) -> None:
         np.testing.assert_array_equal(played[gap.stop :, 0], expected[gap.stop - 256 :])
 
 
-def test_captured_sound_that_is_lost_is_counted_and_no_reason_to_drop_more(card: Card) -> None:
+def test_lost_input_is_counted_and_causes_no_further_loss(card: Card) -> None:
     with open_device_audio(None, None, Framing(), 2, None, 0) as audio:
-        played = run(card, audio, 300, stalled=range(20, 170))  # more than the ring of a second holds
-        assert audio.overruns == 26  # of the 151 blocks meanwhile 125 found room
+        played = run(card, audio, 300, stalled=range(20, 170))  # longer than the ring buffer of one second
+        assert audio.overruns == 26  # 125 of the 151 blocks fit into the ring buffer
         expected = 64 + np.arange(len(played) - 256)
         np.testing.assert_array_equal(played[-50 * 128 :, 0], expected[-50 * 128 :])
 
 
-def test_one_microphone_is_heard_by_both_ears_and_one_loudspeaker_plays_both(card: Card) -> None:
+def test_a_single_input_channel_is_repeated_and_a_single_output_channel_gets_the_mean(card: Card) -> None:
     card.devices[0] |= {"max_input_channels": 1, "max_output_channels": 1}
     with open_device_audio(None, None, Framing(), 2, None, 0) as audio:
         audio.start()
@@ -141,23 +141,20 @@ def test_one_microphone_is_heard_by_both_ears_and_one_loudspeaker_plays_both(car
 
 
 @pytest.mark.parametrize(
-    ("trouble", "words"),
-    [("Device unavailable", "is another program using it?"), ("Invalid sample rate", "try --rate 16000")],
+    ("error", "fix"),
+    [("Device unavailable", "close other programs that use the device"), ("Invalid sample rate", "try --rate 16000")],
 )
-def test_a_device_that_does_not_open_says_why(trouble: str, words: str, card: Card) -> None:
-    card.trouble_opening = trouble
-    with (
-        pytest.raises(InputError, match=words.replace("?", r"\?")),
-        open_device_audio(None, None, Framing(), 2, 44100, 8),
-    ):
+def test_the_error_of_a_device_that_cannot_be_opened_says_how_to_fix_it(error: str, fix: str, card: Card) -> None:
+    card.open_error = error
+    with pytest.raises(InputError, match=fix), open_device_audio(None, None, Framing(), 2, 44100, 8):
         pass
-    card.trouble_opening, card.trouble_starting = None, trouble
-    with open_device_audio(None, None, Framing(), 2, 44100, 8) as audio, pytest.raises(InputError, match=trouble):
+    card.open_error, card.start_error = None, error
+    with open_device_audio(None, None, Framing(), 2, 44100, 8) as audio, pytest.raises(InputError, match=error):
         audio.start()
     assert card.closed
 
 
-def test_a_stream_that_stopped_goes_on_and_a_device_that_went_away_ends_the_session(card: Card) -> None:
+def test_a_stopped_stream_is_restarted_and_a_disconnected_device_ends_the_session(card: Card) -> None:
     with open_device_audio(None, None, Framing(), 2, None, 0) as audio:
         audio.start()
         card.active = False
@@ -172,8 +169,8 @@ def test_a_stream_that_stopped_goes_on_and_a_device_that_went_away_ends_the_sess
         assert audio.read(np.zeros((2, 192), np.float32))
         assert audio.underruns >= 1
         card.start = start  # type: ignore[method-assign]
-        card.active, card.trouble_starting = False, "Device unavailable"
-        with pytest.raises(Failure, match="went away"):
+        card.active, card.start_error = False, "Device unavailable"
+        with pytest.raises(Failure, match="no longer available"):
             audio.read(np.zeros((2, 128), np.float32))
 
 
@@ -186,11 +183,11 @@ def test_devices_are_listed_whatever_is_missing(
     else:
         card.devices.clear()
     print_devices()
-    told = capsys.readouterr()
-    assert ("card" in told.out) == bool(inputs + outputs)
-    assert ("no sound devices" in told.out) == (not inputs + outputs)
-    picked = ", ".join(way for way, channels in (("input", inputs), ("output", outputs)) if channels)
-    assert picked in told.out
-    assert ("no microphone" in told.err) == (not inputs)
-    assert ("no loudspeaker" in told.err) == (not outputs)
-    assert ("apt-get install" in told.err) == (not (inputs and outputs))
+    captured = capsys.readouterr()
+    assert ("card" in captured.out) == bool(inputs + outputs)
+    assert ("no sound devices" in captured.out) == (not inputs + outputs)
+    defaults = ", ".join(name for name, channels in (("input", inputs), ("output", outputs)) if channels)
+    assert defaults in captured.out
+    assert ("no microphone" in captured.err) == (not inputs)
+    assert ("no loudspeaker" in captured.err) == (not outputs)
+    assert ("apt-get install" in captured.err) == (not (inputs and outputs))

@@ -1,4 +1,4 @@
-"""The public interface: the same samples as the commands give, from a loop of one's own."""
+"""Tests for the public interface, which must give the same samples as the commands."""
 
 import inspect
 import re
@@ -28,7 +28,7 @@ def speech(seconds: float, rate: int = 16000) -> Samples:
 
 
 def streamed(enhancer: kb.Enhancer, samples: Samples, pause: float = 0.0) -> Samples:
-    """All chunks, the last one padded, as long as the samples and in step with them."""
+    """Process samples chunk by chunk, and return the output with the same length and alignment."""
     size, parts = enhancer.chunk, list[Samples]()
     padded = np.pad(samples, ((0, 0), (0, -samples.shape[1] % size)))
     for first in range(0, padded.shape[1], size):
@@ -40,7 +40,7 @@ def streamed(enhancer: kb.Enhancer, samples: Samples, pause: float = 0.0) -> Sam
 
 
 def replayed(samples: Samples, folder: Path, *flags: object, rate: int = 16000) -> Samples:
-    """What ``kb-client replay`` makes of it, ``[S, M, N]``."""
+    """Return the output ``[S, M, N]`` of ``kb-client replay`` for samples."""
     soundfile.write(folder / "in.wav", samples.T, rate, subtype="FLOAT")
     result = run("kb-client", "replay", folder / "in.wav", "-o", folder / "out.wav", "--output-format", "float", *flags)
     assert result.returncode == 0, result.stderr
@@ -49,14 +49,14 @@ def replayed(samples: Samples, folder: Path, *flags: object, rate: int = 16000) 
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])
-def test_a_whole_signal_comes_out_as_replay_gives_it(rate: int, tmp_path: Path) -> None:
+def test_a_whole_signal_gives_the_output_of_replay(rate: int, tmp_path: Path) -> None:
     samples = speech(1.003)
     np.testing.assert_array_equal(
         kb.enhance(samples, rate, ALONE), replayed(samples, tmp_path, "--bundle", ALONE, rate=rate)
     )
 
 
-def test_chunks_give_what_a_whole_signal_gives() -> None:
+def test_chunks_give_the_output_of_a_whole_signal() -> None:
     samples = speech(1.003)
     with kb.Enhancer(ALONE) as enhancer:
         assert (enhancer.chunk, enhancer.latency, enhancer.sample_rate) == (128, 128, 16000)
@@ -69,12 +69,12 @@ def test_chunks_give_what_a_whole_signal_gives() -> None:
     np.testing.assert_array_equal(kb.enhance(samples[0], 16000, ALONE), twice)
 
 
-def test_with_hints_it_gives_what_replay_gives_with_all_hints_on_time(
+def test_with_all_hints_on_time_it_gives_the_output_of_replay(
     golden_bundle: GetBundle, ss_server: Server, tmp_path: Path
 ) -> None:
     bundle, samples = golden_bundle(SS), speech(0.6)
     expected = replayed(samples, tmp_path, "--bundle", bundle, "--server", ss_server.address)
-    for pause in (0.008, 0.03, 0.1, 0.3, 0.3, 0.3, 0.3, 0.3):  # slower until every hint is on time
+    for pause in (0.008, 0.03, 0.1, 0.3, 0.3, 0.3, 0.3, 0.3):  # slow down until every hint is on time
         with kb.Enhancer(bundle, server=ss_server.address) as enhancer:
             output = streamed(enhancer, samples, pause)
             statistics = enhancer.statistics
@@ -86,7 +86,7 @@ def test_with_hints_it_gives_what_replay_gives_with_all_hints_on_time(
     assert np.abs(output - kb.enhance(samples, 16000, bundle)).max() > 1e-3
 
 
-def test_servers_come_and_go_without_a_wait(golden_bundle: GetBundle, ss_server: Server) -> None:
+def test_servers_can_be_changed_without_a_wait(golden_bundle: GetBundle, ss_server: Server) -> None:
     bundle, chunk = golden_bundle(SS), speech(0.008)
     with kb.Enhancer(bundle) as enhancer:
         for _ in range(100):
@@ -104,29 +104,29 @@ def test_servers_come_and_go_without_a_wait(golden_bundle: GetBundle, ss_server:
             enhancer.process(chunk)
         assert (enhancer.statistics.hints_used, enhancer.statistics.hints_due) == (used, due)
         assert enhancer.statistics.server is None
-        # Nobody is there, or answers: the stream goes on.
+        # No server answers at these addresses, and the stream continues.
         enhancer.set_server(["127.0.0.1:1", "192.0.2.1:50051"])
         for _ in range(20):
             assert np.isfinite(enhancer.process(chunk)).all()
         assert enhancer.statistics.hints_due == due + 20
 
 
-def test_what_cannot_be_used_is_told(golden_bundle: GetBundle) -> None:
+def test_invalid_arguments_are_refused(golden_bundle: GetBundle) -> None:
     chunk = speech(0.008)
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: kb.Enhancer("nobody"), "no bundle of that name"),
         (lambda: kb.Enhancer(ALONE, server="127.0.0.1:1"), "one network alone"),
         (lambda: kb.Enhancer(golden_bundle(SS), server="nowhere"), "nowhere"),
         (lambda: kb.Enhancer(ALONE, speaker=np.ones(256)), "leave out the speaker"),
-        (lambda: kb.Enhancer(golden_bundle(TSE)), "say whom"),
+        (lambda: kb.Enhancer(golden_bundle(TSE)), "give the speaker as"),
         (lambda: kb.Enhancer(golden_bundle(TSE), speaker=np.zeros(256)), "not all of them zero"),
         (lambda: kb.Enhancer(golden_bundle(TSE), speaker=np.ones(10)), "256 finite numbers"),
         (lambda: kb.Enhancer(golden_bundle(TSE), speaker="nobody-at-all"), "not enrolled"),
         (lambda: kb.Enhancer(ALONE).process(chunk[:, :100]), r"got samples of shape \[2, 100\]"),
         (lambda: kb.Enhancer(ALONE).process(chunk[None]), r"got samples of shape \[1, 2, 128\]"),
-        (lambda: kb.Enhancer(ALONE).process(np.zeros((2, 128), np.int16)), "the samples are of int16"),
-        (lambda: kb.enhance(["a", "b"], 16000, ALONE), "the samples are of <U1"),  # type: ignore[arg-type,unused-ignore]
-        (lambda: kb.enhance([[0.0, 1.0], [0.0]], 16000, ALONE), "got no array"),
+        (lambda: kb.Enhancer(ALONE).process(np.zeros((2, 128), np.int16)), "the samples are of type int16"),
+        (lambda: kb.enhance(["a", "b"], 16000, ALONE), "the samples are of type <U1"),  # type: ignore[arg-type,unused-ignore]
+        (lambda: kb.enhance([[0.0, 1.0], [0.0]], 16000, ALONE), "cannot be converted to an array"),
         (lambda: kb.Enhancer(golden_bundle(TSE), speaker=["a"] * 256), "256 finite numbers"),
         (lambda: kb.Enhancer(ALONE, engine="other"), "must be onnx or torch"),  # type: ignore[arg-type]
         (lambda: kb.enhance(np.zeros((3, 1000)), 16000, ALONE), r"got samples of shape \[3, 1000\]"),
@@ -134,8 +134,8 @@ def test_what_cannot_be_used_is_told(golden_bundle: GetBundle) -> None:
         (lambda: kb.enhance(np.zeros(1000), 0, ALONE), "the rate is 0 Hz"),
         (lambda: kb.enhance(np.full(1000, np.nan), 16000, ALONE), "not finite"),
     ]
-    for call, why in cases:
-        with pytest.raises(kb.InputError, match=why):
+    for call, message in cases:
+        with pytest.raises(kb.InputError, match=message):
             call()
 
 
@@ -150,9 +150,9 @@ def test_one_speaker_is_extracted(golden_bundle: GetBundle, tse_server: Server) 
     assert alone.shape == (1, 2, samples.shape[1])
 
 
-@pytest.mark.slow  # ten minutes of sound
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read as Linux gives it")
-def test_ten_minutes_leave_nothing_in_memory() -> None:
+@pytest.mark.slow  # ten minutes of audio
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
+def test_memory_does_not_grow_in_ten_minutes() -> None:
     script = (
         "import os, numpy as np, knowledge_boosting as kb\n"
         "def memory(): return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20\n"
@@ -170,7 +170,7 @@ def test_ten_minutes_leave_nothing_in_memory() -> None:
 
 
 @pytest.mark.parametrize("served", [True, False])
-def test_the_documented_lines_run(served: bool, tmp_path: Path) -> None:
+def test_the_documented_example_runs(served: bool, tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) <= 20
     (tmp_path / "samples").symlink_to(ROOT / "samples")

@@ -1,4 +1,4 @@
-"""``kb-client enroll``: a voice is learned once, and wanted by its name in a live session."""
+"""Tests for ``kb-client enroll``: a speaker is enrolled once, and then selected by name in a live session."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,14 +28,14 @@ SS, TSE = "ss_delay6_compression2", "tse_delay6"
 
 @pytest.fixture
 def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's configuration folder, for this test."""
+    """A temporary configuration folder for the user."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "configuration"))
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path / "configuration"
 
 
 @pytest.mark.usefixtures("configuration")
-def test_a_voice_is_kept_under_a_name_and_used(
+def test_an_enrolled_speaker_is_extracted(
     golden_bundle: Callable[[str], Path], tse_server: Server, tmp_path: Path
 ) -> None:
     pytest.importorskip("resemblyzer", reason="needs the optional package resemblyzer")
@@ -44,11 +44,11 @@ def test_a_voice_is_kept_under_a_name_and_used(
     assert "--speaker anna" in enrolled.stdout
     soundfile.write(tmp_path / "in.wav", np.zeros((1600, 2)), 16000)
     files = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav", "--record", tmp_path / "recording"]
-    lived = run("kb-client", "live", "--bundle", golden_bundle(TSE), "--speaker", "anna", *files)
-    assert lived.returncode == 0, lived.stderr
+    live = run("kb-client", "live", "--bundle", golden_bundle(TSE), "--speaker", "anna", *files)
+    assert live.returncode == 0, live.stderr
     used = json.loads((tmp_path / "recording" / "session.json").read_text())["speaker_embedding"]
     np.testing.assert_allclose(used, embedding(tse_server), atol=TOLERANCE)
-    # It runs again as that voice.
+    # The recorded session can be repeated with the same speaker.
     again = ["-o", tmp_path / "again.wav", "--frame-log", tmp_path / "recording" / "frames.csv"]
     result = run(*("kb-client", "replay", tmp_path / "recording" / "input.wav", "--bundle", golden_bundle(TSE)), *again)
     assert result.returncode == 0, result.stderr
@@ -56,7 +56,7 @@ def test_a_voice_is_kept_under_a_name_and_used(
 
 
 def embedding(server: Server) -> list[float]:
-    """What the server's encoder makes of the same speech."""
+    """Return the embedding that the server computes for the same speech."""
     speech = soundfile.read(SAMPLES / "enrollment.flac", dtype="float32", always_2d=True)[0].mean(axis=1)
     encoding = PCM_ENCODINGS["f32"]
     request = pb.EnrollRequest(sample_rate=16000, pcm_encoding=encoding, pcm=encode_pcm(speech[None], encoding))
@@ -66,7 +66,7 @@ def embedding(server: Server) -> list[float]:
 
 @pytest.mark.parametrize("status", ["DEADLINE_EXCEEDED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL"])
 @pytest.mark.usefixtures("configuration")
-def test_a_server_that_cannot_now_is_no_fault_of_the_call(
+def test_a_temporary_fault_of_the_server_gives_exit_code_1(
     status: str, golden_bundle: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = grpc.server(ThreadPoolExecutor(2))
@@ -85,7 +85,7 @@ def test_a_server_that_cannot_now_is_no_fault_of_the_call(
 
 
 class Unable(HintServiceServicer):
-    """Ends every call with one status."""
+    """A service that ends every call with the same status."""
 
     def __init__(self, status: grpc.StatusCode) -> None:
         self._status = status
@@ -104,12 +104,14 @@ class Unable(HintServiceServicer):
         context.abort(self._status, "not now")
 
 
-def test_what_cannot_be_enrolled(configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_enrollments_are_refused(
+    configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     soundfile.write(tmp_path / "short.wav", np.ones(16000), 16000)
     cases: list[tuple[list[object], str]] = [
         (["anna", tmp_path / "short.wav"], "has 1.0 s; give 5 to 30 s"),
         (["anna", tmp_path / "none.wav"], "no such file"),
-        (["a/b", SAMPLES / "enrollment.flac"], "letters, digits"),
+        (["a/b", SAMPLES / "enrollment.flac"], "can contain only letters, digits"),
         (["anna", SAMPLES / "enrollment.flac", "--server", "127.0.0.1:1"], "no answer"),
         (["anna", "--seconds", 2], "--seconds"),
     ]
@@ -119,9 +121,7 @@ def test_what_cannot_be_enrolled(configuration: Path, tmp_path: Path, capsys: py
     assert not configuration.exists()
 
 
-def test_a_place_that_cannot_be_written_is_found_out_before_anybody_speaks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_folder_is_reported_before_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     for folder in ("file", "/proc"):
         monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / folder))

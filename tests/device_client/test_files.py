@@ -1,4 +1,4 @@
-"""Files in and out: rates, channels, formats, alignment."""
+"""Tests for input and output files: rates, channels, formats and alignment."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +21,14 @@ ALONE = Alone(task="tse", framing=Framing(), network=NetworkSize(channels=8, hid
 
 @pytest.fixture(scope="module")
 def identity_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One network alone that hands its input on: what comes out is what the file handling makes of it."""
+    """A bundle of one network alone whose output is its input, to test only the handling of files."""
     model = build(ALONE)
     network = model.get_submodule("small.network")
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if not name.startswith(("input_norm", "speaker")):
                 weight.zero_()
-        # Channels 0 to 3 carry the spectrum scaled, 4 to 7 its negative: zero mean, so the norm only scales.
+        # Channels 0 to 3 are the scaled spectrum, and 4 to 7 its negative. With a mean of zero, the norm only scales.
         for channel in range(4):
             for sign, target in ((1.0, channel), (-1.0, channel + 4)):
                 network.get_parameter("input_conv.conv.weight")[target, channel, 2, 1] = sign
@@ -45,7 +45,7 @@ def identity_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replay(bundle: Path, folder: Path, name: str, *flags: object) -> tuple[NDArray[np.float64], int, str]:
-    """Samples ``[N, M]``, rate and standard error of a run over a file in the folder."""
+    """Replay a file of the folder. Return the output samples ``[N, M]``, their rate, and the standard error."""
     np.save(folder / "speaker.npy", np.ones(256))
     out = folder / f"out{Path(name).suffix}"
     result = run(
@@ -71,7 +71,7 @@ def test_output_has_rate_length_and_alignment_of_the_input(
 ) -> None:
     rng = np.random.default_rng(1)
     length = rate // 2 + 37
-    # A click in a little noise: its place tells the alignment to a sample.
+    # The position of a click in weak noise shows the alignment with an accuracy of one sample.
     signal = 0.001 * rng.standard_normal((length, 2))
     click = round(0.2 * rate)
     signal[click] = 0.5
@@ -92,7 +92,7 @@ def test_a_mono_file_is_used_for_both_microphones(identity_bundle: Path, tmp_pat
     assert errors == f"warning: {tmp_path / 'in.wav'}: is mono; its channel is used for all 2 microphones\n"
 
 
-def test_what_exceeds_full_scale_is_clipped_in_16_bit_and_kept_in_float(
+def test_samples_beyond_full_scale_are_clipped_in_16_bit_and_kept_in_float(
     golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     case = golden("tse_delay3")

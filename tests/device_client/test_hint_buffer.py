@@ -1,4 +1,4 @@
-"""The buffer and the log between network and frame loop."""
+"""Tests for the buffer of hints, and for the log of hints."""
 
 import sys
 import threading
@@ -18,10 +18,10 @@ def test_a_hint_is_on_time_up_to_its_deadline_and_not_after() -> None:
     assert buffer.take(3, now=99) is None
     assert buffer.take(3, now=100) is HINT
     assert buffer.take(2, now=100) is None
-    assert buffer.take(3 + 8, now=100) is None  # another frame of the same slot
+    assert buffer.take(3 + 8, now=100) is None  # another frame in the same slot
 
 
-def test_delay_zero_and_everything_that_can_wait() -> None:
+def test_the_buffer_keeps_all_hints_that_can_wait_at_a_time() -> None:
     for delay in (0, 1, 6):
         buffer = HintBuffer(delay)
         for frame in range(delay + 1):
@@ -32,7 +32,7 @@ def test_delay_zero_and_everything_that_can_wait() -> None:
             assert hint[0, 0] == frame
 
 
-def test_the_log_tells_on_time_late_and_missing_apart() -> None:
+def test_the_log_distinguishes_on_time_late_and_missing_hints() -> None:
     log = HintLog(frames=8, delay=2)
     log.captured_at[:] = 10 * np.arange(8)
     log.arrived_at[:] = [5, 45, 200, -1, 60, 65, -1, 80]
@@ -40,14 +40,14 @@ def test_the_log_tells_on_time_late_and_missing_apart() -> None:
     on_time, late, missing = log.classify(end=100)
     assert np.flatnonzero(on_time).tolist() == [0, 4]
     assert np.flatnonzero(late).tolist() == [1, 5]
-    assert np.flatnonzero(missing).tolist() == [2, 3]  # frame 2's came only after the end
+    assert np.flatnonzero(missing).tolist() == [2, 3]  # the hint of frame 2 came only after the end
     ages = log.ages_ms(end=100) * 1e6
     assert ages[[0, 1, 7]].tolist() == [5, 35, 10]
     assert np.isnan(ages[[2, 3, 6]]).all()
 
 
 def test_one_thread_puts_while_another_takes() -> None:
-    """Every hint that is taken is the right one, whole, at whatever moment the threads switch."""
+    """Every hint that is taken is complete and belongs to its frame, whenever the threads switch."""
     delay, frames = 3, 3000
     buffer = HintBuffer(delay)
     captured = threading.Semaphore(0)
@@ -65,7 +65,7 @@ def test_one_thread_puts_while_another_takes() -> None:
         taken = []
         for frame in range(frames):
             captured.release()
-            time.sleep(1e-5 * (frame % 3))  # sometimes longer than the other thread needs, sometimes not
+            time.sleep(1e-5 * (frame % 3))  # sometimes longer and sometimes shorter than the other thread needs
             if frame >= delay and (hint := buffer.take(frame - delay, now=0)) is not None:
                 taken.append((frame - delay, hint))
         thread.join()

@@ -1,4 +1,4 @@
-"""What a server can do to a device: nothing it sends is heard as noise, keeps the loop, or is waited for."""
+"""Tests for malicious servers: nothing that they send causes noise or blocks the frame loop."""
 
 import threading
 import time
@@ -27,11 +27,12 @@ from tests.processes import Server, running_server
 
 SS = "ss_delay6_compression2"
 PATIENCE = 30.0
-Answer = Callable[[Any, int], Iterator[pb.StreamHintsResponse]]  # to an audio message, the number of its frames
+# Returns the responses to an audio message, which has the given number of frames.
+Answer = Callable[[Any, int], Iterator[pb.StreamHintsResponse]]
 
 
 class Hostile(HintServiceServicer):
-    """Answers every message of audio by a function."""
+    """A service that answers every audio message with the result of a function."""
 
     def __init__(self, manifest: Manifest, answer: Answer) -> None:
         self._chunk = 8 * manifest.model.microphones // 2 * manifest.model.framing.chunk
@@ -87,28 +88,30 @@ def huge(manifest: Manifest, first: int) -> Iterator[pb.StreamHintsResponse]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
+    ("responses", "reason"),
     [
-        (flood, "the server said more than once that it shuts down"),
+        (flood, "the server announced its shutdown more than once"),
         (ahead, "hint of frame 1 came before its audio was sent"),
         (huge, "hint of frame 0 has values above 65504"),
     ],
 )
-def test_a_session_ends_with_what_no_server_sends(
-    kind: Callable[[Manifest, int], Iterator[pb.StreamHintsResponse]], why: str, golden_bundle: Callable[[str], Path]
+def test_invalid_responses_end_a_session(
+    responses: Callable[[Manifest, int], Iterator[pb.StreamHintsResponse]],
+    reason: str,
+    golden_bundle: Callable[[str], Path],
 ) -> None:
     manifest = read_manifest(golden_bundle(SS))
-    with hostile(manifest, lambda audio, _: kind(manifest, audio.first_frame)) as address:
+    with hostile(manifest, lambda audio, _: responses(manifest, audio.first_frame)) as address:
         stream = HintStream(address, manifest, encodings=Encodings())
         stream.send(0, noise(1))
         while stream.receive() is not None:
             pass
         assert stream.ended is not None
-        assert (stream.ended.status, stream.ended.detail) == ("DATA_LOSS", why)
+        assert (stream.ended.status, stream.ended.detail) == ("DATA_LOSS", reason)
         stream.close()
 
 
-def test_words_of_a_server_command_no_terminal(golden_bundle: Callable[[str], Path]) -> None:
+def test_a_servers_message_cannot_control_the_terminal(golden_bundle: Callable[[str], Path]) -> None:
     manifest = read_manifest(golden_bundle(SS))
 
     class Rude(Hostile):
@@ -132,16 +135,16 @@ def test_words_of_a_server_command_no_terminal(golden_bundle: Callable[[str], Pa
         server.stop(0)
 
 
-def test_a_server_whose_hints_are_never_in_time_is_left_for_the_next(
+def test_a_server_whose_hints_are_all_late_is_replaced(
     golden_bundle: Callable[[str], Path], ss_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("knowledge_boosting.device_client.hints.reconnecting._USELESS", 1.0)
+    monkeypatch.setattr("knowledge_boosting.device_client.hints.reconnecting._LATE_TIMEOUT", 1.0)
     bundle = golden_bundle(SS)
     manifest = read_manifest(bundle)
     played = [0]
 
     def late(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
-        # Behind by more than may be, and not by much more.
+        # The hints are a little too late for their deadline.
         while played[0] < audio.first_frame + frames + 10:
             time.sleep(0.004)
         for frame in range(audio.first_frame, audio.first_frame + frames):
@@ -165,7 +168,7 @@ def test_a_server_whose_hints_are_never_in_time_is_left_for_the_next(
     assert hints.events[-1].text == f"hints come from {ss_server.address}"
 
 
-def test_hints_after_a_move_are_announced_where_one_address_stands_for_many_servers(
+def test_a_move_is_announced_even_if_both_servers_have_the_same_address(
     golden_bundle: Callable[[str], Path],
 ) -> None:
     bundle = golden_bundle(SS)
@@ -190,43 +193,43 @@ def test_hints_after_a_move_are_announced_where_one_address_stands_for_many_serv
         audio = MemoryAudio(noise(4000), pace)
         hints.start()
         LiveLoop(load_model(Bundle(bundle), "onnx").session(None), manifest.model, audio, hints, "1").run()
-        source = hints.server
+        server = hints.server
         hints.close()
     assert [event.text for event in hints.events] == [
         f"hints come from {address}",
         f"{address} shuts down; moving to {address}",
         f"hints come from {address}",
     ]
-    assert source == address
+    assert server == address
 
 
-@pytest.mark.slow  # in real time
+@pytest.mark.slow  # runs in real time
 def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
-    """Though the next server takes a while until its first hint, the first one's go on until then."""
+    """The draining server sends hints until the first hint of the next server arrives, even if that takes a while."""
     bundle = golden_bundle(SS)
     manifest = read_manifest(bundle)
     used: list[bool] = []
 
-    class Kept(LiveHints):
+    class RecordedHints(LiveHints):
         def take(self, frame: int, now: int) -> Samples | None:
             hint = super().take(frame, now)
             used.append(hint is not None)
             return hint
 
     def slow_to_begin(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
-        if frames > 20:  # the past that a session begins with
+        if frames > 20:  # the backfill at the start of a session
             time.sleep(0.5)
         for frame in range(audio.first_frame, audio.first_frame + frames):
             yield hint(manifest, frame)
 
     stopping: list[threading.Thread] = []
     with running_server(bundle) as first, hostile(manifest, slow_to_begin) as second:
-        hints = Kept([first.address, second], manifest, encodings=Encodings())
+        hints = RecordedHints([first.address, second], manifest, encodings=Encodings())
         moved: list[int] = []
 
         def pace(frame: int) -> None:
-            # The audio of a real device does not wait, and neither does this.
-            time.sleep(max(0.0, began + 0.008 * frame - time.monotonic()))
+            # Like the audio of a real device, this keeps its pace.
+            time.sleep(max(0.0, started + 0.008 * frame - time.monotonic()))
             if not stopping and len(used) > 400 and used[-1]:
                 stopping.append(threading.Thread(target=first.stop))
                 stopping[0].start()
@@ -237,25 +240,25 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
 
         audio = MemoryAudio(noise(4000), pace)
         hints.start()
-        began = time.monotonic()
+        started = time.monotonic()
         LiveLoop(load_model(Bundle(bundle), "onnx").session(None), manifest.model, audio, hints, "1").run()
         hints.close()
         stopping[0].join(PATIENCE)
     after = used[used.index(True) + 50 :]
-    # Half a second has 62 frames; a machine that is busy may be late for some.
-    assert after.count(False) < 20, [index for index, there in enumerate(after) if not there]
+    # A gap of half a second would have 62 frames. On a busy machine, some hints can be late.
+    assert after.count(False) < 20, [index for index, was_used in enumerate(after) if not was_used]
     assert [event.connected for event in hints.events] == [True, False, True], hints.events
 
 
 class Network:
-    """Gives ones, and what is no number when told to."""
+    """A network whose estimates are ones, and contain infinity while ``overflowing`` is set."""
 
     def __init__(self) -> None:
-        self.resets, self.bad = 0, False
+        self.resets, self.overflowing = 0, False
 
     def step(self, window: Samples, hint: Samples | None) -> Samples:
         estimate = np.ones((2, 2, 128), np.float32)
-        if self.bad:
+        if self.overflowing:
             estimate[1, 0, 5] = np.inf
         return estimate
 
@@ -263,13 +266,13 @@ class Network:
         self.resets += 1
 
 
-def test_what_is_no_number_is_not_played_and_what_is_played_makes_no_click() -> None:
+def test_an_overflow_is_replaced_by_the_input_without_a_click() -> None:
     network = Network()
     engine = CheckedEngine(network)
     window = np.full((2, 192), -0.5, np.float32)
     played = []
-    for bad in (False, False, True, True, True, False, False):
-        network.bad = bad
+    for overflowing in (False, False, True, True, True, False, False):
+        network.overflowing = overflowing
         played.append(engine.step(window, None))
     sound = np.concatenate(played, axis=-1)
     assert np.isfinite(sound).all()
@@ -281,19 +284,19 @@ def test_what_is_no_number_is_not_played_and_what_is_played_makes_no_click() -> 
 
 
 @pytest.mark.parametrize("name", ["onnx", "torch"])
-def test_a_network_that_overflows_begins_again(name: Any, golden_bundle: Callable[[str], Path]) -> None:
-    """Its estimates afterwards are those of one that has heard nothing before."""
+def test_a_network_that_overflows_is_reset(name: Any, golden_bundle: Callable[[str], Path]) -> None:
+    """After the overflow, the estimates are those of a new session."""
     model = load_model(Bundle(golden_bundle(SS)), name)
     engine, sound = model.session(None), noise(80)
     windows = [np.ascontiguousarray(sound[:, 128 * frame : 128 * frame + 192]) for frame in range(79)]
     loud = np.full((2, 192), 3e38, np.float32)
-    given = [engine.step(window, None) for window in (*windows[:20], loud)]
-    # Some frames may pass until it has what it can go on with.
+    before = [engine.step(window, None) for window in (*windows[:20], loud)]
+    # It can take some frames until the estimate overflows.
     while engine.overflows == 0:
-        given.append(engine.step(loud, None))
-        assert len(given) < 60
+        before.append(engine.step(loud, None))
+        assert len(before) < 60
     after = [engine.step(window, None) for window in windows[20:]]
-    assert np.isfinite(np.stack(given + after)).all()
+    assert np.isfinite(np.stack(before + after)).all()
     fresh = model.session(None)
     expected = [fresh.step(window, None) for window in windows[20:]]
-    np.testing.assert_array_equal(np.stack(after[1:]), np.stack(expected[1:]))  # the first one fades in
+    np.testing.assert_array_equal(np.stack(after[1:]), np.stack(expected[1:]))  # the first one is faded in

@@ -1,4 +1,4 @@
-"""A device's own installation: without torch, against a server elsewhere."""
+"""Test for the client's installation on a device without torch."""
 
 import subprocess
 import sys
@@ -17,12 +17,12 @@ NAME = "tse_delay6"
 
 
 @pytest.mark.slow
-def test_a_device_without_torch_replays_against_a_server_elsewhere(
+def test_a_device_without_torch_replays_with_a_server(
     golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path], tse_server: Server, tmp_path: Path
 ) -> None:
     case, bundle = golden(NAME), tmp_path / "bundle"
     bundle.mkdir()
-    for file in ("bundle.json", "small.onnx", "small.safetensors"):  # the part that a device needs
+    for file in ("bundle.json", "small.onnx", "small.safetensors"):  # the files that a device needs
         (bundle / file).write_bytes((golden_bundle(NAME) / file).read_bytes())
     soundfile.write(tmp_path / "mixture.wav", case.mixture[0].numpy().T, 16000, subtype="FLOAT")
     assert case.speaker_embedding is not None
@@ -34,8 +34,8 @@ def test_a_device_without_torch_replays_against_a_server_elsewhere(
     installed = subprocess.run(install, cwd=ROOT, capture_output=True, text=True, check=False)
     assert installed.returncode == 0, installed.stderr
 
-    found = subprocess.run([programs / "python", "-c", "import torch"], cwd=tmp_path, capture_output=True, check=False)
-    assert found.returncode == 1
+    import_torch = [str(programs / "python"), "-c", "import torch"]
+    assert subprocess.run(import_torch, cwd=tmp_path, capture_output=True, check=False).returncode == 1
     call = [programs / "kb-client", "replay", "mixture.wav", "-o", "out.wav", "--bundle", "bundle"]
     call += ["--server", tse_server.address, "--enrollment", "speaker.npy", "--output-format", "float"]
     result = subprocess.run([*map(str, call)], cwd=tmp_path, capture_output=True, text=True, check=False)

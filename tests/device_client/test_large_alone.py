@@ -1,4 +1,4 @@
-"""A large network alone, with self-attention, through every command as any other bundle."""
+"""Tests for a bundle of one large network alone with self-attention, in all commands."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ TINY = {"channels": 8, "hidden": 4, "blocks": 2, "heads": 2, "self_attention": T
 
 
 def write_data(root: Path) -> Path:
-    """Two mixtures of the sample voices; the first one's mixture as a file beside them."""
+    """Write a data set of two mixtures of the sample speakers, and each mixture as a file in the same folder."""
     for item in (0, 1):
         folder = root / "data" / "test" / str(item)
         folder.mkdir(parents=True)
@@ -53,7 +53,7 @@ def test_it_is_exported_replayed_and_evaluated(
         config = ROOT / f"configs/baselines/{published}.json"
     assert call_here("kb-export", "--config", config, "--untrained", "-o", bundle) == 0
 
-    # No server, and under ONNX Runtime: what torch makes of the whole signal.
+    # Without a server, ONNX Runtime must give the output of torch for the whole signal.
     replay = ["kb-client", "replay", tmp_path / "mixture0.wav", "-o", tmp_path / "out.wav", "--output-format", "float"]
     sources = [data / f"test/0/source{number:02d}.wav" for number in range(2 if task == "ss" else 1)]
     for source in sources:
@@ -74,9 +74,9 @@ def test_it_is_exported_replayed_and_evaluated(
     with torch.inference_mode():
         expected = network(padded, network.initial_state(1, speaker))[0][0, ..., : len(samples)].numpy()
     names = ["out-speaker1", "out-speaker2"] if task == "ss" else ["out"]
-    for name, voice in zip(names, expected, strict=True):
+    for name, estimate in zip(names, expected, strict=True):
         output, _ = soundfile.read(tmp_path / f"{name}.wav", dtype="float32")
-        np.testing.assert_allclose(output.T, voice, rtol=0, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(output.T, estimate, rtol=0, atol=1e-4 * np.abs(expected).max())
 
     results = tmp_path / "results"
     arguments = ("--data", data, "--streaming", "--metrics", "si_sdri", "--workers", 1, "-o", results)

@@ -1,4 +1,4 @@
-"""``kb-client live`` as a process: from file to file in real time, recorded, and run again."""
+"""Tests for ``kb-client live`` with files as input and output, its recording, and the repetition of a session."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ GetBundle = Callable[[str], Path]
 def recorded(
     golden: GetGolden, golden_bundle: GetBundle, ss_server: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, object]]]:
-    """A folder with the recording of a session of three seconds, and the lines it told."""
+    """Record a session of three seconds. Return its folder and the lines that it printed."""
     folder = tmp_path_factory.mktemp("live")
     samples = np.tile(golden(SS).mixture[0].numpy(), 3)
     soundfile.write(folder / "mixture.wav", samples.T, 16000, subtype="FLOAT")
@@ -45,12 +45,12 @@ def samples_of(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     return samples
 
 
-def test_a_session_tells_what_it_did(recorded: tuple[Path, list[dict[str, object]]], ss_server: Server) -> None:
-    folder, told = recorded
+def test_a_session_prints_its_figures(recorded: tuple[Path, list[dict[str, object]]], ss_server: Server) -> None:
+    folder, lines = recorded
     frames = -(-len(samples_of(folder / "mixture.wav")) // 128)
     assert len(samples_of(folder / "played.wav")) == len(samples_of(folder / "mixture.wav"))
-    assert any(line["event"] == "server" and line["server"] == ss_server.address for line in told)
-    last = told[-1]
+    assert any(line["event"] == "server" and line["server"] == ss_server.address for line in lines)
+    last = lines[-1]
     assert (last["event"], last["frames"], last["play"]) == ("ended", frames, "both")
     counts = [last[name] for name in ("hints_on_time", "hints_late", "hints_missing")]
     assert sum(count for count in counts if isinstance(count, int)) == frames - 6
@@ -61,17 +61,17 @@ def test_a_session_tells_what_it_did(recorded: tuple[Path, list[dict[str, object
     assert all(bool(row["age_ms"]) == (row["hint"] == "1") for row in rows)
 
 
-def test_what_was_recorded_is_what_was_heard_and_played(recorded: tuple[Path, list[dict[str, object]]]) -> None:
+def test_a_recording_has_the_input_and_the_played_output(recorded: tuple[Path, list[dict[str, object]]]) -> None:
     folder, _ = recorded
     mixture = samples_of(folder / "mixture.wav")
-    heard = samples_of(folder / "recording" / "input.wav")
-    np.testing.assert_array_equal(heard[: len(mixture)], mixture)
-    assert not heard[len(mixture) :].any()
+    captured = samples_of(folder / "recording" / "input.wav")
+    np.testing.assert_array_equal(captured[: len(mixture)], mixture)
+    assert not captured[len(mixture) :].any()
     played = samples_of(folder / "recording" / "output.wav")
     np.testing.assert_array_equal(played[: len(mixture)], samples_of(folder / "played.wav"))
 
 
-def test_a_recorded_session_runs_again_bit_for_bit(
+def test_a_repeated_session_is_bit_identical(
     recorded: tuple[Path, list[dict[str, object]]], golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
     recording = recorded[0] / "recording"
@@ -79,7 +79,7 @@ def test_a_recorded_session_runs_again_bit_for_bit(
     result = run("kb-client", "replay", recording / "input.wav", "-o", tmp_path / "again.wav", *flags)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "again.wav").read_bytes() == (recording / "output.wav").read_bytes()
-    # Not because nothing depends on the hints.
+    # Other hints give another output, so the equality above is not trivial.
     changed = tmp_path / "changed"
     shutil.copytree(recording, changed)
     hints = np.fromfile(changed / "hints.f32", "<f4")
@@ -90,7 +90,7 @@ def test_a_recorded_session_runs_again_bit_for_bit(
     assert np.abs(samples_of(tmp_path / "other.wav") - samples_of(tmp_path / "again.wav")).max() > 1e-3
 
 
-def test_recordings_that_cannot_be_run_again(
+def test_invalid_recordings_are_refused(
     recorded: tuple[Path, list[dict[str, object]]],
     golden_bundle: GetBundle,
     tmp_path: Path,
@@ -103,7 +103,7 @@ def test_recordings_that_cannot_be_run_again(
     (short / "hints.f32").write_bytes((recording / "hints.f32").read_bytes()[:-4])
     (tmp_path / "text.csv").write_text("frame,hint\n0,yes\n")
     shutil.copy(recording / "session.json", tmp_path)
-    # As many hints as before, the first of them before there can be any.
+    # The number of hints is unchanged, but the first one is at a frame that cannot have a hint.
     early = tmp_path / "early"
     shutil.copytree(recording, early)
     lines = log.read_text().splitlines()
@@ -111,12 +111,15 @@ def test_recordings_that_cannot_be_run_again(
     lines[1], lines[last] = lines[1].replace("0,0,", "0,1,", 1), lines[last].replace(",1,", ",0,", 1)
     (early / "frames.csv").write_text("\n".join(lines) + "\n")
     cases: list[tuple[list[object], str]] = [
-        ([source, "--bundle", bundle, "--frame-log", short / "frames.csv"], "does not hold"),
-        ([source, "--bundle", bundle, "--frame-log", early / "frames.csv"], "at frames that have none"),
-        ([source, "--bundle", bundle, "--frame-log", tmp_path / "text.csv"], "is no frame log"),
+        ([source, "--bundle", bundle, "--frame-log", short / "frames.csv"], "does not contain"),
+        ([source, "--bundle", bundle, "--frame-log", early / "frames.csv"], "at frames that cannot have one"),
+        ([source, "--bundle", bundle, "--frame-log", tmp_path / "text.csv"], "is not a frame log"),
         ([source, "--bundle", bundle, "--frame-log", tmp_path / "none.csv"], "no such file"),
-        ([source, "--bundle", golden_bundle("ss_delay0"), "--frame-log", log], "give --bundle it"),
-        ([recorded[0] / "mixture.wav", "--bundle", bundle, "--frame-log", log], "is not the input.wav"),
+        ([source, "--bundle", golden_bundle("ss_delay0"), "--frame-log", log], "give that bundle as --bundle"),
+        (
+            [recorded[0] / "mixture.wav", "--bundle", bundle, "--frame-log", log],
+            "give the input.wav from the same folder",
+        ),
         ([source, "--bundle", bundle, "--frame-log", log, "--delay-ms", 3], "give only"),
     ]
     before = sorted(tmp_path.iterdir())
@@ -126,7 +129,7 @@ def test_recordings_that_cannot_be_run_again(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_call_that_cannot_be_run(
+def test_invalid_calls_are_refused(
     golden_bundle: GetBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soundfile.write(tmp_path / "in.wav", np.zeros((1600, 2)), 16000)
@@ -142,20 +145,20 @@ def test_a_call_that_cannot_be_run(
         ([*files, "--bundle", ss, "--speaker", "anna"], "leave out --speaker"),
         ([*files, "--bundle", tse], "give --speaker"),
         ([*files, "--bundle", tse, "--speaker", "nobody"], "not enrolled"),
-        ([*files, "--bundle", tse, "--speaker", "../x"], "must be of letters"),
+        ([*files, "--bundle", tse, "--speaker", "../x"], "can contain only letters"),
         ([*files, "--bundle", ss, "--record", tmp_path / "bare"], "exists already"),
-        ([*files, "--bundle", ss, "--rate", 48000], "--rate is for devices"),
-        ([*files[:2], "--bundle", ss], "is a file, no device; give --output a file too"),
+        ([*files, "--bundle", ss, "--rate", 48000], "--rate is the rate of devices"),
+        ([*files[:2], "--bundle", ss], "is a file; give a file as --output too"),
         ([*files[:2], "--bundle", ss, "--output", tmp_path / "o.ogg"], "must end in .wav"),
         (["--bundle", ss, "--virtual-mic", "m", "--output", "x"], "leave out --output"),
-        (["--bundle", ss, "--input", "x.mp3"], "--input x.mp3: is a file, no device; give --output a file too"),
+        (["--bundle", ss, "--input", "x.mp3"], "--input x.mp3: is a file; give a file as --output too"),
         (["--bundle", ss, "--input", "x.mp3", "--output", "y.wav"], "x.mp3: no such file"),
-        (["--bundle", ss, "--output", "y.wav"], "--output y.wav: is a file, no device; give --input a sound file too"),
+        (["--bundle", ss, "--output", "y.wav"], "--output y.wav: is a file; give a sound file as --input too"),
         ([*files[:2], "--output", tmp_path / "in.wav", "--bundle", ss], "would overwrite an input"),
         ([*files, "--bundle", ss, "--record", tmp_path / "in.wav"], "exists already"),
         (
             [*files[:2], "--output", tmp_path / "empty/output.wav", "--record", tmp_path / "empty", "--bundle", ss],
-            "twice",
+            "two outputs have this name",
         ),
         ([*files[:2], "--output", tmp_path / "no" / "o.wav", "--bundle", ss], "no folder"),
         ([*files[:2], "--output", tmp_path / f"{'o' * 260}.wav", "--bundle", ss], "File name too long"),
@@ -169,7 +172,7 @@ def test_a_call_that_cannot_be_run(
 
 
 def call_without(module: str, tmp_path: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """kb-client where sounddevice cannot be imported, or finds no PortAudio."""
+    """Run kb-client on a system where sounddevice or PortAudio is missing."""
     broken = {"sounddevice": "raise ImportError('no')", "portaudio": "raise OSError('PortAudio library not found')"}
     (tmp_path / "sounddevice.py").write_text(broken[module] + "\n")
     call = [sys.executable, "-m", "knowledge_boosting.device_client.main", *map(str, arguments)]
@@ -180,17 +183,17 @@ def call_without(module: str, tmp_path: Path, *arguments: object) -> "subprocess
 
 
 @pytest.mark.parametrize(
-    ("missing", "words"), [("portaudio", "apt-get install libportaudio2"), ("sounddevice", "pip install")]
+    ("missing", "fix"), [("portaudio", "apt-get install libportaudio2"), ("sounddevice", "pip install")]
 )
-def test_without_a_sound_system_it_says_what_to_install(
-    missing: str, words: str, golden_bundle: GetBundle, tmp_path: Path
+def test_without_a_sound_system_the_error_says_what_to_install(
+    missing: str, fix: str, golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
     for call in (["devices"], ["live", "--bundle", golden_bundle(SS)]):
         result = call_without(missing, tmp_path, *call)
         assert result.returncode == 2
-        assert words in result.stderr
+        assert fix in result.stderr
         assert len(result.stderr.splitlines()) == 1
-    # Files need none.
+    # With files, no sound system is needed.
     soundfile.write(tmp_path / "in.wav", np.zeros((1600, 2)), 16000)
     files = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav"]
     result = call_without(missing, tmp_path, "live", "--bundle", golden_bundle(SS), *files)

@@ -1,4 +1,4 @@
-"""``kb-client live`` from file to file: rates and formats, the shortest files, and how it ends."""
+"""Tests for ``kb-client live`` with files as input and output: rates, formats, very short files, and its end."""
 
 import fcntl
 import os
@@ -51,34 +51,34 @@ def test_live_writes_what_replay_writes(
     np.testing.assert_array_equal(samples_of(tmp_path / target), samples_of(replayed))
 
 
-@pytest.mark.parametrize("way", ["live", "replay"])
-def test_the_shortest_files_come_out_as_long_as_they_went_in(
-    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command_name", ["live", "replay"])
+def test_very_short_files_keep_their_length(
+    command_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rate in (16000, 44100, 48000, 192_000):
         for count in (1, 5):
             source, target = tmp_path / "in.wav", tmp_path / "out.wav"
             soundfile.write(source, np.full((count, 2), 0.25), rate)
-            flags = ["--input", source, "--output", target] if way == "live" else [source, "-o", target]
-            assert call_here("kb-client", way, *flags, *ALONE) == 0, capsys.readouterr().err
-            written = target if way == "live" else tmp_path / "out-speaker1.wav"
+            flags = ["--input", source, "--output", target] if command_name == "live" else [source, "-o", target]
+            assert call_here("kb-client", command_name, *flags, *ALONE) == 0, capsys.readouterr().err
+            written = target if command_name == "live" else tmp_path / "out-speaker1.wav"
             info = soundfile.info(written)
             assert (info.frames, info.samplerate) == (count, rate)
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A minute, which no test waits for."""
+    """A recording of one minute. No test waits for its end."""
     soundfile.write(tmp_path / "in.wav", np.tile(noise(4, 16000), (15, 1)), 16000, subtype="FLOAT")
     return tmp_path / "in.wav"
 
 
-def assert_whole(folder: Path, frames_at_least: int) -> None:
-    """All that a session leaves is there, whole and of the same length, and nothing else."""
+def assert_complete(folder: Path, min_frames: int) -> None:
+    """Check that all files of a session are complete and have the same length, and that there are no other files."""
     recording = folder / "recording"
     assert sorted(path.name for path in folder.iterdir()) == ["in.wav", "out.wav", "recording"]
     rows = (recording / "frames.csv").read_text().splitlines()[1:]
-    assert len(rows) >= frames_at_least
+    assert len(rows) >= min_frames
     assert all(len(row.split(",")) == 5 for row in rows)
     played = samples_of(recording / "output.wav")
     assert len(played) == 128 * len(rows)
@@ -90,7 +90,7 @@ def assert_whole(folder: Path, frames_at_least: int) -> None:
     "number",
     [signal.SIGHUP, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT))],
 )
-def test_signals_end_a_session_in_good_order(number: int, source: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_a_session_with_complete_files(number: int, source: Path, tmp_path: Path) -> None:
     flags = ["--input", source, "--output", tmp_path / "out.wav", "--record", tmp_path / "recording", "--json-lines"]
     with subprocess.Popen(
         command("kb-client", "live", *flags, *ALONE), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -100,11 +100,11 @@ def test_signals_end_a_session_in_good_order(number: int, source: Path, tmp_path
         process.send_signal(number)
         _, errors = process.communicate()
     assert (process.returncode, errors) == (0, b"")
-    assert_whole(tmp_path, 100)
+    assert_complete(tmp_path, 100)
 
 
-def test_a_terminal_that_is_closed_ends_a_session_in_good_order(source: Path, tmp_path: Path) -> None:
-    """The view's terminal goes away as it does when its window is closed: SIGHUP, and errors on every stream."""
+def test_a_closed_terminal_ends_a_session_with_complete_files(source: Path, tmp_path: Path) -> None:
+    """When the window of a terminal is closed, the process gets SIGHUP, and all streams give errors."""
     ours, theirs = pty.openpty()
     flags = ["--input", source, "--output", tmp_path / "out.wav", "--record", tmp_path / "recording"]
 
@@ -129,11 +129,11 @@ def test_a_terminal_that_is_closed_ends_a_session_in_good_order(source: Path, tm
         process.wait(timeout=120)
     finally:
         process.kill()
-    assert_whole(tmp_path, 1)
+    assert_complete(tmp_path, 1)
 
 
 @pytest.mark.slow
-def test_under_nohup_a_session_goes_on(tmp_path: Path) -> None:
+def test_under_nohup_a_session_continues(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "in.wav", noise(2, 16000), 16000, subtype="FLOAT")
     flags = ["--input", tmp_path / "in.wav", "--output", tmp_path / "out.wav", "--json-lines"]
     with subprocess.Popen(

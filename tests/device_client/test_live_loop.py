@@ -1,4 +1,4 @@
-"""The live frame loop, in one process, with a real server: what it plays and which hints it fuses."""
+"""Tests for the live frame loop with a real server: what it plays and which hints it fuses."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ GetBundle = Callable[[str], Path]
 
 
 class MemoryAudio:
-    """Samples ``[M, N]`` paced by a function that is called before every read; what is played is kept."""
+    """Live audio from samples ``[M, N]``. It calls a function for pacing before every read, and records the output."""
 
     underruns = overruns = 0
 
@@ -64,7 +64,7 @@ class MemoryAudio:
 
 @dataclass
 class Frames:
-    """A recorder that keeps everything."""
+    """A recorder that keeps all hints and records in memory."""
 
     hints: list[Samples | None] = field(default_factory=list)
     records: list[np.void] = field(default_factory=list)
@@ -90,7 +90,7 @@ def noise(frames: int) -> Samples:
 
 
 @pytest.mark.parametrize("play", ["1", "2"])
-def test_alone_it_plays_the_published_output(play: Play, golden: GetGolden, golden_bundle: GetBundle) -> None:
+def test_without_hints_it_plays_the_published_output(play: Play, golden: GetGolden, golden_bundle: GetBundle) -> None:
     case, model = golden(SS), OnnxModel(Bundle(golden_bundle(SS)))
     mixture, config = case.mixture[0].numpy(), model.manifest.model
     frames = config.framing.frames(mixture.shape[1])
@@ -115,7 +115,7 @@ def test_it_fuses_the_hints_of_the_published_computation(
     def pace(frame: int) -> None:
         real_time(frame)
         if frame == 20:
-            wait_for(lambda: hints.server is not None)  # so that there are hints to compare
+            wait_for(lambda: hints.server is not None)  # without a server there would be no hints to compare
 
     frames, audio = Frames(), MemoryAudio(mixture, pace)
     loop = LiveLoop(model.session(None), config, audio, hints, "1", frames)
@@ -159,22 +159,22 @@ def test_another_server_takes_over_with_a_warm_network(golden: GetGolden, golden
     assert len(frames.hints) == loop.frames
     assert audio.played.shape[1] == 128 * loop.frames
     assert [event.connected for event in hints.events][:3] == [True, False, True]
-    resumed = range(seen[second.address] + 2 * 8, loop.frames)  # after the ramp
+    resumed = range(seen[second.address] + 2 * 8, loop.frames)  # after the fade-in
     used = {frame - 6: hint for frame in resumed if (hint := frames.hints[frame]) is not None}
     assert len(used) > 10
-    # They are those of a network that began half a second before, or a little more.
+    # The hints are those of a network that started half a second earlier, or slightly more.
     large, last = golden(SS).pair.large, max(used)
     distances = {}
-    for began in range(min(used) - 120, min(used) - 62):
-        heard = torch.from_numpy(samples[None, :, 128 * began : 128 * (last + 1) + 64])
+    for start in range(min(used) - 120, min(used) - 62):
+        audio_since_start = torch.from_numpy(samples[None, :, 128 * start : 128 * (last + 1) + 64])
         with torch.inference_mode():
-            expected = large(heard, large.initial_state(1, None))[0][0]
-        distances[began] = max(worst(hint, expected[frame - began]) for frame, hint in used.items())
+            expected = large(audio_since_start, large.initial_state(1, None))[0][0]
+        distances[start] = max(worst(hint, expected[frame - start]) for frame, hint in used.items())
     assert min(distances.values()) < TOLERANCE, distances
 
 
 class SlowUplink:
-    """A way to a server that lets so many bytes a second through, once hints have come; answers are not held up."""
+    """A proxy that limits the bytes per second to a server while ``slow`` is set. The answers are not delayed."""
 
     def __init__(self, server: str, rate: int) -> None:
         self._server, self._rate, self.slow = server, rate, threading.Event()
@@ -204,11 +204,13 @@ class SlowUplink:
                 target.sendall(content)
 
 
-@pytest.mark.parametrize(("rate", "why"), [(30_000, "falls behind"), (0, "no answer any more")])
-def test_audio_that_does_not_get_through_is_dropped(
-    rate: int, why: str, golden_bundle: GetBundle, ss_server: Server
+@pytest.mark.parametrize(
+    ("rate", "reason"), [(30_000, "the connection is too slow"), (0, "the server stopped answering")]
+)
+def test_a_session_ends_if_its_audio_does_not_get_through(
+    rate: int, reason: str, golden_bundle: GetBundle, ss_server: Server
 ) -> None:
-    """A quarter of what the audio needs, and a connection into which everything vanishes."""
+    """The connection carries a quarter of the audio's bandwidth, or nothing at all."""
     manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(Bundle(golden_bundle(SS)))
     uplink = SlowUplink(ss_server.address, rate)
     hints = LiveHints([uplink.address], manifest, encodings=Encodings())
@@ -228,10 +230,10 @@ def test_audio_that_does_not_get_through_is_dropped(
     uplink.close()
     assert loop.frames < 5000
     assert audio.played.shape[1] == 128 * loop.frames
-    assert why in hints.events[-1].text
+    assert reason in hints.events[-1].text
 
 
-def test_missing_hints_are_zeros_and_after_a_while_they_come_back_slowly() -> None:
+def test_hints_are_faded_in_after_a_long_gap() -> None:
     ramp, hint = HintRamp(), np.ones((4, 97), np.float32)
     for _ in range(20):
         assert ramp.scale(hint) is hint
@@ -246,7 +248,7 @@ def test_missing_hints_are_zeros_and_after_a_while_they_come_back_slowly() -> No
     assert max(np.diff([0, *gains])) <= 0.125
 
 
-def test_a_sample_that_is_no_number_does_not_stay(golden_bundle: GetBundle) -> None:
+def test_a_sample_that_is_not_finite_has_no_lasting_effect(golden_bundle: GetBundle) -> None:
     model, samples = OnnxModel(Bundle(golden_bundle(SS))), noise(80)
     samples[1, 2000] = np.nan
     audio = MemoryAudio(samples)
@@ -254,7 +256,7 @@ def test_a_sample_that_is_no_number_does_not_stay(golden_bundle: GetBundle) -> N
     assert np.isfinite(audio.played).all()
 
 
-def test_both_voices_are_one_at_each_ear() -> None:
+def test_both_plays_one_speaker_in_each_channel() -> None:
     rng = np.random.default_rng(0)
     chunk, estimate = rng.normal(size=(2, 128)), rng.normal(size=(2, 2, 128))
     played = Mixer(2, 2, "both").mix("both", chunk.astype(np.float32), estimate.astype(np.float32))
@@ -262,12 +264,12 @@ def test_both_voices_are_one_at_each_ear() -> None:
     assert Mixer(1, 2, "1").choices == ["bypass", "1"]
 
 
-def test_a_change_of_what_is_played_makes_no_click() -> None:
+def test_a_change_of_the_mix_makes_no_click() -> None:
     mixer, ones = Mixer(2, 2, "1"), np.ones((2, 128), np.float32)
     estimate = np.stack([-ones, 0.5 * ones])
     orders: list[tuple[Play, int]] = [("1", 2), ("bypass", 8), ("2", 8)]
     played = np.concatenate([mixer.mix(play, ones, estimate) for play, times in orders for _ in range(times)], axis=1)
-    assert np.abs(np.diff(played)).max() < 0.005  # a step of 2 is spread over hundreds of samples
+    assert np.abs(np.diff(played)).max() < 0.005  # a change of 2 is spread over hundreds of samples
     assert (played[:, 2 * 128 - 1] == -1).all()
     assert (played[:, 10 * 128 - 1] == 1).all()
     assert (played[:, -1] == 0.5).all()
@@ -275,8 +277,8 @@ def test_a_change_of_what_is_played_makes_no_click() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
-def test_ten_minutes_take_no_memory(golden_bundle: GetBundle) -> None:
-    """With a server that is looked for all the time and never there."""
+def test_memory_does_not_grow_in_ten_minutes(golden_bundle: GetBundle) -> None:
+    """All that time, the client tries to connect to a server that does not exist."""
     manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(Bundle(golden_bundle(SS)))
     sound, memory = noise(100), []
 
@@ -286,8 +288,8 @@ def test_ten_minutes_take_no_memory(golden_bundle: GetBundle) -> None:
             self.frames = 0
 
         def read(self, samples: Samples) -> bool:
-            place = 128 * (self.frames % 99)
-            samples[:] = sound[:, place : place + samples.shape[1]]
+            start = 128 * (self.frames % 99)
+            samples[:] = sound[:, start : start + samples.shape[1]]
             return self.frames < 75_000
 
         def write(self, samples: Samples) -> None:

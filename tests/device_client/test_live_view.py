@@ -1,4 +1,4 @@
-"""What a live session shows in a terminal, and the keys it answers."""
+"""Tests for the view of a live session in a terminal, and for its keys."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from rich.console import Console
 
-from knowledge_boosting.device_client.live.view import Figures, Frame, log_line, too_slow, view
+from knowledge_boosting.device_client.live.view import Figures, Layout, load_warning, log_line, view
 from tests.processes import PATIENCE, command, environment
 
 SS = "ss_delay6_compression2"
@@ -38,12 +38,12 @@ NOW = Figures(
     hints=True,
     play="1",
 )
-FRAME = Frame("kb-client live   bundle", "38 ms", 48.0, ("bypass", "1", "2", "both"))
+LAYOUT = Layout("kb-client live   bundle", "38 ms", 48.0, ("bypass", "1", "2", "both"))
 
 
-def shown(now: Figures, frame: Frame = FRAME, width: int = 80) -> str:
+def shown(now: Figures, layout: Layout = LAYOUT, width: int = 80) -> str:
     console = Console(width=width, height=24, record=True, file=io.StringIO())
-    console.print(view(now, frame, "last event"))
+    console.print(view(now, layout, "last event"))
     text = console.export_text()
     lines = text.splitlines()
     assert len(lines) <= 24
@@ -55,7 +55,7 @@ def shown(now: Figures, frame: Frame = FRAME, width: int = 80) -> str:
 def test_everything_is_in_the_view(width: int) -> None:
     text = shown(NOW, width=width)
     for words in (
-        *("01:02:03", "speaker 1", "900 on time (90.0 %), 70 late, 30 missing", "14.2 ms; may be 48 ms"),
+        *("01:02:03", "speaker 1", "900 on time (90.0 %), 70 late, 30 missing", "14.2 ms; deadline 48 ms"),
         *("gpu-host:50051", "real-time factor 0.08", "0 underruns", "38 ms", "last event", "-12 dB", "-60 dB"),
         *("space bypass", "h hints", "q quit"),
     ):
@@ -63,16 +63,16 @@ def test_everything_is_in_the_view(width: int) -> None:
     assert len(log_line(NOW).splitlines()) == 1
 
 
-def test_what_is_not_there_is_not_shown() -> None:
-    alone = shown(NOW, replace(FRAME, budget_ms=None, choices=("bypass", "1")))
+def test_missing_parts_are_not_shown() -> None:
+    alone = shown(NOW, replace(LAYOUT, deadline_ms=None, choices=("bypass", "1")))
     for words in ("hint", "server", "1 2 speaker", "both"):
         assert words not in alone
-    assert "none: the small network works alone" in shown(replace(NOW, server=None))
+    assert "none: the small network runs without hints" in shown(replace(NOW, server=None))
     assert "OFF" in shown(replace(NOW, hints=False))
 
 
-def test_trouble_is_told_in_words() -> None:
-    assert too_slow(NOW) is None
+def test_problems_are_explained() -> None:
+    assert load_warning(NOW) is None
     assert "this device is too slow" in shown(replace(NOW, real_time_factor=0.9))
     assert "--buffer-ms" in shown(replace(NOW, underruns=3))
 
@@ -89,7 +89,7 @@ def test_keys_change_what_is_played(golden_bundle: Callable[[str], Path], tmp_pa
         while True:
             try:
                 screen.extend(os.read(ours, 4096))
-            except OSError:  # nobody has the terminal any more
+            except OSError:  # the other end of the terminal is closed
                 return
 
     process = subprocess.Popen(
@@ -108,7 +108,7 @@ def test_keys_change_what_is_played(golden_bundle: Callable[[str], Path], tmp_pa
                 assert time.monotonic() < deadline, screen
                 assert process.poll() is None, screen
                 time.sleep(0.02)
-            time.sleep(0.5)  # the view tells what is wanted; some frames must be played so
+            time.sleep(0.5)  # the view shows the new mix at once; some frames must be played with it too
         os.write(ours, b"q")
         _, errors = process.communicate(timeout=PATIENCE)
     finally:

@@ -1,4 +1,4 @@
-"""Recordings of any length: no more memory than for short ones, and the same samples as all at once."""
+"""Tests for long recordings: constant memory, and the same samples as with the whole signal at once."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import soundfile
 import soxr
 
 from knowledge_boosting.device_client.audio.files import OutputStream, open_audio
-from knowledge_boosting.device_client.boosted_stream import BoostedStream, frames_of
+from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
 from knowledge_boosting.device_client.replay.plot import Spectrogram
 from knowledge_boosting.device_client.replay.tally import Tally
 from knowledge_boosting.models.checkpoint import build
@@ -25,7 +25,7 @@ TINY = Alone(task="ss", framing=Framing(), network=NetworkSize(channels=4, hidde
 
 @pytest.fixture(scope="module")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that takes hardly any time."""
+    """A bundle of a very fast network."""
     path = tmp_path_factory.mktemp("tiny") / "tiny"
     write_bundle(path, build(TINY), TINY, untrained=True, source="random", configuration="test")
     return path
@@ -40,10 +40,10 @@ def write_noise(path: Path, seconds: float, rate: int = 48000) -> Path:
 
 
 def replay(source: Path, bundle: Path, *flags: object) -> float:
-    """Run a replay; the most memory that it had, MiB."""
+    """Run a replay, and return its peak memory in MiB."""
     target = source.with_name(f"{source.stem}-out.wav")
     call = command("kb-client", "replay", source, "-o", target, "--bundle", bundle, *flags)
-    # A process begins with the peak of the one that starts it, so a small one does.
+    # A process inherits the peak of its parent, so it is started by a small process.
     measure = (
         "import resource, subprocess, sys\n"
         "subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)\n"
@@ -56,20 +56,20 @@ def replay(source: Path, bundle: Path, *flags: object) -> float:
 
 
 class Three:
-    """Gives what it hears three times, in three ways."""
+    """A network with three outputs that are multiples of the input."""
 
     overflows = 0
 
     def step(self, window: Samples, hint: Samples | None) -> Samples:
-        made: Samples = np.stack([window, 2 * window, -window])[..., :128]
-        return made
+        estimate: Samples = np.stack([window, 2 * window, -window])[..., :128]
+        return estimate
 
 
 @pytest.mark.parametrize(
     ("rate", "length"), [(16000, 30011), (44100, 50021), (8000, 9973), (48000, 3), (192_000, 11), (16000, 1)]
 )
-def test_blocks_give_the_very_samples_of_a_whole_signal(rate: int, length: int, tmp_path: Path) -> None:
-    """There and back through resampling, against one call each of the resampler and NumPy."""
+def test_blocks_give_the_same_samples_as_a_whole_signal(rate: int, length: int, tmp_path: Path) -> None:
+    """Resampling in both directions block by block is compared with one call of the resampler for each direction."""
     samples = np.random.default_rng(2).uniform(-0.9, 0.9, (length, 2)).astype(np.float32)
     soundfile.write(tmp_path / "in.wav", samples, rate, subtype="FLOAT")
     whole = soxr.resample(samples, rate, 16000, quality="VHQ") if rate != 16000 else samples
@@ -80,7 +80,7 @@ def test_blocks_give_the_very_samples_of_a_whole_signal(rate: int, length: int, 
     with open_audio(tmp_path / "in.wav") as file:
         stream, out, count = OutputStream((3, 2), 16000, file), list[Samples](), 0
         loop = BoostedStream(Three(), TINY)
-        for fresh, valid in frames_of(file.heard(2, 16000), Framing()):
+        for fresh, valid in split_frames(file.resampled_blocks(2, 16000), Framing()):
             loop.fresh[:] = fresh
             frame = loop.step(0)
             np.testing.assert_array_equal(frame.window, padded[128 * frame.number :][:192].T)
@@ -89,10 +89,10 @@ def test_blocks_give_the_very_samples_of_a_whole_signal(rate: int, length: int, 
         out += stream.finish()
     assert count == frames
     result = np.concatenate(out, axis=-1)
-    six = np.concatenate([whole, 2 * whole, -whole], axis=1)
-    back = soxr.resample(six, 16000, rate, quality="VHQ") if rate != 16000 else six
+    estimate = np.concatenate([whole, 2 * whole, -whole], axis=1)
+    resampled = soxr.resample(estimate, 16000, rate, quality="VHQ") if rate != 16000 else estimate
     expected = np.zeros((length, 6), np.float32)
-    expected[: len(back)] = back[:length]
+    expected[: len(resampled)] = resampled[:length]
     np.testing.assert_array_equal(result.reshape(6, -1).T, expected)
 
 
@@ -100,22 +100,22 @@ def test_memory_does_not_grow_with_the_recording(tiny_bundle: Path, tmp_path: Pa
     short, long = (
         replay(write_noise(tmp_path / f"{s}.wav", s), tiny_bundle, "--report", tmp_path / "r") for s in (2, 60)
     )
-    # 60 seconds of 48 kHz are 22 MiB of samples.
+    # 60 seconds at 48 kHz are 22 MiB of samples.
     assert long < short + 4
 
 
 @pytest.mark.long
-def test_an_hour_takes_at_most_300_mb_and_is_its_first_minutes_and_more(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_an_hour_takes_at_most_300_mb_and_begins_like_a_shorter_recording(tiny_bundle: Path, tmp_path: Path) -> None:
     hour, minutes = write_noise(tmp_path / "hour.wav", 3600), write_noise(tmp_path / "minutes.wav", 600)
-    most = replay(hour, tiny_bundle, "--report", tmp_path / "report.json")
-    print(f"an hour: {most:.0f} MiB")
-    assert most * 2**20 <= 300e6
+    peak = replay(hour, tiny_bundle, "--report", tmp_path / "report.json")
+    print(f"an hour: {peak:.0f} MiB")
+    assert peak * 2**20 <= 300e6
     replay(minutes, tiny_bundle)
     for number in (1, 2):
         names = [tmp_path / f"{name}-out-speaker{number}.wav" for name in ("hour", "minutes")]
         assert [soundfile.info(name).frames for name in names] == [3600 * 48000, 600 * 48000]
         with soundfile.SoundFile(names[0]) as first, soundfile.SoundFile(names[1]) as second:
-            # Where the ten minutes end the two hear different things, and both resamplers look ahead.
+            # At the end of the ten minutes the inputs differ, and both resamplers look ahead.
             for _ in range(599):
                 np.testing.assert_array_equal(first.read(48000, dtype="int16"), second.read(48000, dtype="int16"))
             overlap = [file.read(48000 - 4800, dtype="int16") for file in (first, second)]
@@ -131,7 +131,7 @@ def pieces(signal: Samples) -> Iterator[Samples]:
 
 
 @pytest.mark.parametrize("seconds", [0.01, 1.0, 30.0])
-def test_a_spectrogram_of_pieces_is_that_of_the_whole(seconds: float) -> None:
+def test_a_spectrogram_does_not_depend_on_the_block_size(seconds: float) -> None:
     rate = 16000
     tone = np.sin(2 * np.pi * 2000 * np.arange(round(seconds * rate)) / rate).astype(np.float32)
     whole, pieced = Spectrogram(rate, len(tone)), Spectrogram(rate, len(tone))
@@ -142,7 +142,7 @@ def test_a_spectrogram_of_pieces_is_that_of_the_whole(seconds: float) -> None:
     np.testing.assert_allclose(pieced.levels()[0], level, atol=1e-4)
     assert level.shape[1] <= 1200
     assert extent == (0.0, max(seconds, 0.032), 0.0, 8.0)
-    assert (level[64] > level[80] + 60).all() or seconds < 0.032  # 2 kHz, and 2.5
+    assert (level[64] > level[80] + 60).all() or seconds < 0.032  # 2 kHz and 2.5 kHz
     assert level[64].max() == pytest.approx(0, abs=0.1) or seconds < 0.032
 
 

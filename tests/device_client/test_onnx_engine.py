@@ -1,4 +1,4 @@
-"""The device's engine against the published computation, and against torch at full size."""
+"""Tests for the ONNX engine against the published computation, and against torch at full size."""
 
 import json
 from collections.abc import Callable
@@ -25,14 +25,14 @@ Samples = NDArray[np.float32]
 
 
 def run(engine: Engine, mixture: Samples, hints: list[Samples | None], framing: Framing) -> Samples:
-    """Estimates ``[S, M, N]`` of a padded mixture ``[M, N]``, with the hint that each of its frames gets."""
+    """Return the estimate ``[S, M, N]`` of a padded mixture ``[M, N]``, with one hint or None for each frame."""
     starts = [framing.chunk * frame for frame in range(len(hints))]
     windows = [np.ascontiguousarray(mixture[:, start : start + framing.n_fft]) for start in starts]
     return np.concatenate([engine.step(window, hint) for window, hint in zip(windows, hints, strict=True)], axis=-1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_gives_what_the_published_computation_gives(
+def test_the_output_is_that_of_the_published_computation(
     name: str, golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
 ) -> None:
     case, model = golden(name), OnnxModel(Bundle(golden_bundle(name)))
@@ -59,12 +59,12 @@ def test_it_gives_what_the_published_computation_gives(
 def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = read_config(CONFIGS / f"{name}.json")
-    # The large network is not what runs here; a tiny one is written faster.
+    # The large network does not run in this test, and a tiny one is written faster.
     if isinstance(config, Pair):
         config = config.model_copy(update={"large": config.small})
     network = build(config).eval().requires_grad_(False)
     for weight in network.parameters():
-        weight.add_(0.05 * torch.randn_like(weight))  # affine parts and slopes that begin all alike
+        weight.add_(0.05 * torch.randn_like(weight))  # so that initially equal parameters differ too
     write_bundle(tmp_path / "b", network, config, untrained=True, source="random", configuration=name)
     small, model = network.get_submodule("small"), OnnxModel(Bundle(tmp_path / "b"))
     assert isinstance(small, SmallModel)
@@ -73,21 +73,21 @@ def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None
     frames = 1250
     mixture = rng.normal(0, 0.1, (2, 128 * frames + 64)).astype(np.float32)
     speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if config.task == "tse" else None
-    given = np.zeros((frames, config.hint_channels, 97), np.float32)
+    values = np.zeros((frames, config.hint_channels, 97), np.float32)
     states = [1.0] if isinstance(config, Alone) else [1.0, 0.0, 0.5]
     for share in states:
-        there = rng.random(frames) < share
-        given[:] = rng.normal(0, 1, given.shape) * there[:, None, None]
-        received = [hint if on else None for hint, on in zip(given, there, strict=True)]
+        present = rng.random(frames) < share
+        values[:] = rng.normal(0, 1, values.shape) * present[:, None, None]
+        received = [hint if on else None for hint, on in zip(values, present, strict=True)]
         output = run(model.session(speaker), mixture, received, config.framing)
         with torch.inference_mode():
             state = small.initial_state(1, torch.from_numpy(speaker)[None] if speaker is not None else None)
-            hints = torch.from_numpy(given)[None] if isinstance(config, Pair) else None
+            hints = torch.from_numpy(values)[None] if isinstance(config, Pair) else None
             expected = small(torch.from_numpy(mixture)[None], state, hints)[0][0]
         assert worst(output, expected) < TOLERANCE * max(1.0, float(expected.abs().max()))
 
 
-def test_sessions_of_one_model_do_not_touch_each_other(
+def test_sessions_of_one_model_do_not_affect_each_other(
     golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
 ) -> None:
     model = OnnxModel(Bundle(golden_bundle("ss_delay1_compression4")))
@@ -102,7 +102,7 @@ def test_sessions_of_one_model_do_not_touch_each_other(
         other.step(np.full_like(window, np.nan), None)
 
 
-def test_what_a_step_gave_is_the_caller_s(golden_bundle: Callable[[str], Path]) -> None:
+def test_a_later_step_does_not_overwrite_an_estimate(golden_bundle: Callable[[str], Path]) -> None:
     model = OnnxModel(Bundle(golden_bundle("ss_delay1_compression4")))
     session = model.session(None)
     window = np.ones((2, model.manifest.model.framing.n_fft), np.float32)
@@ -128,13 +128,13 @@ def test_a_changed_graph_is_refused(copied: Path) -> None:
         OnnxModel(Bundle(copied))
 
 
-def test_a_bundle_without_a_graph_says_how_to_get_one(copied: Path) -> None:
+def test_the_error_for_a_bundle_without_a_graph_says_how_to_create_one(copied: Path) -> None:
     (copied / "small.onnx").unlink()
     with pytest.raises(InputError, match="kb-export"):
         OnnxModel(Bundle(copied))
 
 
-def test_a_bundle_from_before_there_were_graphs_says_how_to_get_one(copied: Path) -> None:
+def test_the_error_for_an_old_bundle_without_a_graph_says_how_to_create_one(copied: Path) -> None:
     manifest = json.loads((copied / "bundle.json").read_text())
     del manifest["graph_digest"]
     (copied / "bundle.json").write_text(json.dumps(manifest))

@@ -1,4 +1,4 @@
-"""Quality figures against torchmetrics and closed forms."""
+"""Tests for the quality figures, which are compared with torchmetrics and closed forms."""
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def test_orthogonal_noise_of_a_tenth_of_the_amplitude_is_20_db() -> None:
     assert np.isclose(snr(estimate, tone.astype(np.float32)), 20, atol=1e-3)
 
 
-def test_silence_and_perfection_have_finite_figures() -> None:
+def test_silence_and_perfect_estimates_have_finite_figures() -> None:
     reference = np.random.default_rng(0).standard_normal((2, 100)).astype(np.float32)
     assert np.isfinite(si_sdr(np.zeros_like(reference), reference)).all()
     assert np.isfinite(si_sdr(reference, reference)).all()

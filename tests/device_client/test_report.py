@@ -1,4 +1,4 @@
-"""The report: its documented schema, and what a full run writes and shows."""
+"""Tests for the report of a replay: its documented schema, its figures and its table."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SS = "ss_delay6_compression2"
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted paths of all fields that are no records themselves."""
+    """Return the dotted paths of all fields that are not records."""
     paths = []
     for name, field in model.model_fields.items():
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
@@ -38,7 +38,7 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 def test_every_field_is_documented() -> None:
     page = (ROOT / "docs/report.md").read_text()
     missing = [path for path in field_paths(Report) if f"`{path}`" not in page]
-    # Percentiles have one row each for all four.
+    # The four percentiles of a field have one common row.
     assert not [path for path in missing if f"`{path.rpartition('.')[0]}`" not in page]
 
 
@@ -61,9 +61,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "random"
 
 
-def test_a_full_run_says_untrained_wherever_its_output_could_be_taken_for_a_result(
-    untrained: Path, tmp_path: Path
-) -> None:
+def test_all_outputs_of_an_untrained_bundle_are_marked(untrained: Path, tmp_path: Path) -> None:
     sources = [ROOT / "samples" / f"source{number}.flac" for number in (1, 2)]
     result = run(
         *(
@@ -98,7 +96,7 @@ def test_a_full_run_says_untrained_wherever_its_output_could_be_taken_for_a_resu
     assert report.hints.bytes_down == 1000 * 8 * 97 * 4
     assert sum(report.hints.age_histogram_ms.values()) <= 1000
 
-    # SI-SDR of the mixture against each source, by another library.
+    # The expected SI-SDR of the mixture comes from another library.
     mixture, *references = (soundfile.read(path)[0].T for path in (ROOT / "samples/mixture.flac", *sources))
     expected = scale_invariant_signal_distortion_ratio(
         torch.tensor(np.stack([mixture, mixture])), torch.tensor(np.stack(references)), zero_mean=True
@@ -118,7 +116,7 @@ def test_a_full_run_says_untrained_wherever_its_output_could_be_taken_for_a_resu
 
 
 def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
-    """Mixture, references and what each network makes of it, the voices of all in the references' order."""
+    """The comparison has the mixture, the references and all estimates, with the speakers in the references' order."""
     document = json.loads((untrained / "bundle.json").read_text())["model"]
     config = tmp_path / "alone.json"
     config.write_text(json.dumps({"task": "ss", "small": document["small"]}))
@@ -127,7 +125,7 @@ def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
     call = ["kb-client", "replay", samples["mixture"], "-o", tmp_path / "out.wav", "--bundle", untrained]
     call += ["--alone", tmp_path / "alone", "--compare", tmp_path / "compared"]
     line = refusal(*map(str, call))
-    assert "--alone: measures; give --reference" in line
+    assert "--alone: needs the true sources; give --reference" in line
     call += ["--reference", samples["source1"], "--reference", samples["source2"], "--with-large"]
     result = run(*map(str, call), "--report", tmp_path / "report.json")
     assert result.returncode == 0, result.stderr
@@ -143,7 +141,7 @@ def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
     report = Report.model_validate_json((tmp_path / "report.json").read_text())
     assert "alone" in result.stdout
     for system in ("alone", "boosted", "large"):
-        # The figure reported is that of the files in this order, by another library.
+        # The expected figure comes from another library, for the files in this order.
         score = scale_invariant_signal_distortion_ratio(
             torch.tensor(np.stack([sound[f"{system}-speaker{number}"].T for number in (1, 2)])),
             torch.tensor(np.stack([sound[f"reference-speaker{number}"].T for number in (1, 2)])),
@@ -155,11 +153,11 @@ def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
 
 
 def _svg_comment(path: Path) -> str:
-    """Text that matplotlib drew as outlines, which it repeats in comments."""
+    """Return the text of a plot. matplotlib draws it as outlines, and repeats it in comments."""
     return " ".join(re.findall(r"<!--(.*?)-->", path.read_text(), re.DOTALL))
 
 
-def test_a_terminal_gets_a_progress_bar_on_long_runs(
+def test_a_long_run_shows_a_progress_bar_on_a_terminal(
     golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path], ss_server: Server, tmp_path: Path
 ) -> None:
     samples = np.tile(golden(SS).mixture[0].numpy(), 4).T

@@ -1,4 +1,4 @@
-"""Arrival times against closed forms."""
+"""Tests for the simulated links, whose arrival times are compared with closed forms."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from knowledge_boosting.device_client.hints.links import (
     Link,
     NetworkConditions,
     Trace,
-    conditions_of,
     make_links,
+    network_conditions,
     read_trace,
 )
 
@@ -35,7 +35,7 @@ def test_the_round_trip_is_half_up_and_half_down() -> None:
 
 
 def test_jitter_is_exponential_with_half_the_mean_each_way() -> None:
-    # Packets a second apart never wait for one another.
+    # Packets that are a second apart never wait for each other.
     link, _ = make_links(NetworkConditions(delay_ms=10, jitter_ms=20), spacing_ns=SPACING, seed=7)
     extra = [(link.arrival(n * 10**9, 100) - n * 10**9) / 1e6 - 5 for n in range(4000)]
     assert stats.kstest(extra, "expon", args=(0, 10)).pvalue > 0.001
@@ -46,14 +46,14 @@ def test_a_lost_packet_delays_everything_behind_it() -> None:
     sent = np.arange(5000) * SPACING
     late = times - (sent + 10_000_000)
     assert late.min() == 0
-    # Found by the three packets behind it and sent again: one round trip and three spacings later.
+    # A loss is detected by the three packets that follow, so the retransmission takes a round trip and three spacings.
     stall = 20_000_000 + 3 * SPACING
     lost = np.flatnonzero(late == stall)
-    behind = np.arange(1, 6)  # sent before the lost one arrives at last, 5.5 spacings later
+    behind = np.arange(1, 6)  # packets that are sent before the retransmission arrives, 5.5 spacings later
     assert all((late[first + behind] >= stall - behind * SPACING).all() for first in lost[:-1])
     alone = [first for first in lost[:-1] if late[first + 6] == 0]
     assert all((times[first + behind] == times[first]).all() for first in alone)
-    # About one in a hundred, less the few that hide behind an earlier one.
+    # About one packet in a hundred is lost. A few losses are hidden behind an earlier one.
     assert 25 < len(alone) <= len(lost) < 70
 
 
@@ -100,13 +100,13 @@ def test_a_trace_replaces_the_simulation_and_repeats() -> None:
 
 
 def test_flags_override_a_preset() -> None:
-    conditions = conditions_of("lte", delay_ms=30, jitter_ms=None, loss=0, bandwidth_mbit=None)
+    conditions = network_conditions("lte", delay_ms=30, jitter_ms=None, loss=0, bandwidth_mbit=None)
     assert conditions == NetworkConditions(30, PRESETS["lte"].jitter_ms, 0, PRESETS["lte"].bandwidth_mbit)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_carry_the_stream(preset: str) -> None:
-    """Full-size uncompressed hints must fit through every preset, else it could only ever be late."""
+def test_presets_have_enough_bandwidth(preset: str) -> None:
+    """Every preset must have the bandwidth for uncompressed hints, otherwise all hints would be late."""
     payload = 8 * 97 * 4 + PACKET_OVERHEAD
     bandwidth = PRESETS[preset].bandwidth_mbit
     assert bandwidth is not None
@@ -115,7 +115,7 @@ def test_presets_carry_the_stream(preset: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_trace_may_begin_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+def test_a_trace_can_begin_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text("up_ms,down_ms\n1,2\n3,4.5\n", encoding=encoding)
     trace = read_trace(tmp_path / "trace.csv")
     assert (trace.up, trace.down) == ((1_000_000, 3_000_000), (2_000_000, 4_500_000))

@@ -1,4 +1,4 @@
-"""The real audio path: PortAudio, ALSA and a PulseAudio daemon whose devices exist in software only."""
+"""Tests for the real audio path: PortAudio, ALSA and a PulseAudio daemon with virtual devices."""
 
 import json
 import os
@@ -21,30 +21,30 @@ from tests.processes import PATIENCE, command, environment, refusal, run
 
 SS = "ss_delay6_compression2"
 RATE = 16000
-ATTEMPTS = 3  # another program can take the processor for longer than a buffer lasts
-MOST_INSERTED = RATE // 100  # samples
+ATTEMPTS = 3  # another program can use the processor for longer than the duration of a buffer
+MAX_INSERTED = RATE // 100  # samples
 Samples = NDArray[np.float32]
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000, 96000])
-def test_resampling_keeps_the_sound_and_takes_as_long_as_it_says(rate: int) -> None:
+def test_resampling_keeps_the_signal_and_has_the_stated_delay(rate: int) -> None:
     block = round(rate / 125)
     sine = np.sin(2 * np.pi * 440 * np.arange(rate) / rate, dtype=np.float32)
     impulse = np.zeros(rate, np.float32)
     impulse[rate // 4] = 1
-    back = []
+    outputs = []
     for signal_in in (sine, impulse):
         down, up = Resampler(rate, 16000, 1), Resampler(16000, rate, 1)
         pieces = [up(down(signal_in[start : start + block, None])) for start in range(0, rate, block)]
         assert all(abs(len(piece) - block) < 12 for piece in pieces[:-1])  # no bursts
-        back.append(np.concatenate(pieces)[:, 0])
-    late = np.abs(back[1]).argmax() - rate // 4
-    assert late / rate == pytest.approx(down.delay + up.delay, abs=3e-4)
+        outputs.append(np.concatenate(pieces)[:, 0])
+    delay = np.abs(outputs[1]).argmax() - rate // 4
+    assert delay / rate == pytest.approx(down.delay + up.delay, abs=3e-4)
     steady = np.arange(rate // 2, rate * 3 // 4)
     waves = np.stack([np.sin(2 * np.pi * 440 * steady / rate), np.cos(2 * np.pi * 440 * steady / rate)], axis=1)
-    part = np.linalg.lstsq(waves, back[0][steady], rcond=None)[0]
+    part = np.linalg.lstsq(waves, outputs[0][steady], rcond=None)[0]
     assert np.hypot(*part) == pytest.approx(1, abs=1e-3)
-    assert np.abs(waves @ part - back[0][steady]).max() < 2e-4
+    assert np.abs(waves @ part - outputs[0][steady]).max() < 2e-4
 
 
 def test_an_equal_rate_passes_through() -> None:
@@ -56,7 +56,7 @@ def test_an_equal_rate_passes_through() -> None:
 
 @pytest.fixture(scope="module")
 def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A daemon with two null sinks: the monitor of ``room`` is the microphone, ``ears`` the loudspeaker."""
+    """A daemon with two null sinks. The monitor of ``room`` is the microphone, and ``ears`` is the loudspeaker."""
     for program in ("pulseaudio", "pactl", "pacat", "parec"):
         if shutil.which(program) is None:
             pytest.skip(
@@ -98,11 +98,11 @@ FORMAT = ["--raw", "--rate", str(RATE), "--channels", "2", "--format", "float32l
 
 @contextmanager
 def playing(samples: Samples, sink: str, folder: Path) -> Iterator[None]:
-    """Another program plays samples ``[N, 2]``, and silence before and after."""
+    """Let another program play samples ``[N, 2]``, with silence before and after."""
     silence = np.zeros((60 * RATE, 2), np.float32)
     (folder / "room.raw").write_bytes(np.concatenate([silence[: 6 * RATE], samples, silence]).tobytes())
     call = ["pacat", "--playback", "--device", sink, *FORMAT, "--latency-msec", "500", str(folder / "room.raw")]
-    # A null sink works in pieces of two seconds unless somebody there wants to hear sooner.
+    # A null sink works in blocks of two seconds unless another program asks for a lower latency.
     with recording(f"{sink}.monitor", Path(os.devnull)), subprocess.Popen(call) as player:
         try:
             yield
@@ -112,7 +112,7 @@ def playing(samples: Samples, sink: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def recording(source: str, target: Path) -> Iterator[None]:
-    """Another program records what a source gives."""
+    """Let another program record from a source."""
     with subprocess.Popen(["parec", "--device", source, *FORMAT, "--latency-msec", "8", str(target)]) as recorder:
         try:
             yield
@@ -126,19 +126,19 @@ def read_raw(path: Path) -> Samples:
 
 
 def position(whole: Samples, part: Samples) -> int:
-    """Where a part begins in the whole."""
+    """Return the position of a part in the whole signal."""
     size = 1 << (len(whole) + len(part)).bit_length()
     spectrum = np.fft.rfft(whole[:, 0], size) * np.conj(np.fft.rfft(part[:, 0], size))
     return int(np.fft.irfft(spectrum, size)[: len(whole)].argmax())
 
 
 def noise(seconds: int) -> Samples:
-    """Sound ``[N, 2]`` whose place in a recording is plain."""
+    """Return noise ``[N, 2]``, whose position in a recording is unambiguous."""
     return np.random.default_rng(0).normal(0, 0.1, (seconds * RATE, 2)).astype(np.float32)
 
 
 def live_until(seconds: float, *flags: object) -> tuple[dict[str, object], str]:
-    """Live for so long, ended as a user would; its last line, and what it wrote on stderr."""
+    """Run kb-client live for a number of seconds, and stop it with Ctrl-C. Return its last line and its stderr."""
     process = subprocess.Popen(
         command("kb-client", "live", "--json-lines", *flags),
         env=environment(),
@@ -157,7 +157,7 @@ def live_until(seconds: float, *flags: object) -> tuple[dict[str, object], str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("sound_server")
-def test_what_the_microphone_hears_is_played_enhanced_and_whole(
+def test_the_enhanced_microphone_signal_is_played_completely(
     golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     bundle, sound = golden_bundle(SS), noise(30)
@@ -170,44 +170,44 @@ def test_what_the_microphone_hears_is_played_enhanced_and_whole(
         again = ["-o", folder / "again.wav", "--frame-log", folder / "recording" / "frames.csv", "--bundle", bundle]
         result = run("kb-client", "replay", folder / "recording" / "input.wav", *again)
         assert result.returncode == 0, result.stderr
-        heard, _ = soundfile.read(folder / "recording" / "input.wav", dtype="float32")
-        start = position(heard, sound)
+        captured, _ = soundfile.read(folder / "recording" / "input.wav", dtype="float32")
+        start = position(captured, sound)
         expected = soundfile.read(folder / "again.wav", dtype="float32")[0][start : start + len(sound)]
         ears = read_raw(folder / "ears.raw")
-        whole = np.array_equal(heard[start : start + len(sound)], sound), inserted(ears, expected) <= MOST_INSERTED
-        if all(whole) and last["underruns"] == last["overruns"] == 0:
+        complete = np.array_equal(captured[start : start + len(sound)], sound), inserted(ears, expected) <= MAX_INSERTED
+        if all(complete) and last["underruns"] == last["overruns"] == 0:
             break
-    assert whole == (True, True)
+    assert complete == (True, True)
     assert (last["underruns"], last["overruns"]) == (0, 0)
 
 
-def inserted(heard: Samples, expected: Samples) -> float:
-    """Samples that the sound server put between those expected; without limit if one of these is lost or changed.
+def inserted(recorded: Samples, expected: Samples) -> float:
+    """Return the number of samples that the sound server inserted. It is infinite if a sample is lost or changed.
 
-    A null sink keeps its own time, and now and then adds some samples when it looks at the clock.
+    A null sink has its own clock, and inserts some samples from time to time to synchronise it.
     """
-    begin, at = position(heard, expected[:RATE]), 0
-    start = begin
-    while at < len(expected):
-        piece = heard[begin + at :][: len(expected) - at]
-        wrong = np.flatnonzero(np.abs(piece - expected[at : at + len(piece)]).max(axis=1) >= 2**-15)
+    first = offset = position(recorded, expected[:RATE])
+    index = 0
+    while index < len(expected):
+        piece = recorded[offset + index :][: len(expected) - index]
+        wrong = np.flatnonzero(np.abs(piece - expected[index : index + len(piece)]).max(axis=1) >= 2**-15)
         if not len(wrong):
-            return begin - start if len(piece) == len(expected) - at else np.inf
-        at += int(wrong[0])
-        part = expected[at : at + 64]
-        ends = (begin + at + more for more in range(1, RATE))
-        found = next((end for end in ends if _equal(heard[end : end + len(part)], part)), None)
-        if found is None:
+            return offset - first if len(piece) == len(expected) - index else np.inf
+        index += int(wrong[0])
+        part = expected[index : index + 64]
+        candidates = (offset + index + gap for gap in range(1, RATE))
+        match = next((start for start in candidates if _equal(recorded[start : start + len(part)], part)), None)
+        if match is None:
             return np.inf
-        begin = found - at
-    return begin - start
+        offset = match - index
+    return offset - first
 
 
 def _equal(some: Samples, other: Samples) -> bool:
     return some.shape == other.shape and bool(np.abs(some - other).max() < 2**-15)
 
 
-def test_what_was_put_in_is_told_from_what_was_lost() -> None:
+def test_inserted_samples_are_distinguished_from_lost_ones() -> None:
     sound = noise(2)
     silence = np.zeros((7, 2), np.float32)
     assert inserted(np.concatenate([silence, sound, silence]), sound) == 0
@@ -241,7 +241,7 @@ def test_other_programs_record_from_the_virtual_microphone(
             assert time.monotonic() < deadline
             time.sleep(0.1)
         refused = refusal("kb-client", "live", "--bundle", bundle, "--virtual-mic", "clean")
-        assert "there is a microphone of that name already" in refused
+        assert "a microphone with this name exists already" in refused
         with recording("clean", folder / "clean.raw"), playing(sound, "room", folder):
             time.sleep(16)
             process.send_signal(signal.SIGTERM)
@@ -249,13 +249,13 @@ def test_other_programs_record_from_the_virtual_microphone(
         assert process.returncode == 0, errors
         assert "clean" not in sources()
         last = json.loads(output.splitlines()[-1])
-        heard, _ = soundfile.read(folder / "recording" / "input.wav", dtype="float32")
-        start = position(heard, sound)
+        captured, _ = soundfile.read(folder / "recording" / "input.wav", dtype="float32")
+        start = position(captured, sound)
         played = soundfile.read(folder / "recording" / "output.wav", dtype="float32")[0][start : start + len(sound)]
-        whole = inserted(read_raw(folder / "clean.raw"), played) <= MOST_INSERTED
-        if whole:
+        complete = inserted(read_raw(folder / "clean.raw"), played) <= MAX_INSERTED
+        if complete:
             break
-    assert whole, last
+    assert complete, last
 
 
 def sources() -> str:
@@ -263,7 +263,7 @@ def sources() -> str:
 
 
 @pytest.mark.slow
-def test_devices_that_cannot_be_used(
+def test_invalid_devices_are_refused(
     sound_server: Path, golden_bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = golden_bundle(SS)

@@ -1,4 +1,4 @@
-"""``kb-client replay`` against a real server process: every sample of the output."""
+"""Tests for ``kb-client replay`` with a real server process: every sample of the output is checked."""
 
 import json
 import os
@@ -32,7 +32,7 @@ GetBundle = Callable[[str], Path]
 
 
 def write_inputs(case: Golden, folder: Path, repeats: int = 1) -> tuple[Path, list[object]]:
-    """The case's first mixture as a file, and the flags that its task needs."""
+    """Write the first mixture of a case to a file. Return its path, and the flags that the task needs."""
     samples = np.tile(case.mixture[0].numpy(), repeats)
     soundfile.write(folder / "mixture.wav", samples.T, 16000, subtype="FLOAT")
     if case.speaker_embedding is None:
@@ -42,7 +42,7 @@ def write_inputs(case: Golden, folder: Path, repeats: int = 1) -> tuple[Path, li
 
 
 def read_outputs(case: Golden, folder: Path) -> NDArray[np.float32]:
-    """``[S, M, N]`` of out.wav or out-speaker1.wav, out-speaker2.wav."""
+    """Read the estimate ``[S, M, N]`` from out.wav, or from out-speaker1.wav and out-speaker2.wav."""
     tse = case.speaker_embedding is not None
     names = ["out.wav"] if tse else ["out-speaker1.wav", "out-speaker2.wav"]
     return np.stack([soundfile.read(folder / name, dtype="float32", always_2d=True)[0].T for name in names])
@@ -55,14 +55,14 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 @torch.inference_mode()
 def offline(case: Golden, used: NDArray[np.bool_] | None = None, repeats: int = 1) -> torch.Tensor:
-    """The case's first mixture in one process, hints zeroed where they are not used."""
+    """Compute the output for the first mixture of a case in one process. Hints that are not used are set to zero."""
     speaker = case.speaker_embedding[:1] if case.speaker_embedding is not None else None
     mask = torch.from_numpy(used) if used is not None else None
     output: PairOutput = case.pair(case.mixture[:1].tile(repeats), speaker, mask)
     return output.small[0]
 
 
-def frames_of(ranges: list[list[int]]) -> list[int]:
+def frames_in(ranges: list[list[int]]) -> list[int]:
     return [frame for first, last in ranges for frame in range(first, last + 1)]
 
 
@@ -76,17 +76,17 @@ def test_every_hint_on_time_gives_the_published_output(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both the whole budget (a hint that arrives at its deadline is on time) and a part of it."""
+    """A hint that arrives exactly at its deadline is on time, like one that arrives before."""
     for variable in ("grpc_proxy", "https_proxy", "http_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:1")  # which is not for loopback
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")  # no proxy is used for loopback addresses
     case = golden(name)
     mixture, flags = write_inputs(case, tmp_path)
     flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
     if name == TSE:
-        flags += ["--server", tse_server.address]  # else it starts one of its own
+        flags += ["--server", tse_server.address]  # otherwise it starts its own server
     result = run("kb-client", "replay", mixture, "--bundle", golden_bundle(name), "--delay-ms", delay_ms, *flags)
     assert result.returncode == 0, result.stderr
-    assert not result.stderr  # no bar, no warning where nobody watches
+    assert not result.stderr  # without a terminal, there is no progress bar
     assert worst(read_outputs(case, tmp_path), case.small_output[0]) < TOLERANCE
     report = read_report(tmp_path)
     frames = case.hint.shape[1]
@@ -116,21 +116,21 @@ def test_late_hints_are_exactly_zeroed_hints(
     )
     assert result.returncode == 0, result.stderr
 
-    # In order over each link: nothing arrives before what was sent earlier.
+    # Packets arrive in the order of sending on each link.
     captured = chunk_ms * np.arange(frames)
-    reached = np.maximum.accumulate(captured + up)
-    arrived = np.maximum.accumulate(reached + down)
+    at_server = np.maximum.accumulate(captured + up)
+    arrived = np.maximum.accumulate(at_server + down)
     used = arrived <= captured + delay * chunk_ms
     report = read_report(tmp_path)["hints"]
     due = frames - delay
-    unused = frames_of(report["late_frames"]) + frames_of(report["missing_frames"])
+    unused = frames_in(report["late_frames"]) + frames_in(report["missing_frames"])
     assert sorted(unused) == np.flatnonzero(~used[:due]).tolist()
     assert 10 < len(unused) < due - 10
     assert worst(read_outputs(case, tmp_path), offline(case, used)) < TOLERANCE
     assert worst(offline(case, used), case.small_output[0]) > 100 * TOLERANCE
 
 
-def test_a_virtual_run_is_the_same_however_busy_the_machine(
+def test_a_virtual_run_does_not_depend_on_the_load_of_the_machine(
     golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
     case = golden(SS)
@@ -162,18 +162,18 @@ def test_a_virtual_run_is_the_same_however_busy_the_machine(
 
 
 def wait_for_frames(metrics_port: int, count: int) -> None:
-    """Until a server has computed so many."""
+    """Wait until a server has computed a number of frames."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=PATIENCE) as answer:
-            found = re.search(r"^kb_frames_total\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)
-        if found is not None and float(found[1]) >= count:
+            match = re.search(r"^kb_frames_total\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+        if match is not None and float(match[1]) >= count:
             return
         time.sleep(0.01)
     raise AssertionError(f"the server has not computed {count} frames")
 
 
-def test_a_killed_server_leaves_the_small_network_alone(
+def test_after_the_loss_of_the_server_the_small_network_continues(
     golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
     case, repeats = golden(SS), 4
@@ -203,7 +203,7 @@ def test_a_killed_server_leaves_the_small_network_alone(
     assert report["server_lost"]["status"] == "UNAVAILABLE"
     used = np.ones(frames, np.bool_)
     used[lost:] = False
-    used[frames_of(report["hints"]["late_frames"]) + frames_of(report["hints"]["missing_frames"])] = False
+    used[frames_in(report["hints"]["late_frames"]) + frames_in(report["hints"]["missing_frames"])] = False
     assert used[:lost].any()
     output = read_outputs(case, tmp_path)
     assert output.shape[-1] == repeats * case.mixture.shape[-1]
@@ -233,32 +233,32 @@ def test_a_lost_server_is_an_error_if_it_is_required(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_the_real_clock_meets_what_it_can_and_zeroes_the_rest(
+def test_on_the_real_clock_late_hints_are_zeroed_hints(
     golden: GetGolden, golden_bundle: GetBundle, ss_server: Server, tmp_path: Path
 ) -> None:
-    """Whatever this machine did to the hints, the report says it and the output follows from it."""
+    """Which hints are late depends on this machine, but the report and the output must agree."""
     case = golden(SS)
     mixture, flags = write_inputs(case, tmp_path)
     flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
-    began = time.monotonic()
+    started = time.monotonic()
     result = run(
         *("kb-client", "replay", mixture, "--bundle", golden_bundle(SS), "--server", ss_server.address),
         *("--clock", "real", "--delay-ms", 30, "--jitter-ms", 10, *flags),
     )
     assert result.returncode == 0, result.stderr
-    assert time.monotonic() - began > 1  # a second of audio takes a second
+    assert time.monotonic() - started > 1  # the audio lasts one second
     report = read_report(tmp_path)
     hints = report["hints"]
     assert hints["on_time"] + hints["late"] + hints["missing"] == hints["due"] == report["frames"] - 6
     assert hints["age_ms"]["p50"] > 30
     used = np.ones(report["frames"], np.bool_)
-    used[frames_of(hints["late_frames"]) + frames_of(hints["missing_frames"])] = False
+    used[frames_in(hints["late_frames"]) + frames_in(hints["missing_frames"])] = False
     assert worst(read_outputs(case, tmp_path), offline(case, used)) < TOLERANCE
 
 
 def servers_of(bundle: Path) -> list[int]:
-    """Processes whose command line names the bundle as a server's."""
-    found = []
+    """Return the process ids of all servers whose command line contains the bundle."""
+    processes = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
@@ -266,18 +266,18 @@ def servers_of(bundle: Path) -> list[int]:
             except OSError:
                 continue
             if b"knowledge_boosting.remote_server.main" in line and str(bundle).encode() in line:
-                found.append(int(entry.name))
-    return found
+                processes.append(int(entry.name))
+    return processes
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="searches processes in /proc")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGKILL, -9)]
 )
-def test_its_own_server_ends_with_it(
+def test_the_local_server_ends_with_the_client(
     number: signal.Signals, code: int, golden: GetGolden, golden_bundle: GetBundle, tmp_path: Path
 ) -> None:
-    mixture, _ = write_inputs(golden(SS), tmp_path, 100)  # longer than any machine takes to come to the signal
+    mixture, _ = write_inputs(golden(SS), tmp_path, 100)  # still running when the signal is sent
     bundle = tmp_path / "bundle"
     bundle.symlink_to(golden_bundle(SS))
     client = subprocess.Popen(
@@ -289,7 +289,7 @@ def test_its_own_server_ends_with_it(
     while not servers_of(bundle):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(4)  # into the run, or into the start of the server: either must end it
+    time.sleep(4)  # until the run, or at least the start of the server; the signal must end both
     client.send_signal(number)
     _, errors = client.communicate(timeout=PATIENCE)
     assert client.returncode == code
@@ -297,12 +297,12 @@ def test_its_own_server_ends_with_it(
     while servers_of(bundle):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    # Who is killed leaves temporary files, and no output.
+    # A killed process leaves temporary files, but no output.
     assert not list(tmp_path.glob("out*" if number == signal.SIGKILL else "*out*"))
 
 
-def test_a_running_level_makes_every_level_sound_the_same(tmp_path: Path) -> None:
-    """From -60 dBFS to -6, with an offset, and silence: one output at the level of the input, hints included."""
+def test_with_a_running_level_the_output_scales_with_the_input(tmp_path: Path) -> None:
+    """The output scales with the input from -60 to -6 dBFS, with hints, and also with an offset or for silence."""
     size = NetworkSize(channels=8, hidden=8, blocks=2, heads=2)
     config = Pair(task="ss", small=size, large=size, boosting=Boosting(delay=6), running_level=True)
     torch.manual_seed(0)
@@ -313,7 +313,7 @@ def test_a_running_level_makes_every_level_sound_the_same(tmp_path: Path) -> Non
     speech *= 10 ** (-26 / 20) / np.sqrt(np.mean(speech**2))
     with torch.inference_mode():
         expected = pair(torch.from_numpy(speech.T.copy())[None]).small[0].numpy()
-    loudest = np.abs(expected).max()
+    peak = np.abs(expected).max()
     with running_server(tmp_path / "level") as server:
 
         def replayed(samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -327,8 +327,8 @@ def test_a_running_level_makes_every_level_sound_the_same(tmp_path: Path) -> Non
 
         for level in (-60, -6):
             gain = 10 ** ((level + 26) / 20)
-            np.testing.assert_allclose(replayed(speech * gain) / gain, expected, atol=1e-3 * loudest)
-        # The last window reaches past the end of the signal, where the offset ends too.
+            np.testing.assert_allclose(replayed(speech * gain) / gain, expected, atol=1e-3 * peak)
+        # The last window extends beyond the end of the signal, where the offset ends too.
         whole = replayed(speech + np.float32(0.3))[..., :-192]
-        np.testing.assert_allclose(whole, expected[..., :-192], atol=1e-2 * loudest)
+        np.testing.assert_allclose(whole, expected[..., :-192], atol=1e-2 * peak)
         assert np.abs(replayed(np.zeros_like(speech))).max() <= 1e-5

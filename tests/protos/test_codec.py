@@ -1,4 +1,4 @@
-"""What is encoded is decoded again, as exactly as its encoding allows; all else is refused."""
+"""Tests for the codec: values are decoded with the accuracy of their encoding, and invalid bytes are refused."""
 
 import numpy as np
 import pytest
@@ -23,8 +23,8 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(0, 40))
 
 
 def floats(limit: float) -> st.SearchStrategy[float]:
-    largest = float(np.float32(limit))
-    return st.floats(-largest, largest, width=32)
+    bound = float(np.float32(limit))
+    return st.floats(-bound, bound, width=32)
 
 
 def signals(limit: float) -> st.SearchStrategy[Samples]:
@@ -37,7 +37,7 @@ def hints(limit: float) -> st.SearchStrategy[Samples]:
 
 
 def sent(hint: Samples, encoding: int) -> pb.Hint:
-    # As the second of a batch: what is beside it has no say.
+    # The hint is the second one of a batch, on which the first one must have no effect.
     payloads, scales = encode_hints(np.stack([1e3 * np.ones_like(hint), hint]), encoding)
     message = pb.Hint(frame=3, payload=payloads[1].tobytes(), scale=float(scales[1]))
     return pb.Hint.FromString(message.SerializeToString())
@@ -48,18 +48,18 @@ def received(hint: Samples, encoding: int) -> Samples:
 
 
 @given(signals(float(np.finfo(np.float32).max)))
-def test_float_samples_come_back_as_they_were(samples: Samples) -> None:
+def test_float_samples_are_decoded_exactly(samples: Samples) -> None:
     decoded = decode_pcm(encode_pcm(samples, F32), F32, len(samples))
     assert decoded.dtype == np.float32
     np.testing.assert_array_equal(decoded, samples)
 
 
 @given(signals(1))
-def test_sixteen_bit_samples_come_back_within_a_step(samples: Samples) -> None:
+def test_sixteen_bit_samples_are_decoded_within_one_step(samples: Samples) -> None:
     pcm = encode_pcm(samples, S16)
     assert len(pcm) == 2 * samples.size
     decoded = decode_pcm(pcm, S16, len(samples))
-    # Half a step by rounding; a whole one at positive full scale, which 16 bits do not have.
+    # Rounding gives up to half a step. Positive full scale, which 16 bits cannot represent, gives a whole one.
     step = np.where(samples > 1 - 2**-16, 2.0**-15, 2.0**-16)
     assert (np.abs(decoded - samples) <= step).all()
     np.testing.assert_array_equal(decode_pcm(encode_pcm(decoded, S16), S16, len(samples)), decoded)
@@ -73,7 +73,7 @@ def test_sixteen_bit_samples_beyond_full_scale_are_clipped(samples: Samples) -> 
 
 
 @given(st.lists(st.integers(-32768, 32767), max_size=30))
-def test_every_sixteen_bit_value_comes_back(values: list[int]) -> None:
+def test_every_sixteen_bit_value_is_decoded_exactly(values: list[int]) -> None:
     pcm = np.array(values, "<i2").tobytes()
     assert encode_pcm(decode_pcm(pcm, S16, 1), S16) == pcm
 
@@ -89,7 +89,7 @@ def test_no_bytes_are_no_samples() -> None:
 
 
 @given(st.sampled_from([S16, F32]), st.integers(1, 4), st.integers(1, 100))
-def test_a_length_that_is_no_whole_number_of_samples_is_refused(encoding: int, channels: int, length: int) -> None:
+def test_a_length_that_is_not_a_whole_number_of_samples_is_refused(encoding: int, channels: int, length: int) -> None:
     size = pcm_sample_size(encoding) * channels
     if length % size:
         with pytest.raises(ValueError, match=rf"^pcm has {length} bytes, not a multiple of the {size}"):
@@ -99,7 +99,7 @@ def test_a_length_that_is_no_whole_number_of_samples_is_refused(encoding: int, c
 
 
 @given(signals(1), st.sampled_from([np.nan, np.inf, -np.inf]), st.data())
-def test_samples_that_are_no_numbers_are_refused(samples: Samples, value: float, data: st.DataObject) -> None:
+def test_samples_that_are_not_finite_are_refused(samples: Samples, value: float, data: st.DataObject) -> None:
     if samples.size:
         samples.flat[data.draw(st.integers(0, samples.size - 1))] = value
         with pytest.raises(ValueError, match=r"^pcm has samples that are NaN or infinite"):
@@ -107,7 +107,7 @@ def test_samples_that_are_no_numbers_are_refused(samples: Samples, value: float,
 
 
 @given(st.integers(-(2**31), 2**31 - 1))
-def test_encodings_that_the_contract_does_not_have_are_refused(encoding: int) -> None:
+def test_unknown_encodings_are_refused(encoding: int) -> None:
     if encoding not in PCM_ENCODINGS.values():
         with pytest.raises(ValueError, match=r"^pcm_encoding"):
             decode_pcm(bytes(8), encoding, 1)
@@ -116,24 +116,24 @@ def test_encodings_that_the_contract_does_not_have_are_refused(encoding: int) ->
             encode_hints(np.zeros((1, 1), np.float32), encoding)
 
 
-def test_the_tables_name_every_encoding_of_the_contract() -> None:
+def test_the_tables_have_all_encodings_of_the_protocol() -> None:
     assert sorted(PCM_ENCODINGS.values()) == [number for number in pb.PcmEncoding.values() if number]
     assert sorted(HINT_ENCODINGS.values()) == [number for number in pb.HintEncoding.values() if number]
 
 
 @given(hints(float(np.finfo(np.float32).max)))
-def test_float_hints_come_back_as_they_were(hint: Samples) -> None:
+def test_float_hints_are_decoded_exactly(hint: Samples) -> None:
     np.testing.assert_array_equal(received(hint, HINT_ENCODINGS["f32"]), hint)
 
 
 @given(hints(65504))
-def test_half_precision_hints_come_back_to_eleven_bits(hint: Samples) -> None:
+def test_half_precision_hints_are_decoded_with_eleven_bits(hint: Samples) -> None:
     difference = np.abs(received(hint, HINT_ENCODINGS["f16"]) - hint)
     assert (difference <= np.maximum(np.abs(hint) * 2.0**-11, 2.0**-25)).all()
 
 
 @given(hints(1e38))
-def test_half_precision_hints_beyond_its_range_are_clipped(hint: Samples) -> None:
+def test_hints_beyond_the_range_of_half_precision_are_clipped(hint: Samples) -> None:
     decoded = received(hint, HINT_ENCODINGS["f16"])
     beyond = np.abs(hint) > 65504
     np.testing.assert_array_equal(decoded[beyond], np.sign(hint[beyond]) * np.float32(65504))
@@ -142,7 +142,7 @@ def test_half_precision_hints_beyond_its_range_are_clipped(hint: Samples) -> Non
 @pytest.mark.filterwarnings("error")
 @given(hints(1e38))
 @example(np.array([[1e-44, -3e-45, 0]], np.float32))
-def test_byte_hints_come_back_within_half_a_step(hint: Samples) -> None:
+def test_byte_hints_are_decoded_within_half_a_step(hint: Samples) -> None:
     message = sent(hint, HINT_ENCODINGS["int8"])
     assert len(message.payload) == hint.size
     assert message.scale > 0
@@ -150,12 +150,12 @@ def test_byte_hints_come_back_within_half_a_step(hint: Samples) -> None:
     assert (difference <= 0.50001 * message.scale).all()
 
 
-def test_byte_hints_of_nothing_are_nothing() -> None:
-    nothing = np.zeros((4, 97), np.float32)
-    np.testing.assert_array_equal(received(nothing, HINT_ENCODINGS["int8"]), nothing)
+def test_byte_hints_of_zeros_are_zeros() -> None:
+    zeros = np.zeros((4, 97), np.float32)
+    np.testing.assert_array_equal(received(zeros, HINT_ENCODINGS["int8"]), zeros)
 
 
-def test_the_largest_byte_hint_uses_the_whole_range() -> None:
+def test_byte_hints_use_the_whole_range() -> None:
     message = sent(np.array([[-2.54, 1.27, 0.0]], np.float32), HINT_ENCODINGS["int8"])
     assert message.scale == pytest.approx(0.02)
     assert np.frombuffer(message.payload, np.int8).tolist() in ([-127, 63, 0], [-127, 64, 0])
@@ -190,13 +190,13 @@ def test_a_payload_of_another_size_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["f32", "f16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_payload_with_values_that_are_no_numbers_is_refused(name: str, value: float) -> None:
+def test_a_payload_with_values_that_are_not_finite_is_refused(name: str, value: float) -> None:
     payload = np.array([1, value], {"f32": "<f4", "f16": "<f2"}[name]).tobytes()
     with pytest.raises(ValueError, match="hint of frame 9 has values that are not finite"):
         decode_hint(pb.Hint(frame=9, payload=payload, scale=1), HINT_ENCODINGS[name], 1, 2)
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf])
-def test_a_scale_that_is_no_number_is_refused(scale: float) -> None:
+def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
     with np.errstate(all="ignore"), pytest.raises(ValueError, match="not finite"):
         decode_hint(pb.Hint(payload=bytes([1, 2]), scale=scale), HINT_ENCODINGS["int8"], 1, 2)

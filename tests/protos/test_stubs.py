@@ -1,4 +1,4 @@
-"""The committed stubs are what ``hints.proto`` gives."""
+"""Test that the committed stubs are those of ``hints.proto``."""
 
 import os
 import sys
@@ -16,8 +16,8 @@ def stubs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("hints_pb2*.py*")}
 
 
-def test_the_committed_stubs_are_those_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # protoc looks for its mypy plugins there; an environment need not be activated to run its Python.
+def test_the_committed_stubs_are_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # protoc searches its mypy plugins in PATH, which does not contain the folder of an environment that is not active.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     generate(tmp_path)
     generated = stubs(tmp_path / "knowledge_boosting" / "protos")

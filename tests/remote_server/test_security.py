@@ -320,14 +320,14 @@ def test_certificates_that_cannot_be_used(
             None,
             f"{tmp_path / 'none.key'}: no such file; give the path of a private",
         ),
-        (text, key, None, f"{text}: holds no certificate in PEM"),
-        (key, key, None, f"{key}: holds no certificate in PEM"),
-        (certificate, text, None, f"{text}: holds no private key in PEM"),
-        (certificate, certificate, None, f"{certificate}: holds no private key in PEM"),
+        (text, key, None, f"{text}: contains no certificate in PEM"),
+        (key, key, None, f"{key}: contains no certificate in PEM"),
+        (certificate, text, None, f"{text}: contains no private key in PEM"),
+        (certificate, certificate, None, f"{certificate}: contains no private key in PEM"),
         (certificate, locked, None, f"{locked}: the key has a passphrase"),
         (certificate, device_key, None, f"{device_key}: is not the key of the certificate in {certificate}"),
         (*expired, None, f"{expired[0]}: the certificate expired on 2020-01-01; renew it"),
-        (certificate, key, text, f"{text}: holds no certificate in PEM"),
+        (certificate, key, text, f"{text}: contains no certificate in PEM"),
         (certificate, key, expired[0], f"{expired[0]}: the certificate expired on 2020-01-01"),
     ]
     for cert_file, key_file, authority, why in cases:
@@ -376,5 +376,5 @@ def test_secrets_that_everybody_can_read_are_warned_of(
     for mode, warned in ((0o600, False), (0o640, False), (0o644, True)):
         tokens.chmod(mode)
         check_security("127.0.0.1", auth_tokens=tokens, tls_cert=certificate, tls_key=key)
-        expected = f"warning: {tokens}: every user of this machine can read it; chmod 600 it\n" if warned else ""
+        expected = f"warning: {tokens}: every user of this machine can read it; run chmod 600 on it\n" if warned else ""
         assert capfd.readouterr().err == expected

@@ -15,7 +15,7 @@ import typer
 
 from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.common.files import atomic_directory, write_by_memory
+from knowledge_boosting.common.files import atomic_directory, write_buffered
 from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples, Segment, Utterance, find_speech, read_segment
 from knowledge_boosting.training.data.voices import VoiceTransformation, draw_transformations, transform_voice
 from knowledge_boosting.training.workers import run_in_workers
@@ -36,7 +36,7 @@ def _make(root: Path, number: int, utterance: Utterance, speaker: str, changes: 
 def _write_flac(path: Path, samples: Samples) -> None:
     import soundfile
 
-    write_by_memory(path, lambda file: soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16"))
+    write_buffered(path, lambda file: soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16"))
 
 
 def _check_factors(flag: str, factors: tuple[float, float]) -> None:

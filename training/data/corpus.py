@@ -185,7 +185,7 @@ def _length(path: Path) -> int:
             raise BrokenFile(path, f"has {header.channels} channels; speech must be mono")
         if not header.can_seek():
             raise BrokenFile(path, f"is {header.subtype_info} sound, which allows no seeking; convert it to FLAC")
-        frames = sound_files.promised(header)
+        frames = sound_files.declared_length(header)
         if not frames:
             raise BrokenFile(path, "holds no samples")
         return frames * SAMPLE_RATE // int(header.samplerate)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from knowledge_boosting.common.files import write_by_memory
+from knowledge_boosting.common.files import write_buffered
 from knowledge_boosting.training.data.corpus import SAMPLE_RATE, Samples, Utterance, read_noise
 from knowledge_boosting.training.data.layout import NOISE_FILE, SPLITS
 from knowledge_boosting.training.data.responses import HEADROOM, RESPONSE_LENGTH, Renderer, level_gains, render
@@ -99,7 +99,7 @@ class ResponseMaker:
         """Write the responses of one room into a folder. Returns no broken files, because it reads none."""
         rng = np.random.default_rng([self.seed, SPLIT_NUMBERS[split], index])
         room = draw_room(rng, self.rooms, self.renderer.heads)
-        write_by_memory(folder / RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room)))
+        write_buffered(folder / RESPONSE_FILE, lambda file: np.save(file, self.renderer.responses(room)))
         _write_record(folder, {"room": item_name(index), **room.record()})
         return {}
 
@@ -128,13 +128,13 @@ def _write_wav(path: Path, samples: Samples) -> None:
     import soundfile
 
     pcm = np.rint(samples.T * 32768).astype(np.int16)
-    write_by_memory(path, lambda file: soundfile.write(file, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16"))
+    write_buffered(path, lambda file: soundfile.write(file, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16"))
 
 
 def _write_embedding(path: Path, embedding: Samples) -> None:
     import torch
 
-    write_by_memory(path, lambda file: torch.save(torch.from_numpy(embedding), file))
+    write_buffered(path, lambda file: torch.save(torch.from_numpy(embedding), file))
 
 
 def _write_record(folder: Path, record: Mapping[str, object]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from knowledge_boosting.common.cli import end_signals
+from knowledge_boosting.common.cli import termination_signals
 from knowledge_boosting.common.errors import InputError
 
 Address = tuple[int, int]  # epoch, index
@@ -158,7 +158,7 @@ class _WorkerSignals:
         atexit.register(self._trainer_leaves.set)
 
     def __call__(self, _worker: int) -> None:
-        for number in (signal.SIGINT, *end_signals()):
+        for number in (signal.SIGINT, *termination_signals()):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._end)
 

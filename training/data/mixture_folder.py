@@ -102,7 +102,7 @@ def _read_source(path: Path, microphones: int) -> Tensor:
         raise InputError(f"{path}: no such file; the item is incomplete")
     try:
         with sound_files.open_sound(path) as sound:
-            samples = sound.read(sound_files.promised(sound), dtype="float32", always_2d=True)
+            samples = sound.read(sound_files.declared_length(sound), dtype="float32", always_2d=True)
             rate = sound.samplerate
     except sound_files.UnusableSound as error:
         raise InputError(f"{path}: {error}") from None

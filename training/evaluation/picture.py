@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from knowledge_boosting.common.pictures import any_words
+from knowledge_boosting.common.pictures import literal_text
 from knowledge_boosting.training.evaluation.results import OTHER_DELAY_NOTE, SYSTEMS, Results, Row, System
 
 _COLOURS: dict[System, str] = {  # the palette of Okabe and Ito, which color-blind people can distinguish
@@ -26,7 +26,7 @@ _MARKERS: dict[System, str] = {
 }
 
 
-@any_words()
+@literal_text()
 def draw(path: Path, results: Results) -> None:
     """Draw the results into a PNG file."""
     import matplotlib

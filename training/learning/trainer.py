@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from knowledge_boosting.common.cli import end_signals
+from knowledge_boosting.common.cli import termination_signals
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.training.config import TrainingConfig
@@ -115,7 +115,9 @@ class Interruption(Callback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, *end_signals())}
+        self._handlers = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, *termination_signals())
+        }
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
         # Every process must stop at the same step.
