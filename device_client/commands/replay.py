@@ -384,7 +384,7 @@ def _compare(
     gains = {name: quality[name].si_sdri for name in systems}
     systems["reference"] = measured.references
     title = f"{printable(options.input_file.name)}, bundle {manifest.label}"
-    comparison = Comparison(measured.mixture, systems, gains, rate, manifest.model.task, title)
+    comparison = Comparison(measured.mixture, systems, gains, rate, title)
     write_comparison(options.compare, comparison)
 
 

@@ -80,17 +80,26 @@ def _plot_ages(axis: Any, log: HintLog, ended_at: int, deadline_ms: float) -> No
     seconds = log.captured_at / 1e9
     ages = log.ages_ms(ended_at)
     on_time, late, missing = (np.flatnonzero(flags) for flags in log.classify(ended_at))
-    axis.axhline(deadline_ms, color="black", linewidth=0.8, linestyle="--", label=f"deadline ({deadline_ms:g} ms)")
-    axis.plot(seconds[on_time], ages[on_time], ".", markersize=3, color="tab:green", label=f"on time ({len(on_time)})")
+    axis.plot(seconds[on_time], ages[on_time], ".", markersize=2, color="tab:green", label=f"on time ({len(on_time)})")
     axis.plot(seconds[late], ages[late], ".", markersize=4, color="tab:orange", label=f"late ({len(late)})")
     # A missing hint has no age, and is marked on the zero line.
     zero = np.zeros(len(missing))
     axis.plot(seconds[missing], zero, "|", markersize=8, color="tab:red", label=f"missing ({len(missing)})")
-    axis.set_title("age of hints on arrival", loc="left", fontsize=10)
-    axis.set_ylabel("ms")
     max_age = np.nanmax(ages, initial=deadline_ms) if not np.isnan(ages).all() else deadline_ms
-    axis.set_ylim(0, 1.35 * max(max_age, 1))
-    axis.legend(loc="upper right", ncols=4, fontsize=8)
+    top = 1.5 * max(max_age, 1)
+    # The deadline is the edge of an area, which hints that arrive exactly then do not hide.
+    axis.axhspan(deadline_ms, top, color="tab:orange", alpha=0.12, linewidth=0, zorder=0)
+    axis.annotate(
+        f"too late: after the deadline of {deadline_ms:g} ms",
+        (0, deadline_ms),
+        (4, 4),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    axis.set_title("Did the hints arrive in time? Their age on arrival", loc="left", fontsize=10)
+    axis.set_ylabel("ms")
+    axis.set_ylim(0, top)
+    axis.legend(loc="upper right", ncols=3, fontsize=8)
 
 
 def draw_spectrogram(axis: Any, title: str, level: NDArray[np.float32], extent: tuple[float, ...], top: float) -> Any:
