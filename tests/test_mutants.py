@@ -34,7 +34,7 @@ def faults(kind: str, folder: Path, count: int) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(60, marks=pytest.mark.slow), pytest.param(2000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])],
+    [pytest.param(25, marks=pytest.mark.slow), pytest.param(2000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])],
 )
 def test_damaged_files(kind: str, count: int, tmp_path: Path) -> None:
     assert not faults(kind, tmp_path, count)

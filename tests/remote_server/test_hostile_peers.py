@@ -105,7 +105,7 @@ def test_no_more_than_some_watch(ss_server: Server) -> None:
 @pytest.mark.slow  # the witness is timed
 @pytest.mark.parametrize("kind", ["pings", "settings", "resets", "refusals", "watch"])
 def test_a_flood_on_one_connection_does_not_stop_the_hints_of_others(kind: str) -> None:
-    call = [sys.executable, "-m", "benchmarks.under_attack", kind, "--seconds", "8"]
+    call = [sys.executable, "-m", "benchmarks.under_attack", kind, "--seconds", "4"]
     run = subprocess.run(call, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
