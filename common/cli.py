@@ -12,8 +12,9 @@ import io
 import os
 import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -26,9 +27,12 @@ import typer.main
 from knowledge_boosting.common.errors import Failure, InputError, printable, reason
 
 if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
     from _typeshed import ReadableBuffer
     from rich.console import Console
 
+_REPEAT_AFTER = 0.5  # seconds; a command that ends because of the failed callback has ended by then
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C
 _PATH_ERRORS = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -123,8 +127,8 @@ def run(app: typer.Typer, name: str, extra: str) -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by common.start
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _tolerant_output() as write_errors:
-            code = _run(app, name, extra)
+        with _tolerant_output() as write_errors, _lost_interruptions() as lost:
+            code = _run(app, name, extra, lost)
             sys.stdout.flush()
             if write_errors and code == 0:
                 text = f"standard output: cannot write ({reason(write_errors[0])}); everything else succeeded"
@@ -138,9 +142,15 @@ def run(app: typer.Typer, name: str, extra: str) -> NoReturn:
     sys.exit(code)
 
 
-def _run(app: typer.Typer, name: str, extra: str) -> int:
+def _run(app: typer.Typer, name: str, extra: str, lost: Sequence[BaseException]) -> int:
     try:
-        code = app(prog_name=name, standalone_mode=False)
+        try:
+            code = app(prog_name=name, standalone_mode=False)
+        except Exception:
+            if lost:
+                # A library saw a failed callback where the command was interrupted.
+                raise lost[0] from None
+            raise
     except InputError as error:
         return _print_error(name, str(error), 2)
     except typer.TyperException as error:
@@ -166,6 +176,33 @@ def _run(app: typer.Typer, name: str, extra: str) -> int:
         _print_error(name, "interrupted", 1)
         raise _Terminated(1)
     return int(code or 0)
+
+
+@contextmanager
+def _lost_interruptions() -> Iterator[list[BaseException]]:
+    """Repeat an interruption that was raised where nothing can be raised, and yield a list of those so far.
+
+    Python calls a signal handler wherever the main thread is. In a destructor, or in a callback from C such as those of
+    libsndfile, its exception is printed and ignored.
+    """
+    lost: list[BaseException] = []
+    before = sys.unraisablehook
+
+    def repeat(unraisable: "UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt | _Terminated):
+            before(unraisable)
+            return
+        lost.append(unraisable.exc_value)
+        number = signal.SIGINT if isinstance(unraisable.exc_value, KeyboardInterrupt) else signal.SIGTERM
+        timer = threading.Timer(_REPEAT_AFTER, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield lost
+    finally:
+        sys.unraisablehook = before
 
 
 def _print_error(name: str, message: str, code: int) -> int:

@@ -79,3 +79,33 @@ def test_an_interrupted_command_waits_for_no_library(number: signal.Signals, tmp
     assert (result.returncode, result.stdout) == (1, "begun\n")
     assert (tmp_path / "cleaned").exists()
     assert result.stderr == ("work: error: interrupted\n" if number == signal.SIGINT else "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["destructor", "callback"])
+def test_an_interruption_is_not_lost_where_nothing_can_be_raised(number: signal.Signals, place: str) -> None:
+    """Python ignores what a destructor raises, and libsndfile reports a failed callback as an error of its own."""
+    script = (
+        "import io, signal, time\n"
+        "import numpy as np\n"
+        "import soundfile\n"
+        "from knowledge_boosting.common import cli\n"
+        "class Destructor:\n"
+        f"    def __del__(self) -> None: signal.raise_signal({int(number)})\n"
+        "class File(io.BytesIO):\n"
+        "    def write(self, data: bytes) -> int:\n"
+        f"        signal.raise_signal({int(number)})\n"
+        "        return super().write(data)\n"
+        "app = cli.Application()\n"
+        "@app.command()\n"
+        "def work() -> None:\n"
+        f"    if {place == 'destructor'}: Destructor()\n"
+        "    else: soundfile.write(File(), np.zeros(16), 16000, format='WAV')\n"
+        "    time.sleep(1000)\n"
+        "cli.run(app, 'work', 'client')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert result.returncode == 1
+    assert result.stderr == ("work: error: interrupted\n" if number == signal.SIGINT else "")
