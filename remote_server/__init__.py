@@ -1,1 +1,1 @@
-"""The large network as a gRPC service that sends hints to many devices."""
+"""The server: the large network as a gRPC service that sends hints to many devices."""

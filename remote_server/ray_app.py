@@ -1,7 +1,7 @@
-"""The hint service on many machines: a Ray Serve application whose replicas each do what kb-server does.
+"""The hint service on many machines: a Ray Serve application. Each replica does the same as kb-server.
 
-docs/cluster.md tells how it is started. Ray Serve hands a call to the method of the same name, requests as an
-asynchronous iterator, and expects an asynchronous generator of responses where a call streams.
+docs/cluster.md explains how to start it. Ray Serve passes a call to the method of the same name. Streamed requests are
+an asynchronous iterator, and streamed responses are an asynchronous generator.
 """
 
 import asyncio
@@ -19,47 +19,48 @@ from knowledge_boosting.common.errors import Failure
 from knowledge_boosting.models.bundle import DEFAULT_BUNDLE, Bundle
 from knowledge_boosting.models.device import pick_device
 from knowledge_boosting.protos import hints_pb2 as pb
-from knowledge_boosting.remote_server.core.access import ANYBODY
+from knowledge_boosting.remote_server.core.access import ANONYMOUS
 from knowledge_boosting.remote_server.core.bundles import Bundles
 from knowledge_boosting.remote_server.core.hint_server import HintServer
 from knowledge_boosting.remote_server.core.limits import Limits
 from knowledge_boosting.remote_server.core.metrics import Metrics
 from knowledge_boosting.remote_server.core.refusals import Refused, Status
-from knowledge_boosting.remote_server.service import TRY_LATER, code_of, readable
+from knowledge_boosting.remote_server.service import RETRY_METADATA, checked_requests, grpc_code
 
-# Calls beyond a replica's sessions that it takes at once: questions, enrollments, and sessions to be refused.
+# Concurrent calls of a replica in addition to its sessions: other methods, and sessions that are refused.
 _OTHER_CALLS = 16
-# Scale up before a replica is full: starting another one takes longer than a device waits.
+# The start of a replica takes longer than a device waits, so the application scales up before all replicas are full.
 _TARGET_LOAD = 0.75
 
-# Seconds.
-_MAX_WAIT = 0.001  # of a step for further sessions' audio
-_LEAVING_POLL = 0.25
-_DEREGISTRATION = 2.0  # for every HAProxy to hear that a replica leaves
-_MOVING = 5.0  # for its devices to go to another replica after that
-_DRAIN = 8.0  # for all of this
+# All times are in seconds.
+_MAX_WAIT = 0.001  # time that a step waits for the audio of other sessions
+_SHUTDOWN_POLL = 0.25
+_DEREGISTRATION = 2.0  # time until every HAProxy knows that a replica shuts down
+_MOVE_TIME = 5.0  # time for the devices to move to another replica after that
+_SHUTDOWN_TIME = 8.0  # time for the whole shutdown after the deregistration
 _HEALTH_PERIOD, _HEALTH_TIMEOUT = 5.0, 10.0
-_UPSCALE_DELAY, _DOWNSCALE_DELAY = 5.0, 600.0  # a replica that goes costs its devices a gap; one too many costs little
+# The end of a replica can cause a gap in the hints of its devices, while a replica that is not needed costs little.
+_UPSCALE_DELAY, _DOWNSCALE_DELAY = 5.0, 600.0
 
 
 class Options(BaseModel):
-    """What an application is built from: ``args`` in a Serve configuration file."""
+    """The options of an application: ``args`` in a Serve configuration file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bundle: str = DEFAULT_BUNDLE  # name, or path on every node
-    max_sessions: int = Field(default=16, ge=1)  # of one replica
-    cpus: float = Field(default=1, gt=0)  # of one replica
-    gpus: float = Field(default=0, ge=0)  # of one replica; a share of one, or whole ones
+    max_sessions: int = Field(default=16, ge=1)  # of each replica
+    cpus: float = Field(default=1, gt=0)  # for each replica
+    gpus: float = Field(default=0, ge=0)  # for each replica; a fraction of a GPU or whole GPUs
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
 
 
 def build(options: Options) -> serve.Application:
-    """The application of a bundle.
+    """Build the application for a bundle.
 
     Raises:
-        InputError: there is no such bundle.
+        InputError: There is no such bundle.
     """
     Bundle(options.bundle)
     deployment = serve.deployment(
@@ -73,8 +74,8 @@ def build(options: Options) -> serve.Application:
         ),
         max_ongoing_requests=options.max_sessions + _OTHER_CALLS,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
-        graceful_shutdown_timeout_s=_DEREGISTRATION + _DRAIN,
-        graceful_shutdown_wait_loop_s=_LEAVING_POLL,
+        graceful_shutdown_timeout_s=_DEREGISTRATION + _SHUTDOWN_TIME,
+        graceful_shutdown_wait_loop_s=_SHUTDOWN_POLL,
         health_check_period_s=_HEALTH_PERIOD,
         health_check_timeout_s=_HEALTH_TIMEOUT,
     )
@@ -82,7 +83,7 @@ def build(options: Options) -> serve.Application:
 
 
 class HintReplica:
-    """One replica: a server of its own, reached through Ray."""
+    """One replica: a server that is called through Ray."""
 
     def __init__(self, options: Options) -> None:
         if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
@@ -90,14 +91,14 @@ class HintReplica:
         self._server = _server(options)
         self._server.load_speaker_encoder()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._server.watch()), loop.create_task(self._drain_when(_leaving()))]
+        self._tasks = [loop.create_task(self._server.watch()), loop.create_task(self._drain_when(_shutdown_check()))]
 
     async def StreamHints(
         self, requests: AsyncIterator[pb.StreamHintsRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.StreamHintsResponse]:
-        """One session."""
+        """Serve one session."""
         try:
-            session = self._server.session(readable(requests), ANYBODY, grpc_context.peer())
+            session = self._server.session(checked_requests(requests), ANONYMOUS, grpc_context.peer())
             async with aclosing(session) as responses:
                 async for response in responses:
                     yield response
@@ -105,9 +106,9 @@ class HintReplica:
             _refuse(error, grpc_context)
 
     async def Enroll(self, request: pb.EnrollRequest, grpc_context: RayServegRPCContext) -> pb.EnrollResponse:
-        """Enrollment speech to a speaker embedding."""
+        """Compute a speaker embedding from enrollment speech."""
         try:
-            return await self._server.enroll(request, ANYBODY, grpc_context.peer())
+            return await self._server.enroll(request, ANONYMOUS, grpc_context.peer())
         except Refused as error:
             _refuse(error, grpc_context)
             return pb.EnrollResponse()
@@ -115,43 +116,46 @@ class HintReplica:
     async def DescribeModel(
         self, request: pb.DescribeModelRequest, grpc_context: RayServegRPCContext
     ) -> pb.DescribeModelResponse:
-        """What this replica runs."""
+        """Describe the bundle of this replica."""
         try:
-            return self._server.describe(request, ANYBODY)
+            return self._server.describe(request, ANONYMOUS)
         except Refused as error:
             _refuse(error, grpc_context)
             return pb.DescribeModelResponse()
 
     async def check_health(self) -> None:
-        """Have every engine answer: a thread that hangs or has ended, or a device that fails, is noticed by Ray."""
+        """Check all engines, so that Ray notices a thread that hangs or has ended, and a device that fails."""
         for bundle in self._server.bundles.served:
-            await bundle.engine.answer()
+            await bundle.engine.check_health()
 
-    async def _drain_when(self, leaving: Callable[[], bool]) -> None:
-        while not leaving():
-            await asyncio.sleep(_LEAVING_POLL)
+    async def _drain_when(self, shutting_down: Callable[[], bool]) -> None:
+        while not shutting_down():
+            await asyncio.sleep(_SHUTDOWN_POLL)
         await asyncio.sleep(_DEREGISTRATION)
-        await self._server.drain(_MOVING)
+        await self._server.drain(_MOVE_TIME)
 
 
-def _refuse(why: Refused, context: RayServegRPCContext) -> None:
-    """Give a call its end; Ray's contexts have no ``abort``."""
-    if why.status is Status.RESOURCE_EXHAUSTED:
-        context.set_trailing_metadata(TRY_LATER)
-    context.set_code(code_of(why.status))
-    context.set_details(str(why))
+def _refuse(reason: Refused, context: RayServegRPCContext) -> None:
+    """Set the status of a call. Ray's contexts have no ``abort``."""
+    if reason.status is Status.RESOURCE_EXHAUSTED:
+        context.set_trailing_metadata(RETRY_METADATA)
+    context.set_code(grpc_code(reason.status))
+    context.set_details(str(reason))
 
 
 def _server(options: Options) -> HintServer:
-    # Ray has made the replica's share of the GPUs, or none, the visible ones.
+    # Ray makes only the GPUs of this replica visible.
     device, metrics = pick_device("auto"), Metrics()
     bundles = Bundles([options.bundle], device, max_sessions=options.max_sessions, max_wait=_MAX_WAIT, metrics=metrics)
-    # All calls come from HAProxy's address, which does not show whose they are: limits by address are off.
+    # All calls come from the address of HAProxy, so limits by address are off.
     return HintServer(bundles, Limits(sessions_per_peer=0, enrollments_per_minute=0), metrics)
 
 
-def _leaving() -> Callable[[], bool]:
-    """Whether Ray is stopping this replica: it tells a deployment only when its last call has ended, far too late."""
+def _shutdown_check() -> Callable[[], bool]:
+    """Return a function that returns whether Ray is shutting down this replica.
+
+    Ray notifies a deployment only after its last call has ended, which is too late to drain it.
+    """
     worker = ray._private.worker.global_worker
     replica = worker.actors[worker.actor_id]._replica_impl
     return lambda: bool(replica._shutting_down)

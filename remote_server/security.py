@@ -1,4 +1,4 @@
-"""What keeps strangers out of a server: the flags that say so, checked together."""
+"""Check the security flags of ``kb-server`` together: encryption, tokens and client certificates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ from knowledge_boosting.remote_server.tls import TlsFiles
 
 @dataclass(frozen=True)
 class Security:
-    """How a server is reached, and by whom."""
+    """The security settings of a server."""
 
-    access: Access | None
-    credentials: grpc.ServerCredentials | None  # of TLS
+    access: Access | None  # None: no tokens are required
+    credentials: grpc.ServerCredentials | None  # for TLS; None: no encryption
     reflection: bool
 
     def interceptors(self, refused: Callable[[str, str, Refused], None]) -> list[grpc.aio.ServerInterceptor]:
-        """What stands before every call; ``refused`` gets peer, method and reason of those it stops."""
+        """Return the interceptors of all calls. ``refused`` is called as for :class:`Guard`."""
         return [Guard(self.access, refused)] if self.access is not None else []
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
-        """Have a server listen on an address; the port it got.
+        """Make a server listen on an address, and return its port.
 
         Raises:
-            RuntimeError: it cannot have that address.
+            RuntimeError: The server cannot listen on that address.
         """
         if self.credentials is not None:
             return server.add_secure_port(address, self.credentials)
@@ -48,13 +48,19 @@ def check_security(
     insecure: bool = False,
     reflection: bool | None = None,
 ) -> Security:
-    """The flags of ``kb-server`` for a host to listen on; warns of what they leave open.
+    """Check the security flags of ``kb-server``, and print a warning if they leave the server open.
 
     Args:
-        reflection: None: only for callers of this machine.
+        host: The address on which the server listens.
+        auth_tokens: TOML file with the accepted tokens.
+        tls_cert: PEM file of the server's certificate.
+        tls_key: PEM file of its private key.
+        tls_client_ca: PEM file of the authority that issues client certificates.
+        insecure: Whether other machines can connect without encryption.
+        reflection: Whether to provide gRPC reflection. None: only on a loopback address.
 
     Raises:
-        InputError: a file cannot be used, flags are missing, or other machines could connect without encryption.
+        InputError: A file cannot be used, flags are missing, or other machines could connect without encryption.
     """
     local = is_loopback(host)
     tls = None
@@ -63,7 +69,7 @@ def check_security(
     elif tls_cert is not None or tls_key is not None or tls_client_ca is not None:
         raise InputError("TLS needs both --tls-cert and --tls-key; give the certificate and its key")
     if tls is not None and insecure:
-        raise InputError("--insecure: is for a server without TLS; leave it out")
+        raise InputError("--insecure: contradicts the TLS flags; leave it out")
     if tls is None and not local and not insecure:
         raise InputError(
             f"--host {host}: other machines could connect without encryption; give --tls-cert and --tls-key, "
@@ -75,5 +81,5 @@ def check_security(
         missing = "encryption" if access is not None else "encryption or authentication"
         warn(f"listening on {host} without {missing}; use it only on a network you trust")
     elif not local and access is None and tls_client_ca is None:
-        warn(f"whoever can reach {host} can use this server; give --auth-tokens or --tls-client-ca")
+        warn(f"everyone who can reach {host} can use this server; give --auth-tokens or --tls-client-ca")
     return Security(access, credentials, local if reflection is None else reflection)

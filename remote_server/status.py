@@ -1,4 +1,4 @@
-"""``kb-server status``: what a server does, for a person."""
+"""``kb-server status``: show the state of a server."""
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,41 +13,42 @@ from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import SERVICE_NAME
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 
-_PATIENCE = 5.0  # seconds
+_TIMEOUT = 5.0  # seconds
 
 
 def print_status(server: str, credentials: Credentials) -> bool:
-    """Ask a server ``HOST:PORT`` how it is, and print it; whether it takes sessions.
+    """Print the state of a server with the address ``HOST:PORT``. Return whether it accepts sessions.
 
     Raises:
-        InputError: nobody answers, or it does not let us in.
+        InputError: The server does not answer, or it refuses the call.
+        Failure: The server failed.
     """
-    with connect(server, credentials, _PATIENCE) as channel:
+    with connect(server, credentials, _TIMEOUT) as channel:
         stub = HintServiceStub(channel)
         try:
             request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
             health = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined] # missing in its stubs
-                request, timeout=_PATIENCE
+                request, timeout=_TIMEOUT
             )
 
             def describe(bundle: str) -> pb.DescribeModelResponse:
                 request = pb.DescribeModelRequest(bundle=bundle)
-                return stub.DescribeModel(request, timeout=_PATIENCE, metadata=credentials.metadata)
+                return stub.DescribeModel(request, timeout=_TIMEOUT, metadata=credentials.metadata)
 
             first = describe("")
             answers = [first if name == first.bundle_name else describe(name) for name in first.bundles]
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)
-            raise call_failed(server, "does not tell how it is", error) from None
+            raise call_failed(server, "does not report its state", error) from None
     serving = bool(health.status == health_pb2.HealthCheckResponse.SERVING)
-    table = Table("bundle", "id", "task", "delay", "sessions", "room for", box=None)
+    table = Table("bundle", "id", "task", "delay", "sessions", "free", box=None)
     for answer in answers:
         name = f"{answer.bundle_name} (UNTRAINED)" if answer.untrained else answer.bundle_name
         delay = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"
-        left = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "known when loaded"
-        words = (printable(text) for text in (name, answer.bundle_id, answer.task.upper(), delay))
-        table.add_row(*map(Text, words), str(answer.sessions), left)
-    state = "serving" if serving else "shutting down: takes no new sessions"
+        free = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "unknown until loaded"
+        cells = (printable(text) for text in (name, answer.bundle_id, answer.task.upper(), delay))
+        table.add_row(*map(Text, cells), str(answer.sessions), free)
+    state = "serving" if serving else "shutting down, accepts no new sessions"
     enrolls = "enrolls speakers" if first.enrolls else "enrolls no speakers"
     print(f"{server}: {state}; protocol {first.protocol_version}; {enrolls}")
     console().print(table)

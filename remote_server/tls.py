@@ -1,4 +1,4 @@
-"""The server's end of TLS."""
+"""The TLS credentials of the server."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,30 +11,30 @@ from knowledge_boosting.remote_server.core.reloading import Reloading
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """PEM files: the server's certificate and key, and whose word is taken for those of devices, if they need one."""
+    """The PEM files for TLS."""
 
     certificate: Path
     key: Path
-    client_authorities: Path | None = None
+    client_authorities: Path | None = None  # authorities for client certificates; None: no client certificate is needed
 
     def credentials(self) -> grpc.ServerCredentials:
-        """What a port is opened with. New connections get what the files hold then.
+        """Return credentials that follow changes of the files: new connections use their current content.
 
         Raises:
-            InputError: a file cannot be used.
+            InputError: A file cannot be used.
         """
         paths = [path for path in (self.certificate, self.key, self.client_authorities) if path is not None]
         files = Reloading(paths, self._read)
         current = files.get()
 
-        def newer() -> "grpc.ServerCertificateConfiguration | None":
+        def changed_configuration() -> "grpc.ServerCertificateConfiguration | None":
             nonlocal current
-            before, current = current, files.get()
-            return current if current is not before else None
+            previous, current = current, files.get()
+            return current if current is not previous else None
 
         return grpc.dynamic_ssl_server_credentials(
             current,
-            newer,  # type: ignore[arg-type] # the stubs do not know that None stands for no change
+            changed_configuration,  # type: ignore[arg-type] # the stubs do not allow None, which means no change
             require_client_authentication=self.client_authorities is not None,
         )
 

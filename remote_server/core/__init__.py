@@ -1,1 +1,1 @@
-"""The server that knows no transport: who may have a session, the session, and the networks that answer it."""
+"""The server core, independent of the transport: admission, sessions, and the engines that compute hints."""

@@ -1,4 +1,4 @@
-"""Who may call: bearer tokens from a file, and what each of them allows."""
+"""Authorization: bearer tokens from a file, and the permissions of each token."""
 
 import hmac
 import re
@@ -20,64 +20,70 @@ from knowledge_boosting.models.config import Strict
 from knowledge_boosting.remote_server.core.refusals import Refused, Status
 from knowledge_boosting.remote_server.core.reloading import Reloading
 
-_SHORTEST_TOKEN = 16  # characters
-_LARGEST_FILE = 2**18  # bytes; a thousand tokens and more
+_MIN_TOKEN_LENGTH = 16  # characters
+_MAX_FILE_BYTES = 2**18  # enough for more than a thousand tokens
 
 
 class Denied(Refused):
-    """A call that its caller may not make."""
+    """A call that is refused because of its token."""
 
     def __init__(self, text: str, status: Status, token: str) -> None:
-        """``token`` says what is wrong with it: ``missing``, ``unknown``, ``revoked``, or ``not enough``."""
+        """Create a refusal.
+
+        Args:
+            text: The message for the caller.
+            status: The status of the call.
+            token: The reason for the log: ``missing``, ``unknown``, ``revoked`` or ``not enough``.
+        """
         super().__init__(text, status)
         self.token = token
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose token a call came with, and what it allows; None: everything."""
+    """The owner of a token, and the permissions of the token. A permission that is None has no limit."""
 
     name: str | None = None
-    sessions: int | None = None  # most at once
+    sessions: int | None = None  # maximum number of open sessions
     bundles: frozenset[str] | None = None
-    _open: Counter[str | None] = field(default_factory=Counter, repr=False, compare=False)
-    _now: "Callable[[], Caller | None] | None" = field(default=None, repr=False, compare=False)  # of the token
+    _open: Counter[str | None] = field(default_factory=Counter, repr=False, compare=False)  # open sessions by owner
+    _current: "Callable[[], Caller | None] | None" = field(default=None, repr=False, compare=False)
 
     def may_use(self, bundle: str) -> bool:
-        """Whether this caller may use a bundle of that name."""
+        """Return whether this caller has permission to use the bundle with a name."""
         return self.bundles is None or bundle in self.bundles
 
     def check_bundle(self, bundle: str) -> None:
-        """Refuse a bundle that this caller may not use.
+        """Check that this caller has permission to use a bundle.
 
         Raises:
-            Denied: not: PERMISSION_DENIED.
+            Denied: It has none (PERMISSION_DENIED).
         """
         if not self.may_use(bundle):
-            text = f"the token of {self.name} is not for the bundle {bundle}; ask whoever runs this server"
+            text = f"the token of {self.name} is not for the bundle {bundle}; ask the operator of this server"
             raise Denied(text, Status.PERMISSION_DENIED, "not enough")
 
-    def check_still(self, bundle: str) -> None:
-        """Refuse a session that goes on when its token has been taken away, or is for other bundles now.
+    def check_current(self, bundle: str) -> None:
+        """Check that the token of an open session is still accepted and still permits its bundle.
 
         Raises:
-            Denied: UNAUTHENTICATED, or as :meth:`check_bundle`.
+            Denied: The token was removed (UNAUTHENTICATED), or it no longer permits the bundle (PERMISSION_DENIED).
         """
-        if self._now is not None:
-            now = self._now()
-            if now is None:
-                raise Denied("this server does not know the token any more", Status.UNAUTHENTICATED, "revoked")
-            now.check_bundle(bundle)
+        if self._current is not None:
+            current = self._current()
+            if current is None:
+                raise Denied("this server no longer accepts the token", Status.UNAUTHENTICATED, "revoked")
+            current.check_bundle(bundle)
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Count one session of this caller as long as the block lasts.
+        """Count one open session of this caller for the duration of the block.
 
         Raises:
-            Denied: it has all its token allows: RESOURCE_EXHAUSTED.
+            Denied: All sessions of the token are open (RESOURCE_EXHAUSTED).
         """
         if self.sessions is not None and self._open[self.name] >= self.sessions:
-            text = f"all sessions of the token of {self.name} ({self.sessions}) are taken; end one, or try again later"
+            text = f"all sessions of the token of {self.name} ({self.sessions}) are in use; end one or try again later"
             raise Denied(text, Status.RESOURCE_EXHAUSTED, "not enough")
         self._open[self.name] += 1
         try:
@@ -86,12 +92,12 @@ class Caller:
             self._open[self.name] -= 1
 
 
-ANYBODY = Caller()  # where a server has no tokens
-CALLER: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)  # of the call that a coroutine answers
+ANONYMOUS = Caller()  # the caller if the server requires no tokens
+CALLER: ContextVar[Caller] = ContextVar("caller", default=ANONYMOUS)  # the caller of the call that a coroutine handles
 
 
 class _Token(Strict):
-    """A ``[[token]]`` of the file."""
+    """An entry ``[[token]]`` of the file."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.@-]{1,64}$")]
     token: SecretStr
@@ -100,68 +106,69 @@ class _Token(Strict):
 
 
 class Access:
-    """The tokens of a file, read again when it changes. Only their digests are kept."""
+    """The tokens of a file, which is read again when it changes. Only the digests of the tokens are kept."""
 
     def __init__(self, path: Path) -> None:
         """Read the tokens.
 
         Raises:
-            InputError: the file cannot be read, or a token in it not be used. The text has nothing of the content but
-                names.
+            InputError: The file cannot be read, or a token in it is invalid. The message quotes only names from the
+                file, never a token.
         """
         self._open: Counter[str | None] = Counter()
         self._callers = Reloading([path], lambda: _read(path, self._open))
 
-    def _of(self, digest: bytes) -> Caller | None:
+    def _find(self, digest: bytes) -> Caller | None:
         return dict(self._callers.get()).get(digest)
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
-        """Whom a call is from, by its metadata.
+        """Return the caller that the metadata of a call identify.
 
         Raises:
-            Denied: it has no token, or one that is not known: UNAUTHENTICATED.
+            Denied: The token is missing or unknown (UNAUTHENTICATED).
         """
-        given = [value for key, value in metadata if key == "authorization"]
-        scheme, _, token = given[0].partition(" ") if given and isinstance(given[0], str) else ("", "", "")
-        if scheme.lower() != "bearer" or len(given) > 1:
-            text = "this server wants a token, in the metadata 'authorization: Bearer TOKEN'"
+        values = [value for key, value in metadata if key == "authorization"]
+        scheme, _, token = values[0].partition(" ") if values and isinstance(values[0], str) else ("", "", "")
+        if scheme.lower() != "bearer" or len(values) > 1:
+            text = "this server requires a token in the metadata 'authorization: Bearer TOKEN'"
             raise Denied(text, Status.UNAUTHENTICATED, "missing")
         digest = sha256(token.encode()).digest()
-        # All are compared, so that the time it takes tells nothing of where, or whether, one fits.
-        known = [caller for other, caller in self._callers.get() if hmac.compare_digest(other, digest)]
-        if not known:
+        # The digest is compared with all others, so that the time reveals nothing about the known tokens.
+        matches = [caller for other, caller in self._callers.get() if hmac.compare_digest(other, digest)]
+        if not matches:
             raise Denied("this server does not know the token", Status.UNAUTHENTICATED, "unknown")
-        return replace(known[0], _now=lambda: self._of(digest))
+        return replace(matches[0], _current=lambda: self._find(digest))
 
 
 def _read(path: Path, open_sessions: Counter[str | None]) -> list[tuple[bytes, Caller]]:
-    """Callers by their tokens' digests."""
+    """Read a file of tokens. Return the digest of each token with its caller."""
     try:
         content = read_secret(path, "tokens")
-        if len(content) > _LARGEST_FILE:
-            raise InputError(f"{path}: is larger than {_LARGEST_FILE >> 10} KiB; give a file of tokens")
+        if len(content) > _MAX_FILE_BYTES:
+            raise InputError(f"{path}: is larger than {_MAX_FILE_BYTES >> 10} KiB; give a file with tokens")
         document = tomllib.loads(content.decode())
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is no text in UTF-8") from None
+        raise InputError(f"{path}: is not UTF-8 text; give a TOML file") from None
     except RecursionError:
-        raise InputError(f"{path}: is no TOML (it is nested too deep)") from None
+        raise InputError(f"{path}: is not valid TOML (it is nested too deeply)") from None
     except tomllib.TOMLDecodeError as error:
-        # The rest of the parser's text can quote the file.
-        where = re.search(r"at line \d+, column \d+|at end of document", str(error))
-        raise InputError(f"{path}: is no TOML ({where[0] if where else 'somewhere'})") from None
+        # The rest of the parser's message can quote the file, and so a token.
+        position = re.search(r"at line \d+, column \d+|at end of document", str(error))
+        raise InputError(f"{path}: is not valid TOML ({position[0] if position else 'unknown position'})") from None
     entries = document.get("token")
     if set(document) != {"token"} or not isinstance(entries, list) or not entries:
-        raise InputError(f"{path}: must hold one or more [[token]] and nothing else")
+        raise InputError(f"{path}: must contain one or more [[token]] and nothing else")
     callers: dict[bytes, Caller] = {}
     for number, entry in enumerate(entries, start=1):
         token = _check_token(entry, f"{path}: [[token]] number {number}")
         bundles = frozenset(token.bundles) if token.bundles is not None else None
         caller = Caller(token.name, token.sessions, bundles, open_sessions)
         if token.name in (other.name for other in callers.values()):
-            raise InputError(f"{path}: the name {token.name} is there twice; each token needs one of its own")
+            raise InputError(f"{path}: the name {token.name} appears twice; give each token its own name")
         digest = sha256(token.token.get_secret_value().encode()).digest()
         if digest in callers:
-            raise InputError(f"{path}: {token.name} has the token of {callers[digest].name}; each needs one of its own")
+            text = f"{path}: {token.name} has the token of {callers[digest].name}; give each name its own token"
+            raise InputError(text)
         callers[digest] = caller
     return list(callers.items())
 
@@ -172,13 +179,11 @@ def _check_token(entry: object, where: str) -> _Token:
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         key = fault["loc"][0] if fault["loc"] else ""
-        if key not in _Token.model_fields:  # somebody may have put the token itself there
-            raise InputError(f"{where}: may have {', '.join(_Token.model_fields)}, and nothing else") from None
+        if key not in _Token.model_fields:  # the unknown key can be the token itself, so it is not quoted
+            raise InputError(f"{where}: can have only {', '.join(_Token.model_fields)}") from None
         raise InputError(f"{where}: {key}: {fault['msg']}") from None
     secret = token.token.get_secret_value()
-    if len(secret) < _SHORTEST_TOKEN or not re.fullmatch(r"[!-~]+", secret):
-        text = (
-            f"must have {_SHORTEST_TOKEN} characters or more, of ASCII and no spaces; openssl rand -base64 32 makes one"
-        )
-        raise InputError(f"{where}: token: {text}")
+    if len(secret) < _MIN_TOKEN_LENGTH or not re.fullmatch(r"[!-~]+", secret):
+        text = f"must have at least {_MIN_TOKEN_LENGTH} ASCII characters without spaces"
+        raise InputError(f"{where}: token: {text}; openssl rand -base64 32 creates one")
     return token

@@ -1,4 +1,4 @@
-"""Who may have a session now."""
+"""Admission control: which calls get a session now."""
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -14,40 +14,44 @@ from knowledge_boosting.remote_server.core.refusals import Refused, Status
 
 
 class Admission:
-    """The places of a server: one for every session, counted by bundle, by host and by token."""
+    """Counts the sessions of a server by bundle, by host and by token."""
 
     def __init__(self, bundles: Bundles, limits: Limits) -> None:
         self._bundles, self._limits = bundles, limits
-        self._calls: Counter[str] = Counter()  # of a host, its sessions included
-        self._places = 0
-        self._loading = 0  # calls that wait for a bundle
+        self._calls: Counter[str] = Counter()  # calls by host, including its sessions
+        self._sessions = 0
+        self._loading = 0  # calls that wait until a bundle is loaded
         self._closed = False
 
     @property
     def empty(self) -> bool:
-        """Whether nobody has a place, nor waits for one."""
-        return not self._places and not self._loading
+        """Whether no session is open, and no call waits for one."""
+        return not self._sessions and not self._loading
 
     def close(self) -> None:
-        """Give no more places."""
+        """Refuse all further sessions."""
         self._closed = True
 
     def allowed(self, caller: Caller) -> list[ServedBundle]:
-        """The bundles that a caller may use, and hear of."""
+        """Return the bundles that a caller has permission to use. Other bundles are hidden from it."""
         return [bundle for bundle in self._bundles.served if caller.may_use(bundle.manifest.name)]
 
     @asynccontextmanager
-    async def place(
+    async def slot(
         self, caller: Caller, host: str, configuration: Callable[[], Awaitable[pb.SessionConfig]]
     ) -> AsyncGenerator[tuple[pb.SessionConfig, ServedBundle]]:
-        """A place in the bundle that a device asks for, as long as the block lasts; the bundle is loaded.
+        """Reserve a slot for a session in the bundle that a device requests, for the duration of the block.
 
         Args:
-            host: of the device. It counts from now on, so that no host keeps many calls waiting.
-            configuration: waits for what the device asks for.
+            caller: The caller of the session.
+            host: The host of the device. The call counts for it at once, so that no host can keep many calls waiting.
+            configuration: Waits for the configuration of the session.
+
+        Yields:
+            The configuration, and its bundle, which is loaded.
 
         Raises:
-            Refused: there is none for it.
+            Refused: There is no free slot, or the configuration is not valid.
         """
         self._calls[host] += 1
         try:
@@ -55,26 +59,26 @@ class Admission:
             self._check_host(host, self._limits.sessions_per_peer or 0)
             config = await configuration()
             bundle = await self._bundle_of(config, caller)
-            self._check_open()  # draining may have begun while we waited
+            self._check_open()  # draining can have begun during the wait
             self._check_host(host, self._limits.sessions_of(host, bundle.slots))
             with caller.session():
                 bundle.sessions += 1
-                self._places += 1
+                self._sessions += 1
                 try:
                     yield config, bundle
                 finally:
-                    self._places -= 1
+                    self._sessions -= 1
                     bundle.sessions -= 1
-                    self._bundles.let_go(bundle)
+                    self._bundles.release_if_unused(bundle)
         finally:
             self._calls[host] -= 1
-            self._calls += Counter()  # forgets those that have none
+            self._calls += Counter()  # this removes hosts without calls
 
     async def _bundle_of(self, config: pb.SessionConfig, caller: Caller) -> ServedBundle:
-        """The bundle of a session, loaded and with a place in it.
+        """Return the bundle of a session, after it is loaded and has a free slot.
 
         Raises:
-            Refused: the configuration does not fit, the bundle cannot be loaded, or all places are taken.
+            Refused: The configuration does not match the bundle, the bundle cannot be loaded, or it has no free slot.
         """
         bundle = self._bundles.find(config.bundle_id) if config.bundle_id else None
         if bundle is None or bundle.manifest.id != config.bundle_id:
@@ -89,10 +93,10 @@ class Admission:
             raise Refused(text, Status.INTERNAL) from None
         finally:
             self._loading -= 1
-        if bundle.retired:  # while it was loaded
+        if bundle.retired:  # it can have been retired while it was loaded
             raise unknown_bundle(config, [served.manifest for served in self.allowed(caller)])
-        if not self._bundles.has_place(bundle):
-            text = f"all {bundle.slots} sessions of this server are taken; try again later or another server"
+        if not self._bundles.has_free_slot(bundle):
+            text = f"all {bundle.slots} sessions of this server are in use; try again later, or try another server"
             raise Refused(text, Status.RESOURCE_EXHAUSTED)
         return bundle
 
@@ -101,12 +105,12 @@ class Admission:
             raise shutting_down()
 
     def _check_host(self, host: str, limit: int) -> None:
-        """Refuse a session of a host that has so many already; 0: no limit."""
+        """Refuse a session if its host has more calls than the limit. 0: no limit."""
         if limit and self._calls[host] > limit:
-            text = f"{limit} sessions of this host are open already; end one of them"
+            text = f"{limit} sessions of this host are already open; end one of them"
             raise Refused(text, Status.RESOURCE_EXHAUSTED)
 
 
 def shutting_down() -> Refused:
-    """What devices are told when a server goes away."""
-    return Refused("the server is shutting down; try another", Status.UNAVAILABLE)
+    """Create the refusal of all sessions while the server shuts down."""
+    return Refused("the server is shutting down; try another server", Status.UNAVAILABLE)

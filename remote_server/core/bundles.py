@@ -1,4 +1,4 @@
-"""The bundles that a server runs, each with an engine of its own."""
+"""The bundles of a server, each with its own engine."""
 
 import asyncio
 import logging
@@ -23,25 +23,25 @@ _log = logging.getLogger("kb-server")
 
 @dataclass
 class ServedBundle:
-    """A bundle and, once it is loaded, the engine that runs its large network."""
+    """A bundle, and the engine that runs its large network when the bundle is loaded."""
 
     manifest: Manifest
     path: Path
-    slots: int  # sessions at once; 0: not known before it is loaded
+    slots: int  # maximum number of open sessions; 0: unknown until the bundle is loaded
     loaded: HintEngine | None = None
     loading: "asyncio.Task[None] | None" = None
     sessions: int = 0
-    retired: bool = False  # not among those asked for any more: takes no new sessions, and goes after its last one
+    retired: bool = False  # whether it was removed: then it accepts no sessions, and is released after the last one
 
     @property
     def engine(self) -> HintEngine:
-        """The engine of a bundle that is loaded."""
+        """The engine. The bundle must be loaded."""
         assert self.loaded is not None
         return self.loaded
 
 
 class Bundles:
-    """All bundles of a server. Devices say by its id which one they have."""
+    """All bundles of a server. Devices select a bundle by its id."""
 
     def __init__(
         self,
@@ -52,61 +52,66 @@ class Bundles:
         max_wait: float,
         metrics: Metrics,
     ) -> None:
-        """Load every bundle.
+        """Load the bundles.
 
         Args:
-            names: names or paths of bundles, or folders that hold bundles. None: all shipped bundles, the default one
-                first, of which the others are loaded only when they are first asked for.
-            max_sessions: of each bundle at once; None: as many as the device carries, measured.
-            max_wait: seconds that a step may wait for further sessions.
+            names: Names or paths of bundles, or folders with bundles. None: all shipped bundles. Then the default
+                bundle is loaded at once, and each other one when a device first requests it.
+            device: The device for the networks.
+            max_sessions: The maximum number of open sessions of each bundle. None: it is measured on the device.
+            max_wait: The time that a step waits for the audio of other sessions, seconds.
+            metrics: The metrics of the server.
 
         Raises:
-            InputError: a bundle cannot be loaded.
+            InputError: A bundle cannot be loaded.
         """
-        # A frame's matrices are too small to share among threads; more processes use more cores.
+        # The matrices of a frame are too small to share among threads. With --workers, processes use more cores.
         torch.set_num_threads(1)
         self._names, self._on_demand = names or [DEFAULT_BUNDLE, str(PRETRAINED)], not names
         self._device, self._max_sessions = device, max_sessions
         self._max_wait, self._metrics = max_wait, metrics
         self._served: dict[str, ServedBundle] = {}
-        self._loading = False  # what is served may be found again, and must not go meanwhile
-        self.take_in(self.load_new())
+        self._scanning = False  # a scan can include retired bundles again, so that none is released during it
+        self.apply(self.scan())
 
     @property
     def served(self) -> list[ServedBundle]:
-        """Those that take new sessions, in the order asked for."""
+        """The bundles that accept new sessions, in the order of their names on the command line."""
         return [bundle for bundle in self._served.values() if not bundle.retired]
 
     def find(self, name_or_id: str) -> ServedBundle | None:
-        """A bundle that takes new sessions; the first one for an empty name."""
+        """Return a bundle that accepts new sessions, by its name or id. An empty text means the first bundle."""
         for bundle in self.served:
             if name_or_id in ("", bundle.manifest.id, bundle.manifest.name):
                 return bundle
         return None
 
-    def has_place(self, bundle: ServedBundle) -> bool:
-        """Whether one more session of a bundle can be served."""
+    def has_free_slot(self, bundle: ServedBundle) -> bool:
+        """Return whether the server can accept another session of a bundle."""
         if bundle.sessions >= bundle.slots:
             return False
         if self._max_sessions is not None or not bundle.sessions:
             return True
-        # What was measured was the whole device, which all bundles share, those that are retired too.
+        # The measured number of slots needs the whole device, which all bundles share, including retired ones.
         share = sum(other.sessions / other.slots for other in self._served.values() if other.sessions)
         return share + 1 / bundle.slots < 1 + 1e-9
 
     async def load(self, bundle: ServedBundle) -> None:
-        """Have a bundle loaded, which may take seconds; what several wait for is loaded once, and stays if they leave.
+        """Load a bundle if it is not loaded. This can take seconds.
+
+        Concurrent calls load it only once, and a call that is cancelled does not stop the loading.
 
         Raises:
-            InputError: it cannot be loaded.
+            InputError: The bundle cannot be loaded.
         """
         if bundle.loaded is None:
             if bundle.loading is None:
-                bundle.loading = asyncio.create_task(self._load_beside(bundle))
-                bundle.loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # told by the log
+                bundle.loading = asyncio.create_task(self._load_in_background(bundle))
+                # Retrieve the exception, which is logged already, so that asyncio does not report it again.
+                bundle.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
             await asyncio.shield(bundle.loading)
 
-    async def _load_beside(self, bundle: ServedBundle) -> None:
+    async def _load_in_background(self, bundle: ServedBundle) -> None:
         name = bundle.manifest.label
         try:
             await asyncio.to_thread(self._load, bundle)
@@ -118,60 +123,63 @@ class Bundles:
             self._metrics.begin(bundle.manifest.name, bundle.slots)
         finally:
             bundle.loading = None
-            self.let_go(bundle)  # if it was retired meanwhile
+            self.release_if_unused(bundle)  # it can have been retired while it was loaded
 
     def check(self) -> None:
-        """Find out whether all engines still run.
+        """Check that the threads of all engines run.
 
         Raises:
-            Failure: one does not.
+            Failure: The thread of an engine has ended.
         """
         for bundle in self._served.values():
             if bundle.loaded is not None and not bundle.loaded.alive:
                 raise Failure(f"the network of {bundle.manifest.label} has stopped; see the log")
 
-    def load_new(self) -> dict[str, ServedBundle]:
-        """Look at the names again: what is there now, by id. What is new is loaded, which may take seconds.
+    def scan(self) -> dict[str, ServedBundle]:
+        """Read the names again, and load the bundles that are new. This can take seconds.
+
+        Returns:
+            The bundles that now exist, by id, for :meth:`apply`.
 
         Raises:
-            InputError: a bundle cannot be loaded. None is then.
+            InputError: A bundle cannot be loaded. Then no new bundle stays loaded.
         """
-        self._loading = True
-        found: dict[str, ServedBundle] = {}
+        self._scanning = True
+        scanned: dict[str, ServedBundle] = {}
         try:
             for path in self._paths():
                 manifest = Bundle(path).manifest
-                if manifest.id not in found:
+                if manifest.id not in scanned:
                     bundle = self._served.get(manifest.id) or ServedBundle(manifest, path, self._max_sessions or 0)
-                    if bundle.loaded is None and not (self._on_demand and found):
+                    if bundle.loaded is None and not (self._on_demand and scanned):
                         self._load(bundle)
-                    found[manifest.id] = bundle
+                    scanned[manifest.id] = bundle
         except BaseException:
-            self._loading = False
-            for identity, bundle in found.items():
+            self._scanning = False
+            for identity, bundle in scanned.items():
                 if identity not in self._served and bundle.loaded is not None:
                     bundle.loaded.close()
             raise
-        return found
+        return scanned
 
-    def take_in(self, found: dict[str, ServedBundle]) -> tuple[list[str], list[str]]:
-        """Serve what :meth:`load_new` found, and retire what is not among it. The labels of both."""
-        added = [bundle.manifest.label for identity, bundle in found.items() if identity not in self._served]
-        gone = {identity: bundle for identity, bundle in self._served.items() if identity not in found}
-        for bundle in found.values():
+    def apply(self, scanned: dict[str, ServedBundle]) -> tuple[list[str], list[str]]:
+        """Serve the bundles of a :meth:`scan` and retire all others. Return the labels of added and retired bundles."""
+        added = [bundle.manifest.label for identity, bundle in scanned.items() if identity not in self._served]
+        removed = {identity: bundle for identity, bundle in self._served.items() if identity not in scanned}
+        for bundle in scanned.values():
             bundle.retired = False
             if bundle.loaded is not None:
                 self._metrics.begin(bundle.manifest.name, bundle.slots)
-        self._served = {**found, **gone}
-        self._loading = False
-        for bundle in gone.values():
+        self._served = {**scanned, **removed}
+        self._scanning = False
+        for bundle in removed.values():
             bundle.retired = True
-            self.let_go(bundle)
-        return added, [bundle.manifest.label for bundle in gone.values()]
+            self.release_if_unused(bundle)
+        return added, [bundle.manifest.label for bundle in removed.values()]
 
-    def let_go(self, bundle: ServedBundle) -> None:
-        """Free a retired bundle whose last session has ended."""
-        unused = bundle.retired and not bundle.sessions and bundle.loading is None and not self._loading
+    def release_if_unused(self, bundle: ServedBundle) -> None:
+        """Release a bundle if it is retired and its last session has ended."""
+        unused = bundle.retired and not bundle.sessions and bundle.loading is None and not self._scanning
         if unused and bundle.manifest.id in self._served:
             del self._served[bundle.manifest.id]
             if bundle.loaded is None:
@@ -181,7 +189,7 @@ class Bundles:
                 self._metrics.slots.remove(bundle.manifest.name)
 
     def close(self) -> None:
-        """End all engines."""
+        """Close all engines."""
         for bundle in self._served.values():
             if bundle.loaded is not None:
                 bundle.loaded.close()
@@ -191,7 +199,7 @@ class Bundles:
         for name in self._names:
             folder = Path(name)
             inside = [] if (folder / MANIFEST_FILE).exists() else sorted(folder.glob(f"*/{MANIFEST_FILE}"))
-            # In a folder there may be networks alone beside the pairs.
+            # A folder can also contain bundles of one network alone, which have no hints.
             pairs = [path.parent for path in inside if isinstance(Bundle(path.parent).model, Pair)]
             paths |= dict.fromkeys(path.resolve() for path in pairs or [Bundle(name).directory])
         return list(paths)
@@ -200,12 +208,13 @@ class Bundles:
         opened = Bundle(bundle.path)
         model, manifest = load_large(opened), opened.manifest
         if manifest.id != bundle.manifest.id:
-            raise InputError(f"{bundle.path}: holds another bundle than at the start; send SIGHUP, or start again")
+            text = f"{bundle.path}: contains another bundle than before; send SIGHUP to the server, or restart it"
+            raise InputError(text)
         try:
             slots = self._max_sessions or measure_capacity(model, self._device)
             observe = partial(self._metrics.observe_step, manifest.name)
             engine = HintEngine(model, self._device, slots=slots, max_wait=self._max_wait, observe=observe)
-        except RuntimeError as error:  # torch's error for memory that is not there
-            text = f"{bundle.path}: no memory for {self._max_sessions or 'all'} sessions on {self._device}"
+        except RuntimeError as error:  # torch raises this if there is not enough memory
+            text = f"{bundle.path}: not enough memory for {self._max_sessions or 'all'} sessions on {self._device}"
             raise InputError(f"{text}; lower --max-sessions ({str(error).splitlines()[0]})") from None
         bundle.slots, bundle.loaded = slots, engine

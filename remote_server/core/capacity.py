@@ -1,4 +1,4 @@
-"""How many sessions a machine carries: measured at start, for ``--max-sessions auto``."""
+"""Measure how many sessions a device can serve, for ``--max-sessions auto``."""
 
 import time
 
@@ -8,23 +8,26 @@ from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
 from knowledge_boosting.models.pair import LargeModel
 from knowledge_boosting.models.slots import StateSlots, step_size
 
-_SHARE = 0.75  # of the time between two frames that steps may take; the rest is for backlogs and for whatever comes
-_TRANSPORT = 0.00012  # seconds of a frame's way in and out, which gRPC and the event loop spend beside the steps
+_MAX_LOAD = 0.75  # part of the time between two frames that steps can use; the rest is for backlogs and other work
+_TRANSPORT_SECONDS = 0.00012  # time of gRPC and the event loop for each frame, in addition to the steps
 _STEPS = 15
 
 
 @torch.inference_mode()
 def measure_capacity(model: LargeModel, device: torch.device) -> int:
-    """The most sessions, at least one, that one step can serve in its share of the time between two frames."""
+    """Return the maximum number of sessions that one step can serve in its part of the time between two frames.
+
+    The result is at least one.
+    """
     model = model.to(device)
-    budget = _SHARE * model.config.framing.chunk_seconds
-    size = most = 1
+    available = _MAX_LOAD * model.config.framing.chunk_seconds
+    size = capacity = 1
     while True:
-        # Fewer sessions take a step of this size as well.
-        fit = int((budget - _step_seconds(model, device, size)) / _TRANSPORT)
-        most = max(most, min(fit, size))
-        if fit < size:
-            return most
+        # A step with fewer sessions is padded to this size, so it takes the same time.
+        fitting = int((available - _step_seconds(model, device, size)) / _TRANSPORT_SECONDS)
+        capacity = max(capacity, min(fitting, size))
+        if fitting < size:
+            return capacity
         size = step_size(size + 1)
 
 
@@ -42,5 +45,5 @@ def _step_seconds(model: LargeModel, device: torch.device, sessions: int) -> flo
         started = time.perf_counter()
         states.step(windows.to(device), slots).cpu()
         times.append(time.perf_counter() - started)
-    # The shortest: what else the machine did in this moment says nothing of the hours to come.
+    # The minimum is the time without other load, which is not typical of the hours to come.
     return min(times)

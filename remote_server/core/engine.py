@@ -1,4 +1,4 @@
-"""The large network for many sessions: their states lie in slots, and one step serves all that have a frame ready."""
+"""The engine that runs the large network for many sessions: one step serves all sessions that have a frame ready."""
 
 import asyncio
 import contextlib
@@ -19,22 +19,23 @@ from knowledge_boosting.models.pair import LargeModel
 from knowledge_boosting.models.slots import StateSlots
 from knowledge_boosting.protos.codec import Samples, encode_hints
 
-# Frames of one session that a step takes: a backlog is worked off in such pieces, so that nobody waits long for it.
+# Possible numbers of frames of one session in a step. A backlog is processed in such parts, so that other sessions do
+# not wait long.
 _LENGTHS = (1, 2, 4, 8)
-_MOST_FRAMES = _LENGTHS[-1]
+_MAX_FRAMES = _LENGTHS[-1]
 _log = logging.getLogger(__name__)
 
 
 class Batch:
-    """What one step computed for all of its sessions. It is encoded at once: one by one takes many times as long."""
+    """The hints that one step computed for all its sessions. They are encoded together, which is many times faster."""
 
     def __init__(self, values: Samples) -> None:
-        """Hints ``[B, T, hint channels, F]``."""
+        """Create a batch of hints ``[B, T, hint channels, F]``."""
         self.values = values
         self._encoded: dict[int, tuple[NDArray[Any], list[list[float]]]] = {}
 
     def encoded(self, encoding: int) -> tuple[NDArray[Any], list[list[float]]]:
-        """The values as payloads hold them, and the scales ``[B][T]``."""
+        """Return the encoded values, ``[B, T, hint channels, F]``, and the scales ``[B][T]``."""
         if encoding not in self._encoded:
             payloads, scales = encode_hints(self.values, encoding)
             self._encoded[encoding] = payloads, scales.tolist()
@@ -43,30 +44,30 @@ class Batch:
 
 @dataclass(frozen=True)
 class Hints:
-    """What one step computed for one session."""
+    """The hints that one step computed for one session. All times are nanoseconds of the monotonic clock."""
 
     batch: Batch
-    row: int  # the session's in it
-    arrived: Sequence[int]  # when the audio of each frame came, ns of the monotonic clock
-    finite: bool  # whether all values are
-    started: int  # when the step began, ns
-    ended: int  # when it ended, ns
+    row: int  # row of the session in the batch
+    arrived_at: Sequence[int]  # when the audio of each frame arrived
+    finite: bool  # whether all values are finite
+    started: int  # when the step started
+    ended: int  # when the step ended
 
     @property
     def values(self) -> Samples:
-        """Hints ``[T, hint channels, F]``."""
-        own: Samples = self.batch.values[self.row]
-        return own
+        """The hints ``[T, hint channels, F]``."""
+        values: Samples = self.batch.values[self.row]
+        return values
 
     def payload(self, frame: int, encoding: int) -> tuple[bytes, float]:
-        """Payload and scale of one of the frames."""
+        """Return the payload and the scale of one frame."""
         payloads, scales = self.batch.encoded(encoding)
         return payloads[self.row, frame].tobytes(), scales[self.row][frame]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step's figures, for whoever observes the engine."""
+    """The figures of one step."""
 
     sessions: int
     frames: int
@@ -76,39 +77,39 @@ class Step:
 
 @dataclass(eq=False)
 class EngineSession:
-    """One device's stream through the large network. :meth:`send` never waits."""
+    """The stream of one device through the large network. :meth:`send` never waits."""
 
     engine: "HintEngine"
     receive: Callable[[Hints | Exception], None]  # called on the event loop, in frame order
-    alone: bool = False  # whether each of its frames is a step by itself
-    slot: int = -1  # none before the engine has begun with the session
+    reproducible: bool = False  # whether each frame is computed in a separate step
+    slot: int = -1  # index of the session's state; -1 until the engine has opened the session
     closed: bool = False
-    audio: bytearray = field(default_factory=bytearray)  # [n, M] not computed yet
-    arrived: deque[int] = field(default_factory=deque)  # of the frames in it
+    audio: bytearray = field(default_factory=bytearray)  # float32 samples [n, M] that are not processed yet
+    arrived_at: deque[int] = field(default_factory=deque)  # arrival times of their frames, ns
 
     @property
-    def waiting(self) -> int:
-        """Frames sent whose step has not begun."""
-        return len(self.arrived)
+    def pending_frames(self) -> int:
+        """The number of frames that were sent and whose step has not started."""
+        return len(self.arrived_at)
 
     def send(self, samples: Samples, frames: int) -> None:
-        """Leave samples ``[M, chunk T]`` that complete T frames; the first ones with ``lookahead`` before them."""
-        self.engine._add(self, samples, frames)
+        """Add samples ``[M, chunk T]`` that complete T frames. The first call includes the lookahead before them."""
+        self.engine._add_audio(self, samples, frames)
 
     def close(self) -> None:
-        """Give the slot back. Hints of what was sent do not come any more."""
-        self.engine._leave(self)
+        """Release the slot. No more hints are delivered."""
+        self.engine._close_session(self)
 
 
 class HintEngine:
     """The large network on one device, and the thread that runs its steps.
 
-    A step takes what is there of every session: one frame, or of a session that is behind a power of two, up to eight.
-    Sessions with equally many go through the network together, those with one frame first. Frames of a session stay in
-    order, and no session waits for more than one such round.
+    The engine works in rounds. In a round, each session with pending frames gets one frame, or a power of two of up to
+    eight frames if it has a backlog. The sessions with the same number of frames share a step, and those with one frame
+    come first. So the frames of a session stay in order, and no session waits for more than one round.
 
-    How frames are put together changes the last bits of their hints. So a session may ask for steps of its own, each of
-    one frame; of all such sessions a round takes one frame, for which the others wait.
+    The composition of a step changes the last bits of its hints. So a reproducible session gets separate steps of one
+    frame. Each round has only one such step, so that reproducible sessions wait for each other.
     """
 
     def __init__(
@@ -123,9 +124,11 @@ class HintEngine:
         """Start the thread.
 
         Args:
-            slots: most sessions at once.
-            max_wait: seconds that a step may wait for the frames of further sessions.
-            observe: called on the engine's thread after every step.
+            model: The large network.
+            device: The device on which it runs.
+            slots: The maximum number of open sessions.
+            max_wait: The time that a step waits for the audio of other sessions, seconds.
+            observe: Called on the engine's thread after each step.
         """
         self.slots = slots
         self._model = model.to(device)
@@ -136,11 +139,11 @@ class HintEngine:
         self._changed = threading.Condition()
         self._free = list(range(slots - 1, -1, -1))
         self._sessions: set[EngineSession] = set()
-        self._ready: set[EngineSession] = set()  # those of them with a frame
+        self._ready: set[EngineSession] = set()  # the sessions with pending frames
         self._commands: deque[Callable[[], None]] = deque()
         self._closing = False
-        self._failure: Exception | None = None  # of the last step
-        self._most_backlog = _MOST_FRAMES  # frames of all sessions together in a step over backlogs
+        self._failure: Exception | None = None  # the exception of the last step, if it failed
+        self._max_backlog = _MAX_FRAMES  # maximum number of frames, over all sessions, in a step for backlogs
         self._loop: asyncio.AbstractEventLoop | None = None
         with torch.inference_mode():
             self._states = StateSlots(self._model, slots, self._embedding(None))
@@ -153,19 +156,19 @@ class HintEngine:
         receive: Callable[[Hints | Exception], None],
         speaker_embedding: Samples | None = None,
         *,
-        alone: bool = False,
+        reproducible: bool = False,
     ) -> EngineSession:
-        """A new session, whose hints go to ``receive``; ``speaker_embedding`` is ``[256]`` for TSE.
-
-        No more than ``slots`` may be open; one that was closed counts no more.
+        """Open a session. The caller must not open more than ``slots`` sessions at a time.
 
         Args:
-            alone: compute every frame by itself, so that the same audio gives the same hints to the last bit.
+            receive: Called on the event loop with the hints of each step, or with an exception if the step failed.
+            speaker_embedding: ``[256]`` for TSE, otherwise None.
+            reproducible: Whether each frame is computed separately, so that the same audio gives bit-identical hints.
         """
-        session = EngineSession(self, receive, alone)
+        session = EngineSession(self, receive, reproducible)
         self._loop = asyncio.get_running_loop()
         ready = self._loop.create_future()
-        self._command(lambda: self._begin(session, speaker_embedding, ready))
+        self._submit(lambda: self._open_session(session, speaker_embedding, ready))
         try:
             await ready
         except BaseException:
@@ -175,55 +178,58 @@ class HintEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread still runs."""
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
-    async def answer(self) -> None:
-        """Wait until the thread is between two steps.
+    async def check_health(self) -> None:
+        """Check that the thread executes commands and that its last step succeeded.
 
         Raises:
-            RuntimeError: it has ended, or its last step failed.
+            RuntimeError: The thread has ended, or its last step failed.
         """
         loop = asyncio.get_running_loop()
-        answered = loop.create_future()
-        self._command(lambda: _on_loop(loop, lambda: _resolve(answered)))
+        executed = loop.create_future()
+        self._submit(lambda: _call_on_loop(loop, lambda: _resolve(executed)))
         if not self.alive:
             raise RuntimeError("the engine's thread has ended")
-        await answered
+        await executed
         if self._failure is not None:
             raise RuntimeError(f"the last step failed ({self._failure})")
 
     def close(self) -> None:
-        """End the thread after the step under way."""
+        """End the thread after the current step."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join()
 
-    def _add(self, session: EngineSession, samples: Samples, frames: int) -> None:
+    def _add_audio(self, session: EngineSession, samples: Samples, frames: int) -> None:
         if session.closed:
             return
         now = time.perf_counter_ns()
         with self._changed:
             session.audio += samples.T.tobytes()
-            session.arrived.extend([now] * frames)
+            session.arrived_at.extend([now] * frames)
             self._ready.add(session)
-            # Those between the first and the last do not change what the thread waits for.
+            # The thread waits for the first ready session, and then until all sessions are ready.
             if len(self._ready) == 1 or len(self._ready) == len(self._sessions):
                 self._changed.notify()
 
-    def _leave(self, session: EngineSession) -> None:
+    def _close_session(self, session: EngineSession) -> None:
         if session.closed:
             return
         session.closed = True
-        self._command(lambda: self._end(session))
+        self._submit(lambda: self._free_slot(session))
 
-    def _command(self, command: Callable[[], None]) -> None:
+    def _submit(self, command: Callable[[], None]) -> None:
+        """Have the thread execute a command between two steps."""
         with self._changed:
             self._commands.append(command)
             self._changed.notify()
 
-    def _begin(self, session: EngineSession, speaker_embedding: Samples | None, ready: "asyncio.Future[None]") -> None:
+    def _open_session(
+        self, session: EngineSession, speaker_embedding: Samples | None, ready: "asyncio.Future[None]"
+    ) -> None:
         try:
             if not session.closed:
                 state = self._model.initial_state(1, self._embedding(speaker_embedding))
@@ -231,14 +237,14 @@ class HintEngine:
                 self._sessions.add(session)
                 self._states.put(session.slot, state)
         except Exception as error:
-            _log.exception("a session could not begin")
+            _log.exception("a session could not be opened")
             failure = error
-            _on_loop(ready.get_loop(), lambda: _resolve(ready, failure))
+            _call_on_loop(ready.get_loop(), lambda: _resolve(ready, failure))
         else:
-            _on_loop(ready.get_loop(), lambda: _resolve(ready))
+            _call_on_loop(ready.get_loop(), lambda: _resolve(ready))
 
-    def _end(self, session: EngineSession) -> None:
-        # A command as well, so that no step can still write to the slot when the next session gets it.
+    def _free_slot(self, session: EngineSession) -> None:
+        # This runs as a command, so that no step writes to the slot after the next session has got it.
         if session in self._sessions:
             self._sessions.remove(session)
             self._free.append(session.slot)
@@ -258,9 +264,10 @@ class HintEngine:
                 self._step(frames, sessions)
 
     def _next_round(self) -> list[tuple[int, list[EngineSession]]] | None:
-        """What the next round computes: frames a session, and the sessions. None when the engine closes."""
+        """Wait for the next round. Return its steps, as pairs of frames and sessions, or None if the engine closes."""
         while True:
-            # Outside the lock, which the event loop wants: a session's first state takes as long as a step.
+            # This runs without the lock, because the initial state of a session takes as long as a step, and the event
+            # loop needs the lock.
             while self._commands:
                 self._commands.popleft()()
             with self._changed:
@@ -269,11 +276,11 @@ class HintEngine:
                 if self._closing:
                     return None
                 if self._ready:
-                    first = min(session.arrived[0] for session in self._ready)
-                    left = self._max_wait - (time.perf_counter_ns() - first) / 1e9
-                    if len(self._ready) == len(self._sessions) or left <= 0:
-                        return _groups(self._ready, self._most_backlog)
-                    self._changed.wait(left)
+                    first = min(session.arrived_at[0] for session in self._ready)
+                    wait = self._max_wait - (time.perf_counter_ns() - first) / 1e9
+                    if len(self._ready) == len(self._sessions) or wait <= 0:
+                        return _plan_round(self._ready, self._max_backlog)
+                    self._changed.wait(wait)
                 else:
                     self._changed.wait()
 
@@ -288,18 +295,18 @@ class HintEngine:
             slots = torch.tensor([session.slot for session in sessions])
             parts = [memoryview(session.audio)[: size * (chunk * frames + lookahead)] for session in sessions]
             windows = np.frombuffer(bytearray().join(parts), np.float32)
-            del parts  # which hold the audio as it is
-            arrived = [[session.arrived.popleft() for _ in range(frames)] for session in sessions]
+            del parts  # the audio cannot be resized while there are views of it
+            arrived_at = [[session.arrived_at.popleft() for _ in range(frames)] for session in sessions]
             for session in sessions:
                 del session.audio[: size * chunk * frames]
-                if not session.arrived:
+                if not session.arrived_at:
                     self._ready.remove(session)
         started = time.perf_counter_ns()
         try:
             indexes = slots.to(self._device)
             samples = torch.from_numpy(windows).view(len(sessions), -1, microphones).transpose(1, 2)
             values = self._states.step(samples.to(self._device), indexes).cpu().numpy()
-        except Exception as error:  # of memory, or of the device: those sessions end, the engine goes on
+        except Exception as error:  # a fault of memory or device ends these sessions, but not the engine
             _log.exception("a step failed")
             self._failure = error
             results: list[Hints | Exception] = [error] * len(sessions)
@@ -310,35 +317,35 @@ class HintEngine:
             finite = np.isfinite(values).all((1, 2, 3)).tolist()
             batch = Batch(values)
             results = [
-                Hints(batch, row, *own, started, ended) for row, own in enumerate(zip(arrived, finite, strict=True))
+                Hints(batch, row, *own, started, ended) for row, own in enumerate(zip(arrived_at, finite, strict=True))
             ]
         if frames > 1:
-            # As many as leave the others' next frames their time.
-            took = (ended - started) / 1e9 / self._framing.chunk_seconds
-            if took < 0.5 and 2 * frames * len(sessions) > self._most_backlog:
-                self._most_backlog *= 2
-            elif took > 1:
-                self._most_backlog = max(self._most_backlog // 2, _MOST_FRAMES)
+            # Adapt the size of steps for backlogs, so that other sessions have enough time for their next frames.
+            duration = (ended - started) / 1e9 / self._framing.chunk_seconds
+            if duration < 0.5 and 2 * frames * len(sessions) > self._max_backlog:
+                self._max_backlog *= 2
+            elif duration > 1:
+                self._max_backlog = max(self._max_backlog // 2, _MAX_FRAMES)
         deliveries = list(zip(sessions, results, strict=True))
         if self._observe is not None:
             self._observe(Step(len(sessions), frames * len(sessions), started, ended))
         assert self._loop is not None
-        _on_loop(self._loop, lambda: _deliver(deliveries))
+        _call_on_loop(self._loop, lambda: _deliver(deliveries))
 
 
-def _groups(ready: Iterable[EngineSession], most_backlog: int) -> list[tuple[int, list[EngineSession]]]:
-    """Sessions by the frames that a step takes of each: a power of two, of those that have waited longest first."""
+def _plan_round(ready: Iterable[EngineSession], max_backlog: int) -> list[tuple[int, list[EngineSession]]]:
+    """Group the sessions by the number of frames in the next round. Sessions that have waited longest come first."""
     groups: dict[int, list[EngineSession]] = {}
-    alone: list[tuple[int, list[EngineSession]]] = []
-    for session in sorted(ready, key=lambda session: session.arrived[0]):
-        if session.alone:
-            alone = alone or [(1, [session])]
+    reproducible: list[tuple[int, list[EngineSession]]] = []
+    for session in sorted(ready, key=lambda session: session.arrived_at[0]):
+        if session.reproducible:
+            reproducible = reproducible or [(1, [session])]
             continue
-        frames = min(1 << (session.waiting.bit_length() - 1), _MOST_FRAMES)
+        frames = min(1 << (session.pending_frames.bit_length() - 1), _MAX_FRAMES)
         group = groups.setdefault(frames, [])
-        if frames <= 2 or not group or (len(group) + 1) * frames <= most_backlog:
+        if frames <= 2 or not group or (len(group) + 1) * frames <= max_backlog:
             group.append(session)
-    return sorted(groups.items()) + alone
+    return sorted(groups.items()) + reproducible
 
 
 def _deliver(results: list[tuple[EngineSession, Hints | Exception]]) -> None:
@@ -347,15 +354,15 @@ def _deliver(results: list[tuple[EngineSession, Hints | Exception]]) -> None:
             session.receive(result)
 
 
-def _resolve(ready: "asyncio.Future[None]", error: Exception | None = None) -> None:
-    if ready.done():
+def _resolve(future: "asyncio.Future[None]", error: Exception | None = None) -> None:
+    if future.done():
         return
     if error is not None:
-        ready.set_exception(error)
+        future.set_exception(error)
     else:
-        ready.set_result(None)
+        future.set_result(None)
 
 
-def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed already, and nobody waits
+def _call_on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is already closed
         loop.call_soon_threadsafe(call)

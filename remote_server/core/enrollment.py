@@ -1,4 +1,4 @@
-"""Speaker embeddings from enrollment audio, made in a process beside the server's."""
+"""Compute speaker embeddings from enrollment speech in a separate process."""
 
 import asyncio
 import importlib.util
@@ -17,45 +17,46 @@ from knowledge_boosting.remote_server.core.refusals import Refused, Status
 
 _log = logging.getLogger("kb-server")
 
-_MOST_WAITING = 8  # enrollments, the one under way included
-_NICE = 10  # of the process: what steps leave it
+_MAX_PENDING = 8  # enrollments, including the current one
+_NICE = 10  # low priority of the process, so that hints come first
 
 
 class SpeakerEncoder:
-    """The voice encoder, in a process of its own that begins on first use.
+    """The speaker encoder in a separate process, which starts on first use.
 
-    It takes seconds of a processor for each enrollment, much of it under the interpreter's lock. Hints go first: the
-    process runs when no step wants the processor, and enrollments wait for one another.
+    An enrollment takes seconds of processor time, mostly with the interpreter's lock. The process has a low priority
+    and handles one enrollment at a time, so that hints are not delayed.
     """
 
     def __init__(self) -> None:
-        self._waiting = 0
+        self._pending = 0
         self._executor = _new_executor()
 
     @staticmethod
     def installed() -> bool:
-        """Whether the optional package is there."""
+        """Return whether the optional package of the encoder is installed."""
         return importlib.util.find_spec("resemblyzer") is not None
 
     def load(self) -> None:
-        """Begin to load it, which takes seconds, many of them the first time on a machine; else the first speech does.
+        """Start to load the encoder in the background. Without this call, the first enrollment loads it.
 
-        Most of what it builds on is loaded, or compiled, only when there is something to hear.
+        Loading takes seconds, and longer for the first time on a machine. It includes an embedding of noise, because
+        the libraries of the encoder are loaded and compiled only when they are used.
         """
         noise = np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE).astype(np.float32)
-        self._executor.submit(speaker_embedding, noise).add_done_callback(_tell_loaded)
+        self._executor.submit(speaker_embedding, noise).add_done_callback(_log_loaded)
 
     async def embed(self, speech: Samples) -> Samples:
-        """The embedding ``[256]`` of speech ``[N]`` at 16 kHz.
+        """Compute the embedding ``[256]`` of speech ``[N]`` at 16 kHz.
 
         Raises:
-            NoSpeech: as :func:`speaker_embedding`.
-            Refused: too many wait already.
+            NoSpeech: As for :func:`speaker_embedding`.
+            Refused: Too many enrollments are pending.
         """
-        if self._waiting >= _MOST_WAITING:
-            text = f"{_MOST_WAITING} enrollments wait already; try again in a minute"
+        if self._pending >= _MAX_PENDING:
+            text = f"{_MAX_PENDING} enrollments are already waiting; try again in a minute"
             raise Refused(text, Status.RESOURCE_EXHAUSTED)
-        self._waiting += 1
+        self._pending += 1
         executor = self._executor
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, speaker_embedding, speech)
@@ -64,30 +65,30 @@ class SpeakerEncoder:
                 self._executor = _new_executor()
             raise
         finally:
-            self._waiting -= 1
+            self._pending -= 1
 
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """Terminate the process."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
 
 
 def _new_executor() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin)
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_init_process)
 
 
-def _tell_loaded(loading: Future[Samples]) -> None:
+def _log_loaded(loading: Future[Samples]) -> None:
     if loading.cancelled() or isinstance(error := loading.exception(), BrokenProcessPool):
-        return  # by the end of the server, or of the process, which the next enrollment finds out
+        return  # the server shuts down, or the process has ended, which the next enrollment reports
     if error is not None:
-        _log.error("the speaker encoder cannot be loaded; nobody can be enrolled", exc_info=error)
+        _log.error("the speaker encoder cannot be loaded, so that no speaker can be enrolled", exc_info=error)
     else:
         _log.info({"event": "speaker_encoder_loaded"})
 
 
-def _begin() -> None:
-    # Ctrl-C comes to the server's processes all at once; the server ends this one.
+def _init_process() -> None:
+    # The terminal sends Ctrl-C to all processes, but the server ends this one itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(_NICE)

@@ -1,4 +1,4 @@
-"""A server of hints: whom it serves, and what it tells them. What carries the messages is for its adapters."""
+"""The server core: sessions, enrollments and descriptions, independent of the transport."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ from knowledge_boosting.remote_server.core.admission import Admission, shutting_
 from knowledge_boosting.remote_server.core.bundles import Bundles
 from knowledge_boosting.remote_server.core.enrollment import SpeakerEncoder
 from knowledge_boosting.remote_server.core.limits import Limits
-from knowledge_boosting.remote_server.core.log import Refusals, log_event
+from knowledge_boosting.remote_server.core.log import RefusalLog, log_event
 from knowledge_boosting.remote_server.core.messages import check_enrollment, read_config
 from knowledge_boosting.remote_server.core.metrics import Metrics
 from knowledge_boosting.remote_server.core.refusals import Refused, Status
@@ -28,31 +28,31 @@ _log = logging.getLogger("kb-server")
 class HintServer:
     """Serves the hints of one or more bundles.
 
-    Every call names its caller and the address it comes from, and ends in :class:`Refused` where it is not served.
+    The methods for calls get the caller and the address of its peer. They raise :class:`Refused` if they refuse a call.
     """
 
     def __init__(self, bundles: Bundles, limits: Limits, metrics: Metrics) -> None:
         self.bundles = bundles
-        self._limits, self._metrics, self._refusals = limits, metrics, Refusals()
+        self._limits, self._metrics, self._refusals = limits, metrics, RefusalLog()
         self._admission = Admission(bundles, limits)
         self._sessions: dict[Session, tuple[Caller, asyncio.Task[Any]]] = {}
         self._enrollments: dict[str, deque[float]] = {}
         self._draining = False
         self._speakers = SpeakerEncoder() if SpeakerEncoder.installed() else None
 
-    def refused(self, caller: Caller, peer: str, method: str, why: Refused) -> None:
-        """Count and log a call that got nothing."""
-        status = why.status.name
+    def refused(self, caller: Caller, peer: str, method: str, reason: Refused) -> None:
+        """Count and log a call that was refused."""
+        status = reason.status.name
         self._metrics.refused.labels(status).inc()
         source = caller.name or host_of(peer)
-        fields = {"status": status, "why": str(why), **_of_token(why)}
+        fields = {"status": status, "why": str(reason), **_token_fields(reason)}
         self._refusals.add(source, "call_refused", peer=peer, method=method[:100], **fields)
 
     async def watch(self) -> None:
-        """End sessions whose time is up, as long as the server runs.
+        """End sessions that exceed a limit, for as long as the server runs.
 
         Raises:
-            Failure: an engine has ended, and its sessions would wait for ever.
+            Failure: The thread of an engine has ended, so that its sessions would wait forever.
         """
         while True:
             await asyncio.sleep(0.5)
@@ -60,14 +60,14 @@ class HintServer:
             self.bundles.check()
             now = time.monotonic()
             for session, (caller, task) in list(self._sessions.items()):
-                why = session.overdue(now) or _taken_away(session, caller)
-                if why is not None:
-                    session.end(why)
-                if session.stuck(now):
-                    task.cancel()  # it waits for a device that does not read
+                reason = session.exceeded_limit(now) or _revoked(session, caller)
+                if reason is not None:
+                    session.end(reason)
+                if session.is_stuck(now):
+                    task.cancel()  # the task waits for a device that does not read
 
     async def drain(self, seconds: float) -> None:
-        """Accept no more sessions, tell the devices to go elsewhere, and end those still here after ``seconds``."""
+        """Refuse new sessions, ask the devices to move to another server, and end the rest after ``seconds``."""
         if not self._draining:
             self._draining = True
             self._admission.close()
@@ -79,12 +79,12 @@ class HintServer:
         await self._wait_until_empty(2)
 
     def load_speaker_encoder(self) -> None:
-        """Begin to load what enrollments need, if devices may want some; the first one need not wait for it then."""
+        """Start to load the speaker encoder if a bundle needs it, so that the first enrollment does not wait for it."""
         if self._speakers is not None and any(served.manifest.model.needs_speaker for served in self.bundles.served):
             self._speakers.load()
 
     def close(self) -> None:
-        """End the threads."""
+        """End all engines and the process of the speaker encoder."""
         if self._speakers is not None:
             self._speakers.close()
         self.bundles.close()
@@ -92,19 +92,24 @@ class HintServer:
     async def session(
         self, requests: AsyncIterator[pb.StreamHintsRequest], caller: Caller, peer: str
     ) -> AsyncGenerator[pb.StreamHintsResponse]:
-        """One session, from its configuration to the end of its audio: what the device gets.
+        """Serve one session, from its configuration to the end of its audio.
 
         Args:
-            requests: the device's; what cannot be read is raised there as :class:`Refused`.
+            requests: The requests of the device. The iterator raises :class:`Refused` for a request that is invalid.
+            caller: The caller.
+            peer: The address of the peer, as gRPC writes it.
+
+        Yields:
+            The responses to the device.
 
         Raises:
-            Refused: it was not served, or has ended otherwise than by the device's own wish.
+            Refused: The session was refused, or it did not end by the device's request.
         """
-        record = _Record(caller, peer, self._refusals)
+        record = _CallRecord(caller, peer, self._refusals)
         bundle_name: str | None = None
         try:
-            place = self._admission.place(caller, host_of(peer), lambda: self._configuration(requests))
-            async with place as (config, bundle):
+            slot = self._admission.slot(caller, host_of(peer), lambda: self._configuration(requests))
+            async with slot as (config, bundle):
                 bundle_name = bundle.manifest.name
                 session = record.session = Session(config, bundle, self._limits, self._metrics)
                 task = asyncio.current_task()
@@ -113,28 +118,28 @@ class HintServer:
                 self._metrics.sessions.labels(bundle_name).inc()
                 record.log_start(bundle_name)
                 try:
-                    # Closed before the place is given away; left to the interpreter, it would be some time later.
+                    # The session must be closed before its slot is released. The interpreter would close it later.
                     async with aclosing(session.responses(requests)) as responses:
                         async for response in responses:
                             yield response
                 finally:
                     del self._sessions[session]
                     self._metrics.sessions.labels(bundle_name).dec()
-            record.end("OK", "the device ended it")
+            record.end("OK", "the device ended the session")
         except Refused as error:
-            record.end(error.status.name, str(error), **_of_token(error))
+            record.end(error.status.name, str(error), **_token_fields(error))
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            why = record.session.ended if record.session is not None else None
-            if why is not None:
-                record.end(why.status.name, str(why), **_of_token(why))
+            reason = record.session.end_reason if record.session is not None else None
+            if reason is not None:
+                record.end(reason.status.name, str(reason), **_token_fields(reason))
             else:
-                record.end("CANCELLED", "the device went away")
+                record.end("CANCELLED", "the device cancelled the call or disconnected")
             raise
         except Exception:
             _log.exception("session failed")
-            record.end("INTERNAL", "the server failed on it")
-            raise Refused("the server failed on this session; see its log", Status.INTERNAL) from None
+            record.end("INTERNAL", "an error of the server ended the session")
+            raise Refused("an error of the server ended the session; see its log", Status.INTERNAL) from None
         finally:
             if bundle_name is None:
                 self._metrics.refused.labels(record.status).inc()
@@ -142,16 +147,16 @@ class HintServer:
                 self._metrics.ended.labels(bundle_name, record.status).inc()
 
     async def enroll(self, request: pb.EnrollRequest, caller: Caller, peer: str) -> pb.EnrollResponse:
-        """Enrollment speech to a speaker embedding.
+        """Compute a speaker embedding from enrollment speech.
 
         Raises:
-            Refused: it cannot be accepted, or not now.
+            Refused: The speech is not valid, or the server cannot process it now.
         """
         try:
             speech = check_enrollment(request, self._limits.enrollment_seconds)
             if self._speakers is None:
                 raise Refused(
-                    "this server has no speaker encoder; install it there with "
+                    "this server has no speaker encoder; install it on the server with "
                     "pip install 'knowledge-boosting[enroll]'",
                     Status.UNIMPLEMENTED,
                 )
@@ -161,23 +166,23 @@ class HintServer:
             self.refused(caller, peer, "Enroll", error)
             raise
         except ValueError as error:
-            raise Refused(f"pcm: no voice to learn from ({error})") from None
+            raise Refused(f"pcm: contains no speech that can be used ({error})") from None
         except Exception:
             _log.exception("enrollment failed")
-            raise Refused("the server failed on this enrollment; see its log", Status.INTERNAL) from None
+            raise Refused("an error of the server ended the enrollment; see its log", Status.INTERNAL) from None
         return pb.EnrollResponse(speaker_embedding=embedding.tolist())
 
     def describe(self, request: pb.DescribeModelRequest, caller: Caller) -> pb.DescribeModelResponse:
-        """What this server runs.
+        """Describe a bundle of this server.
 
         Raises:
-            Refused: there is no such bundle, or it is not for this caller.
+            Refused: There is no such bundle, or the caller has no permission to use it.
         """
         allowed = self._admission.allowed(caller)
         bundle = self.bundles.find(request.bundle) if request.bundle or not allowed else allowed[0]
         if bundle is None:
             names = ", ".join(served.manifest.name for served in allowed)
-            raise Refused(f"bundle: {request.bundle[:80]!r} is none of {names}", Status.NOT_FOUND)
+            raise Refused(f"bundle: {request.bundle[:80]!r} is unknown; give one of {names}", Status.NOT_FOUND)
         caller.check_bundle(bundle.manifest.name)
         manifest = bundle.manifest
         model = manifest.model
@@ -207,9 +212,9 @@ class HintServer:
             async with asyncio.timeout(seconds):
                 request = await anext(requests, None)
         except TimeoutError:
-            raise Refused(f"request: no config came within {seconds:g} s") from None
+            raise Refused(f"request: no config arrived within {seconds:g} s") from None
         if request is None:
-            await asyncio.sleep(0.01)  # a call that was cancelled ends its requests too, before its task is told
+            await asyncio.sleep(0.01)  # a cancelled call ends its requests first, and cancels this task a moment later
             raise Refused("request: the stream ended before its configuration")
         return read_config(request)
 
@@ -217,14 +222,14 @@ class HintServer:
         limit, now = self._limits.enrollments_per_minute, time.monotonic()
         if not limit:
             return
-        for known, times in list(self._enrollments.items()):
+        for other_host, times in list(self._enrollments.items()):
             while times and now - times[0] > 60:
                 times.popleft()
             if not times:
-                del self._enrollments[known]
+                del self._enrollments[other_host]
         times = self._enrollments.setdefault(host, deque())
         if len(times) >= limit:
-            text = f"{limit} enrollments of this host within a minute; wait"
+            text = f"this host has made {limit} enrollments within a minute; try again in a minute"
             raise Refused(text, Status.RESOURCE_EXHAUSTED)
         times.append(now)
 
@@ -234,23 +239,23 @@ class HintServer:
             await asyncio.sleep(0.02)
 
 
-def _taken_away(session: Session, caller: Caller) -> Refused | None:
+def _revoked(session: Session, caller: Caller) -> Refused | None:
     try:
-        caller.check_still(session.bundle_name)
+        caller.check_current(session.bundle_name)
     except Refused as error:
         return error
     return None
 
 
-def _of_token(why: Refused) -> dict[str, str]:
-    """What the log tells of a token that does not allow a call."""
-    return {"token": why.token} if isinstance(why, Denied) else {}
+def _token_fields(reason: Refused) -> dict[str, str]:
+    """Return the fields of the log about the token of a refused call."""
+    return {"token": reason.token} if isinstance(reason, Denied) else {}
 
 
-class _Record:
-    """What the log tells of a call."""
+class _CallRecord:
+    """Writes the log of one call of StreamHints."""
 
-    def __init__(self, caller: Caller, peer: str, refusals: Refusals) -> None:
+    def __init__(self, caller: Caller, peer: str, refusals: RefusalLog) -> None:
         self.session: Session | None = None
         self.status = ""
         self._caller, self._peer, self._refusals = caller, peer, refusals
@@ -260,9 +265,9 @@ class _Record:
         assert self.session is not None
         log_event("session_opened", session=self.session.id, peer=self._peer, caller=self._caller.name, bundle=bundle)
 
-    def end(self, status: str, why: str, **more: str) -> None:
+    def end(self, status: str, reason: str, **more: str) -> None:
         self.status = status
-        fields = {"peer": self._peer, "status": status, "why": why, **more}
+        fields = {"peer": self._peer, "status": status, "why": reason, **more}
         seconds = round(time.monotonic() - self._opened, 3)
         if self.session is None:
             source = self._caller.name or host_of(self._peer)

@@ -1,4 +1,4 @@
-"""The server's log: one JSON object a line on standard error, written so that nothing ever waits for its reader."""
+"""The log of the server: one JSON object per line on standard error. Logging never waits for the reader of the log."""
 
 import io
 import json
@@ -15,23 +15,23 @@ from typing import TextIO
 
 _log = logging.getLogger("kb-server")
 
-_LINES = 10_000  # that may wait for the reader
-_LAST_SECONDS = 1.0  # that the reader has at the end for what still waits
-_CALLERS = 1000  # whose refusals are counted apart
-_KINDS = 8  # of a caller's refusals that wait to be told; further ones count as the last
+_MAX_LINES = 10_000  # lines that wait for the reader
+_FLUSH_TIMEOUT = 1.0  # seconds for the remaining lines at the end
+_MAX_CALLERS = 1000  # callers whose refusals are counted separately
+_MAX_KINDS = 8  # kinds of pending refusals of a caller; further kinds are counted as the last one
 _OTHERS = "others"
 
 
 def log_event(event: str, **fields: object) -> None:
-    """One structured log line."""
+    """Write an event with its fields as one line of the log."""
     _log.info({"event": event, **fields})
 
 
 @contextmanager
-def running_log() -> Iterator[None]:
-    """In this block log to standard error, and let all else that writes there wait for nobody either."""
-    before = sys.stderr
-    sys.stderr = background = _Background(before)
+def background_log() -> Iterator[None]:
+    """Log to standard error in this block. All other output to standard error is written in the background too."""
+    original = sys.stderr
+    sys.stderr = background = _BackgroundStream(original)
     handler = logging.StreamHandler(background)
     handler.setFormatter(_JsonLines("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -39,73 +39,74 @@ def running_log() -> Iterator[None]:
         yield
     finally:
         background.finish()
-        sys.stderr = before
+        sys.stderr = original
 
 
-def end_log() -> None:
-    """Give the reader a moment for what still waits."""
-    if isinstance(sys.stderr, _Background):
+def flush_log() -> None:
+    """Wait for a short time until the remaining lines are written."""
+    if isinstance(sys.stderr, _BackgroundStream):
         sys.stderr.finish()
 
 
-class Refusals:
-    """Logs calls that got nothing: of each caller at once, and then at most once a second, with a count."""
+class RefusalLog:
+    """Logs refused calls. The first refusal of a caller is logged at once, further ones once a second with a count."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._callers: dict[str, _Refused] = {}
+        self._callers: dict[str, _PendingRefusals] = {}
 
     def add(self, caller: str, event: str, **fields: object) -> None:
-        """A refusal.
+        """Log or count a refusal.
 
         Args:
-            caller: whose refusals are counted together.
-            event: of the log line, as its fields. Those of the same status and reason are counted in one line.
+            caller: The caller. The rate of lines is limited for each caller.
+            event: The event of the log line.
+            fields: The fields of the log line. Refusals with the same event, status and reason share a line.
         """
-        if caller not in self._callers and len(self._callers) >= _CALLERS:
+        if caller not in self._callers and len(self._callers) >= _MAX_CALLERS:
             caller = _OTHERS
-        known = self._callers.setdefault(caller, _Refused())
+        refusals = self._callers.setdefault(caller, _PendingRefusals())
         kind = f"{event} {fields.get('status')} {fields.get('why')}"
-        if kind not in known.waiting and len(known.waiting) >= _KINDS:
-            kind = next(reversed(known.waiting))
-        count = known.waiting[kind][0] if kind in known.waiting else 0
-        known.waiting[kind] = count + 1, event, fields
-        self._tell(caller)
+        if kind not in refusals.pending and len(refusals.pending) >= _MAX_KINDS:
+            kind = next(reversed(refusals.pending))
+        count = refusals.pending[kind][0] if kind in refusals.pending else 0
+        refusals.pending[kind] = count + 1, event, fields
+        self._log_if_due(caller)
 
     def flush(self) -> None:
-        """Log what has been counted and is due. To be called now and then."""
+        """Log the counted refusals that are due. This must be called regularly."""
         for caller in list(self._callers):
-            self._tell(caller)
+            self._log_if_due(caller)
 
-    def _tell(self, caller: str) -> None:
-        known, now = self._callers[caller], self._clock()
-        if now < known.due:
+    def _log_if_due(self, caller: str) -> None:
+        refusals, now = self._callers[caller], self._clock()
+        if now < refusals.due:
             return
-        if not known.waiting:
+        if not refusals.pending:
             del self._callers[caller]
             return
-        count, event, fields = known.waiting.pop(next(iter(known.waiting)))
+        count, event, fields = refusals.pending.pop(next(iter(refusals.pending)))
         log_event(event, **fields, count=count)
-        known.due = now + 1
+        refusals.due = now + 1
 
 
-class _Refused:
-    """A caller's refusals that have not been told yet, by kind, and when one may be."""
+class _PendingRefusals:
+    """The refusals of a caller that are not logged yet, by kind, and the time at which the next line is due."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, tuple[int, str, dict[str, object]]] = {}
+        self.pending: dict[str, tuple[int, str, dict[str, object]]] = {}
         self.due = 0.0
 
 
-class _Background(io.TextIOBase):
-    """A text stream whose lines a thread of its own writes. Those that find no room are counted, and told of later."""
+class _BackgroundStream(io.TextIOBase):
+    """A text stream that writes its lines on a thread. If its buffer is full, lines are dropped, and then counted."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._lines: queue.Queue[str | None] = queue.Queue(_LINES)
+        self._lines: queue.Queue[str | None] = queue.Queue(_MAX_LINES)
         self._lock = threading.Lock()
-        self._begun, self._dropped = "", 0
+        self._partial_line, self._dropped = "", 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -119,23 +120,23 @@ class _Background(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Leave text, which goes out once its line is whole."""
+        """Add text. A line is written when it is complete."""
         with self._lock:
-            whole, newline, self._begun = (self._begun + text).rpartition("\n")
+            lines, newline, self._partial_line = (self._partial_line + text).rpartition("\n")
             if newline:
                 try:
-                    self._lines.put_nowait(whole + newline)
+                    self._lines.put_nowait(lines + newline)
                 except queue.Full:
                     self._dropped += 1
         return len(text)
 
     def finish(self) -> None:
-        """Wait, not for long, until all has been written."""
+        """Wait for a short time until all lines are written."""
         try:
-            self._lines.put(None, timeout=_LAST_SECONDS)
+            self._lines.put(None, timeout=_FLUSH_TIMEOUT)
         except queue.Full:
             return
-        self._thread.join(_LAST_SECONDS)
+        self._thread.join(_FLUSH_TIMEOUT)
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
@@ -145,24 +146,24 @@ class _Background(io.TextIOBase):
                 line = json.dumps({"event": "log_dropped", "count": dropped}) + "\n" + line
             try:
                 self._write(line)
-            except (OSError, ValueError):  # nobody reads it any more
+            except (OSError, ValueError):  # the reader has closed the log
                 continue
 
     def _write(self, line: str) -> None:
         try:
             descriptor = self._stream.fileno()
-        except OSError:  # it has none: a test's
+        except OSError:  # the stream of a test has no descriptor
             self._stream.write(line)
             self._stream.flush()
             return
-        # Not by the stream, whose lock a write that never ends would keep from whoever closes it in the end.
-        left = line.encode(errors="backslashreplace")
-        while left:
-            left = left[os.write(descriptor, left) :]
+        # A write that blocks forever would hold the lock of the stream, and so block whoever closes it.
+        remaining = line.encode(errors="backslashreplace")
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]
 
 
 class _JsonLines(logging.Formatter):
-    """An event as it is, anything else as the event ``log``."""
+    """Formats events as JSON. Records of other loggers become the event ``log``."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")

@@ -1,4 +1,4 @@
-"""What a session's messages must be: the checks between the wire and the network."""
+"""Check the messages of devices before their content reaches the network."""
 
 from collections.abc import Sequence
 
@@ -18,14 +18,14 @@ from knowledge_boosting.protos.codec import (
 )
 from knowledge_boosting.remote_server.core.refusals import Refused, Status
 
-MAX_FIRST_FRAME = 2**62  # leaves every later index within an int64
+MAX_FIRST_FRAME = 2**62  # so that all later indexes are within an int64
 
 
 def read_config(request: pb.StreamHintsRequest) -> pb.SessionConfig:
-    """The session configuration that a stream must begin with.
+    """Return the configuration of a session, which must be its first message.
 
     Raises:
-        Refused: the message is another one, or of another version of the protocol.
+        Refused: The message is another one, or it has another version of the protocol.
     """
     kind = request.WhichOneof("request")
     if kind != "config":
@@ -33,7 +33,7 @@ def read_config(request: pb.StreamHintsRequest) -> pb.SessionConfig:
     config = request.config
     if config.protocol_version != PROTOCOL_VERSION:
         raise Refused(
-            f"config.protocol_version: is {config.protocol_version}, this server speaks {PROTOCOL_VERSION}; "
+            f"config.protocol_version: is {config.protocol_version}, but this server uses {PROTOCOL_VERSION}; "
             "install the same release on both machines",
             Status.FAILED_PRECONDITION,
         )
@@ -41,20 +41,20 @@ def read_config(request: pb.StreamHintsRequest) -> pb.SessionConfig:
 
 
 def unknown_bundle(config: pb.SessionConfig, served: Sequence[Manifest]) -> Refused:
-    """What to tell a device whose bundle is none of those served."""
-    there = " and ".join(f"{manifest.label} ({manifest.id})" for manifest in served) or "none for this token"
+    """Create the refusal of a session whose bundle is not served."""
+    names = " and ".join(f"{manifest.label} ({manifest.id})" for manifest in served) or "none for this token"
     return Refused(
         f"config.bundle_id: the device has {config.bundle_name[:80]!r} ({config.bundle_id[:64]!r}), "
-        f"this server runs {there}; use the same bundle on both",
+        f"but this server has {names}; use the same bundle on both",
         Status.FAILED_PRECONDITION,
     )
 
 
 def check_config(config: pb.SessionConfig, model: ModelConfig) -> None:
-    """Whether a session configuration fits a bundle's model.
+    """Check that the configuration of a session matches the model of its bundle.
 
     Raises:
-        Refused: it does not; the text names the field.
+        Refused: It does not. The message names the field.
     """
     if config.sample_rate != model.framing.sample_rate:
         raise Refused(f"config.sample_rate: is {config.sample_rate}, must be {model.framing.sample_rate}")
@@ -73,25 +73,29 @@ def check_config(config: pb.SessionConfig, model: ModelConfig) -> None:
 
 
 class AudioReader:
-    """Checks a session's audio messages and unpacks their samples."""
+    """Checks and decodes the audio messages of a session."""
 
-    def __init__(self, config: pb.SessionConfig, model: ModelConfig, most_chunks: int) -> None:
+    def __init__(self, config: pb.SessionConfig, model: ModelConfig, max_chunks: int) -> None:
+        """Create a reader for a session. ``max_chunks`` is the limit for the chunks in one message."""
         self.next_frame = config.first_frame
-        self._most_chunks = most_chunks
+        self._max_chunks = max_chunks
         self._encoding = config.pcm_encoding
         self._channels = model.microphones
         self._chunk = model.framing.chunk
         self._lead = model.framing.lookahead
 
     def read(self, request: pb.StreamHintsRequest) -> tuple[int, Samples]:
-        """The first frame and the samples ``[M, chunk n]`` of a message, ``lookahead`` more in the first.
+        """Decode a message.
+
+        Returns:
+            The index of its first frame and its samples ``[M, chunk n]``. The first message also has the lookahead.
 
         Raises:
-            Refused: the message is not the audio that must come next; the text names the field.
+            Refused: The message is not the audio that must come next. The text names the field.
         """
         kind = request.WhichOneof("request")
         if kind != "audio":
-            raise Refused(f"request: only audio may follow the first message, not {kind or 'an empty one'}")
+            raise Refused(f"request: after the first message, all must be audio, not {kind or 'an empty one'}")
         audio = request.audio
         if audio.first_frame != self.next_frame:
             raise Refused(
@@ -103,23 +107,27 @@ class AudioReader:
             raise Refused(f"audio.{error}") from None
         length = samples.shape[1] - self._lead
         if length <= 0 or length % self._chunk:
-            also = f" and {self._lead} samples before them" if self._lead else ""
+            extra = f" plus {self._lead}" if self._lead else ""
             raise Refused(
-                f"audio.pcm: has {samples.shape[1]} samples a channel, must have a multiple of {self._chunk}{also}"
+                f"audio.pcm: has {samples.shape[1]} samples per channel, must have a multiple of {self._chunk}{extra}"
             )
-        if length > self._most_chunks * self._chunk:
-            raise Refused(f"audio.pcm: has {length // self._chunk} chunks, a message may hold {self._most_chunks}")
+        if length > self._max_chunks * self._chunk:
+            raise Refused(f"audio.pcm: has {length // self._chunk} chunks, must have at most {self._max_chunks}")
         first = self.next_frame
         self.next_frame += length // self._chunk
         self._lead = 0
         return first, samples
 
 
-def check_enrollment(request: pb.EnrollRequest, longest: float) -> Samples:
-    """The enrollment speech ``[N]`` of a request, of at most ``longest`` seconds.
+def check_enrollment(request: pb.EnrollRequest, max_seconds: float) -> Samples:
+    """Decode the enrollment speech ``[N]`` of a request.
+
+    Args:
+        request: The request.
+        max_seconds: The maximum duration of the speech.
 
     Raises:
-        Refused: the rate, the length or a sample cannot be accepted; the message names the field.
+        Refused: The rate, the duration or a sample is not valid. The message names the field.
     """
     if request.sample_rate != ENROLLMENT_RATE:
         raise Refused(f"sample_rate: is {request.sample_rate}, must be {ENROLLMENT_RATE}")
@@ -127,8 +135,8 @@ def check_enrollment(request: pb.EnrollRequest, longest: float) -> Samples:
         speech: Samples = decode_pcm(request.pcm, request.pcm_encoding, 1)[0]
     except ValueError as error:
         raise Refused(str(error)) from None
-    shortest = ENROLLMENT_SECONDS[0]
+    min_seconds = ENROLLMENT_SECONDS[0]
     seconds = len(speech) / ENROLLMENT_RATE
-    if not shortest <= seconds <= longest:
-        raise Refused(f"pcm: has {seconds:.2f} s of speech, must have {shortest:g} to {longest:g} s")
+    if not min_seconds <= seconds <= max_seconds:
+        raise Refused(f"pcm: has {seconds:.2f} s of speech, must have {min_seconds:g} to {max_seconds:g} s")
     return speech

@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server: ``kb-server --metrics-port``."""
+"""The Prometheus metrics of a server: ``kb-server --metrics-port``."""
 
 import socket
 import threading
@@ -16,7 +16,7 @@ _SESSIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """The server's counters, by bundle where there is one."""
+    """The metrics of the server. Most have the bundle as a label."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -40,60 +40,68 @@ class Metrics:
         self.batch = histogram("kb_batch_sessions", "Sessions in a step.", _SESSIONS)
 
     def begin(self, bundle: str, slots: int) -> None:
-        """Show a bundle, with zeros where nothing has happened yet."""
+        """Create the metrics of a bundle, which start at zero. ``slots`` is its maximum number of sessions."""
         self.slots.labels(bundle).set(slots)
         for metric in (self.sessions, self.frames, self.late, self.queue, self.step, self.batch):
             metric.labels(bundle)
 
     def observe_step(self, bundle: str, step: Step) -> None:
-        """Count one step of a bundle's network."""
+        """Add one step of a bundle's network to the metrics."""
         self.frames.labels(bundle).inc(step.frames)
         self.step.labels(bundle).observe((step.ended - step.started) / 1e9)
         self.batch.labels(bundle).observe(step.sessions)
 
     def serve(self, host: str, port: int) -> int:
-        """Answer Prometheus on a port of its own, from a thread of its own; the port, which 0 leaves to the system.
+        """Serve the metrics over HTTP on a separate thread.
+
+        Args:
+            host: The address to listen on.
+            port: The port. 0: a free port.
+
+        Returns:
+            The port.
 
         Raises:
-            InputError: the port is taken, or the address not this machine's.
+            InputError: The port is in use, or the address is not one of this machine.
         """
         try:
             server = _Server(host, port)
         except (OSError, UnicodeError) as error:
-            raise InputError(f"--metrics-port {port}: cannot listen on {host} ({reason(error)})") from None
+            text = f"--metrics-port {port}: cannot listen on {host} ({reason(error)}); give another port or address"
+            raise InputError(text) from None
         server.set_app(make_wsgi_app(self._registry))
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return int(server.server_port)
 
 
-_ASKERS = 8  # at once
-_PATIENCE = 1.0  # seconds for a question, and for whoever asked to take the answer
+_MAX_CONNECTIONS = 8
+_TIMEOUT = 1.0  # seconds to send a request, and to read the response
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _PATIENCE
+    timeout = _TIMEOUT
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Takes a thread for each connection, but of so many at most, and for no longer than a question takes."""
+    """An HTTP server with a limited number of connections, each of which has a thread and a time limit."""
 
     daemon_threads = True
 
     def __init__(self, host: str, port: int) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._room = threading.BoundedSemaphore(_ASKERS)
+        self._free_connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        # WSGIServer's own looks the host's name up, which may take its time.
+        # The method of WSGIServer looks up the host name, which can be slow.
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._room.acquire(timeout=2 * _PATIENCE):
+        if not self._free_connections.acquire(timeout=2 * _TIMEOUT):
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
@@ -102,6 +110,6 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            self._free_connections.release()
 
-    def handle_error(self, request: Any, client_address: Any) -> None: ...  # one that says nothing is no news
+    def handle_error(self, request: Any, client_address: Any) -> None: ...  # idle connections are not worth a message

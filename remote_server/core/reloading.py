@@ -1,4 +1,4 @@
-"""Files that are read again while the server runs."""
+"""Read files again when they change while the server runs."""
 
 import logging
 import threading
@@ -11,36 +11,37 @@ from knowledge_boosting.common.errors import InputError
 
 _log = logging.getLogger("kb-server")
 
-_LOOK_EVERY = 1.0  # seconds
+_CHECK_INTERVAL = 1.0  # seconds
 
 T = TypeVar("T")
 
 
 class Reloading(Generic[T]):
-    """What files hold, read again once they have changed. What cannot be used is logged once, and changes nothing."""
+    """A value that is read from files, again when they change. An invalid change is logged once and has no effect."""
 
     def __init__(self, paths: Sequence[Path], read: Callable[[], T]) -> None:
         """Read the files.
 
         Args:
-            read: what to make of them; raises InputError if they cannot be used.
+            paths: The files that are checked for changes.
+            read: Reads the value from the files. It raises InputError if they are invalid.
 
         Raises:
-            InputError: from ``read``.
+            InputError: From ``read``.
         """
         self._paths, self._read = paths, read
         self._lock = threading.Lock()
-        self._stamps = self._look()
+        self._stamps = self._read_stamps()
         self._value = read()
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
 
     def get(self) -> T:
-        """What the files hold now, or held a second ago. From any thread."""
+        """Return the value, which can be up to one second old. This can be called from any thread."""
         with self._lock:
-            if time.monotonic() - self._looked_at >= _LOOK_EVERY:
-                self._looked_at = time.monotonic()
-                # Before they are read: what changes meanwhile is seen next time.
-                stamps = self._look()
+            if time.monotonic() - self._checked_at >= _CHECK_INTERVAL:
+                self._checked_at = time.monotonic()
+                # The stamps are taken before the files are read, so that a change during the reading is noticed later.
+                stamps = self._read_stamps()
                 if stamps != self._stamps:
                     self._stamps = stamps
                     self._reload()
@@ -51,11 +52,11 @@ class Reloading(Generic[T]):
         try:
             self._value = self._read()
         except InputError as error:
-            _log.error("%s: changed, and cannot be used; what was read before stays (%s)", names, error)
+            _log.error("%s: the change is invalid and has no effect (%s)", names, error)
         else:
-            _log.info("%s: changed, and read again", names)
+            _log.info("%s: changed and read again", names)
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
+    def _read_stamps(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(path) for path in self._paths]
 
 

@@ -127,7 +127,7 @@ def test_client_and_server_that_do_not_accept_each_other(
         tls_server(*certificates.pair("other-name")) as other_name,
     ):
         cases: list[tuple[list[object], str]] = [
-            (["--server", server, "--tls-ca", ca], "UNAUTHENTICATED: this server wants a token"),
+            (["--server", server, "--tls-ca", ca], "UNAUTHENTICATED: this server requires a token"),
             (["--server", server, "--tls-ca", ca, "--token-file", wrong], "UNAUTHENTICATED: this server does not know"),
             (
                 ["--server", server, "--tls-ca", certificates.foreign_ca],

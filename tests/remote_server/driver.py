@@ -1,4 +1,4 @@
-"""The device's side of the wire by hand: any message, in any order, and what the server makes of it."""
+"""A device for tests that can send any messages in any order."""
 
 import json
 import queue
@@ -33,31 +33,31 @@ Request = pb.StreamHintsRequest
 
 @dataclass(frozen=True)
 class Material:
-    """A bundle, and a parity case's first mixture with the hints that it must give."""
+    """A bundle, and the first mixture of a parity case with its expected hints."""
 
     manifest: Manifest
     golden: Golden
 
     @property
     def samples(self) -> Samples:
-        """``[M, chunk T + lookahead]``"""
+        """The samples ``[M, chunk T + lookahead]``."""
         samples: Samples = pad_to_frames(self.golden.mixture[0], self.manifest.model.framing).numpy()
         return samples
 
     @property
     def hints(self) -> Samples:
-        """``[T, channels, F]``"""
+        """The expected hints ``[T, channels, F]``."""
         hints: Samples = self.golden.hint[0].numpy()
         return hints
 
     @property
     def speaker(self) -> list[float]:
-        """What a session of this bundle starts with."""
+        """The speaker embedding for a session. It is empty for SS."""
         embedding = self.golden.speaker_embedding
         return [] if embedding is None else list(embedding[0].tolist())
 
     def opening(self, **changes: Any) -> Request:
-        """A session's first message, as it should be but for the changes."""
+        """Return a valid first message of a session, with some fields changed."""
         fields: dict[str, Any] = {
             "protocol_version": PROTOCOL_VERSION,
             "bundle_name": self.manifest.name,
@@ -70,7 +70,7 @@ class Material:
         return Request(config=pb.SessionConfig(**{**fields, **changes}))
 
     def window(self, frame: int, chunks: int = 1, samples: Samples | None = None) -> Samples:
-        """The samples that complete ``chunks`` frames from ``frame`` on."""
+        """Return the samples that complete ``chunks`` frames, beginning with ``frame``."""
         framing = self.manifest.model.framing
         start = frame * framing.chunk + framing.lookahead if frame else 0
         end = (frame + chunks) * framing.chunk + framing.lookahead
@@ -79,12 +79,12 @@ class Material:
     def audio(
         self, frame: int, chunks: int = 1, samples: Samples | None = None, *, pcm: str = "f32", first_frame: int = 0
     ) -> Request:
-        """The message that completes ``chunks`` frames from ``frame`` on of a stream that began at ``first_frame``."""
+        """Return the message that completes ``chunks`` frames. The stream began at ``first_frame``."""
         window = self.window(frame, chunks, samples)
         return message(first_frame + frame, encode_pcm(window, PCM_ENCODINGS[pcm]))
 
     def offline_hints(self, samples: Samples) -> Samples:
-        """Hints ``[B, T, channels, F]`` of whole signals ``[B, M, chunk T + lookahead]``, without any server."""
+        """Compute hints ``[B, T, channels, F]`` of whole signals ``[B, M, chunk T + lookahead]`` without a server."""
         large = self.golden.pair.large
         speaker = torch.tensor([self.speaker] * len(samples)) if self.speaker else None
         with torch.inference_mode():
@@ -92,7 +92,7 @@ class Material:
         return hints
 
     def values(self, hints: list[pb.Hint], encoding: int = pb.HINT_ENCODING_F32LE) -> Samples:
-        """Hint messages as ``[T, channels, F]``."""
+        """Decode hint messages to ``[T, channels, F]``."""
         model = self.manifest.model
         return np.stack([decode_hint(hint, encoding, model.hint_channels, model.framing.bins) for hint in hints])
 
@@ -106,12 +106,12 @@ def message(first_frame: int, pcm: bytes) -> Request:
 
 
 class Device:
-    """One StreamHints call on a connection of its own."""
+    """One call of StreamHints on a separate connection."""
 
     def __init__(self, server: Server, *requests: Request, timeout: float | None = PATIENCE) -> None:
         self._outbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self.session = ""
-        # Channels of one process share a connection unless told not to.
+        # By default, the channels of a process share connections.
         self.channel = grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
         self.call = HintServiceStub(self.channel).StreamHints(self._requests(), timeout=timeout)
         self.send(*requests)
@@ -121,24 +121,24 @@ class Device:
             self._outbox.put(request)
 
     def finish(self) -> None:
-        """Tell the server that no more audio comes."""
+        """End the requests."""
         self._outbox.put(None)
 
     def started(self) -> str:
-        """The session's id, once the server has sent it."""
+        """Wait for the start of the session, and return its id."""
         response = next(self.call)
         assert response.WhichOneof("response") == "started"
         self.session = response.started.session_id
         return self.session
 
     def hints(self, count: int) -> list[pb.Hint]:
-        """The next hints, as many as asked for."""
+        """Wait for the next hints, and return them."""
         responses = [next(self.call) for _ in range(count)]
         assert all(response.WhichOneof("response") == "hint" for response in responses)
         return [response.hint for response in responses]
 
     def end(self) -> tuple[str, str]:
-        """Read to the end of the stream: its status and details."""
+        """Read to the end of the stream. Return its status and details."""
         try:
             for _ in self.call:
                 pass
@@ -165,7 +165,7 @@ class Device:
 
 
 class Witness:
-    """A well-behaved session that stays open while others misbehave."""
+    """A valid session that stays open while other sessions misbehave."""
 
     def __init__(self, server: Server, material: Material) -> None:
         self._server = server
@@ -174,7 +174,7 @@ class Witness:
         self._device = self._opened()
 
     def assert_exact(self) -> None:
-        """The session goes on, and its next hints are right."""
+        """Check that the session continues and that its next hints are correct."""
         frame, end = self._frame, self._frame + 2
         self._device.send(self._material.audio(frame, 2))
         hints = self._device.hints(2)
@@ -187,7 +187,7 @@ class Witness:
             self._device = self._opened()
 
     def close(self) -> None:
-        """End the session as a device should."""
+        """End the session properly."""
         self._device.finish()
         assert self._device.end()[0] == "OK"
         self._device.close()
@@ -199,7 +199,7 @@ class Witness:
 
 
 def send_bytes(server: Server, *messages: bytes) -> tuple[str, str]:
-    """The status and details that a StreamHints call of raw messages ends in."""
+    """Call StreamHints with raw messages. Return its status and details."""
     with grpc.insecure_channel(server.address) as channel:
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE_NAME}/StreamHints")
         call = method(iter(messages), timeout=PATIENCE)
@@ -212,23 +212,23 @@ def send_bytes(server: Server, *messages: bytes) -> tuple[str, str]:
 
 
 def closings(server: Server, seen: int = 0) -> list[dict[str, Any]]:
-    """The log's records of ended sessions, from its line ``seen`` on."""
+    """Return the records of closed sessions from the log, from line ``seen`` on."""
     lines = [line for line in server.log[seen:] if '"session_closed"' in line]
     return [json.loads(line[line.index("{") :]) for line in lines]
 
 
 def assert_logged(server: Server, seen: int, **fields: object) -> None:
-    """Wait for a session's end with these fields in the log, from its line ``seen`` on."""
+    """Wait until the log has a closed session with these fields, from line ``seen`` on."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if any(fields.items() <= record.items() for record in closings(server, seen)):
             return
         time.sleep(0.01)
-    raise AssertionError(f"no session ended with {fields}: {server.log[seen:]}")
+    raise AssertionError(f"no session was closed with {fields}: {server.log[seen:]}")
 
 
 def open_when_free(server: Server, material: Material) -> Device:
-    """A session on a server that may need a moment to notice that another one has gone."""
+    """Open a session as soon as the server has a free slot."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         device = Device(server, material.opening())
@@ -240,11 +240,11 @@ def open_when_free(server: Server, material: Material) -> Device:
             time.sleep(0.01)
         else:
             return device
-    raise AssertionError(f"the place of a session that ended stays taken: {server.log}")
+    raise AssertionError(f"the slot of a session that ended stays in use: {server.log}")
 
 
 def wait_until_free(server: Server, material: Material) -> None:
-    """Wait until a place for a session is free; the session that shows it ends in a way that frees it at once."""
+    """Wait until a slot is free. It is free again at the end of the call."""
     with open_when_free(server, material) as device:
         device.finish()
         assert device.end()[0] == "OK"

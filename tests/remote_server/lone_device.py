@@ -1,6 +1,6 @@
-"""A device as a process of its own, for tests that kill it; its arguments are ADDRESS and BUNDLE.
+"""A device in a separate process, for tests that kill it. Its arguments are ADDRESS and BUNDLE.
 
-Prints its session's id once it has had a hint, and goes on streaming until it is killed.
+It prints the id of its session after the first hint, and streams until it is killed.
 """
 
 import queue
@@ -19,7 +19,7 @@ from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 def stream(address: str, bundle: Path) -> None:
     manifest = read_manifest(bundle)
     model = manifest.model
-    got_hint: queue.SimpleQueue[int] = queue.SimpleQueue()
+    received_frames: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def requests() -> Iterator[pb.StreamHintsRequest]:
         yield pb.StreamHintsRequest(
@@ -35,7 +35,7 @@ def stream(address: str, bundle: Path) -> None:
         while True:
             pcm = bytes(2 * model.microphones * length)
             yield pb.StreamHintsRequest(audio=pb.AudioChunk(first_frame=frame, pcm=pcm))
-            frame, length = got_hint.get() + 1, model.framing.chunk
+            frame, length = received_frames.get() + 1, model.framing.chunk
 
     with grpc.insecure_channel(address) as channel:
         responses = HintServiceStub(channel).StreamHints(requests())
@@ -43,7 +43,7 @@ def stream(address: str, bundle: Path) -> None:
         for response in responses:
             if response.hint.frame == 0:
                 print(session, flush=True)
-            got_hint.put(response.hint.frame)
+            received_frames.put(response.hint.frame)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Ray Serve application of deploy/ray on two nodes of this machine, and what its HAProxy says of it."""
+"""The Ray Serve application of deploy/ray on two nodes of this machine, and the statistics of its HAProxy."""
 
 import csv
 import random
@@ -22,18 +22,18 @@ from tests.processes import Server, environment
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy" / "ray"
-PATIENCE = 90.0  # seconds; only a test that has failed waits so long
+PATIENCE = 90.0  # seconds; only a failing test waits this long
 
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A running application; ``server`` is the one address that devices know."""
+    """A running application. ``server`` has the address for all devices."""
 
     server: Server
-    statistics: str  # URL of HAProxy's
+    statistics: str  # URL of HAProxy's statistics
 
     def sessions(self) -> dict[str, int]:
-        """The open sessions of every replica that HAProxy sends calls to, by its name there."""
+        """Return the number of open sessions of each replica in HAProxy, by its name there."""
         try:
             with urllib.request.urlopen(self.statistics, timeout=5) as answer:
                 table = answer.read().decode().removeprefix("# ")
@@ -47,37 +47,37 @@ class RayCluster:
         }
 
     def wait_for(self, what: str, condition: Callable[[], bool]) -> None:
-        """Wait until something is so."""
+        """Wait until a condition is true. ``what`` describes it for the message of a timeout."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline, (what, self.sessions())
             time.sleep(0.1)
 
     def wait_for_replicas(self, count: int) -> None:
-        """Wait until HAProxy sends calls to so many replicas."""
+        """Wait until HAProxy distributes calls over a number of replicas."""
         self.wait_for(f"{count} replicas", lambda: len(self.sessions()) == count)
 
 
 def replica_processes() -> list[int]:
-    """The process of every replica on this machine."""
-    found = []
+    """Return the process ids of all replicas on this machine."""
+    processes = []
     for status in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if status.read_bytes().startswith(b"ray::ServeReplica:hints:HintReplica"):
-                found.append(int(status.parent.name))
-        except OSError:  # it has just ended
+                processes.append(int(status.parent.name))
+        except OSError:  # the process has just ended
             continue
-    return found
+    return processes
 
 
 @contextmanager
 def running_cluster(bundle: Path, **scaling: float) -> Iterator[RayCluster]:
-    """The application of deploy/ray/serve.yaml with a bundle, on free ports; ``scaling`` is how it scales."""
+    """Run the application of deploy/ray/serve.yaml on free ports. ``scaling`` is its autoscaling configuration."""
     with ExitStack() as stack:
-        # Ray's sockets lie there, and their paths must be short.
+        # The folder contains Ray's sockets, whose paths must be short.
         folder = tempfile.mkdtemp(prefix="kb-ray-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        # Where Ray writes which cluster is this machine's own; it makes no folder for that.
+        # Ray writes the address of the local cluster to this folder, but does not create it.
         (Path(folder) / "ray").mkdir()
         ports = free_ports(60)
         env = {**environment(), **shipped_environment(), **local_environment(folder, ports), "RAY_TMPDIR": folder}
@@ -87,7 +87,7 @@ def running_cluster(bundle: Path, **scaling: float) -> Iterator[RayCluster]:
         config.write_text(yaml.safe_dump(local_config(bundle, scaling, ports)))
         serve = [str(Path(sys.executable).with_name("serve")), "run", "--non-blocking", "--address", address]
         cluster = RayCluster(Server(nodes, f"127.0.0.1:{ports[0]}"), f"http://127.0.0.1:{ports[2]}/stats;csv")
-        # Two nodes of one machine give their first replicas the same port. The very first must find it taken.
+        # Two nodes on one machine give their first replicas the same port, so it must be in use for the first one.
         with socket.create_server(("", ports[20])):
             subprocess.run([*serve, str(config)], cwd=ROOT, env=env, check=True)
             cluster.wait_for_replicas(1)
@@ -95,10 +95,9 @@ def running_cluster(bundle: Path, **scaling: float) -> Iterator[RayCluster]:
 
 
 def started_nodes(folder: str, env: Mapping[str, str]) -> tuple["subprocess.Popen[str]", str]:
-    """The process that keeps two nodes, and their address."""
+    """Start the process that runs two nodes. Return it and their address."""
     call = [sys.executable, "-m", "tests.remote_server.ray_nodes", folder]
-    # Ray waits 15 s for a helper of its own, which a busy machine may not read from its disk in time, but at the second
-    # attempt has in memory.
+    # Ray waits 15 s for a helper process. On a busy machine, reading it from disk can take longer at the first attempt.
     for _ in range(3):
         nodes = subprocess.Popen(call, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert nodes.stdout is not None
@@ -110,13 +109,13 @@ def started_nodes(folder: str, env: Mapping[str, str]) -> tuple["subprocess.Pope
 
 
 def shipped_environment() -> dict[str, str]:
-    """What deploy/ray/environment sets."""
+    """Return the variables of deploy/ray/environment."""
     lines = (DEPLOY / "environment").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
 def local_environment(folder: str, ports: Sequence[int]) -> dict[str, str]:
-    """What differs for two nodes on one machine, beside other programs."""
+    """Return the variables that differ for two nodes on one machine."""
     numbers = {
         "HAPROXY_STATS_PORT": ports[2],
         "HAPROXY_METRICS_PORT": ports[3],
@@ -146,19 +145,19 @@ def local_environment(folder: str, ports: Sequence[int]) -> dict[str, str]:
 
 
 def local_config(bundle: Path, scaling: Mapping[str, float], ports: Sequence[int]) -> dict[str, Any]:
-    """deploy/ray/serve.yaml for one HAProxy on free ports."""
+    """Return deploy/ray/serve.yaml, changed to one HAProxy on free ports."""
     config: dict[str, Any] = yaml.safe_load((DEPLOY / "serve.yaml").read_text())
     config["proxy_location"] = "HeadOnly"
     config["grpc_options"]["port"], config["http_options"]["port"] = ports[:2]
     application = config["applications"][0]
-    # Room enough: a replica that is slow to notice that a session has ended refuses nobody.
+    # With many slots, a replica that notices the end of sessions late does not refuse new ones.
     application["args"].update(bundle=str(bundle), max_sessions=64)
     application["deployments"] = [{"name": "HintReplica", "autoscaling_config": dict(scaling)}]
     return config
 
 
 def free_ports(count: int) -> range:
-    """So many ports in a row that nobody listens on, below those that the system gives to clients."""
+    """Return a range of free ports, below those that the system uses for outgoing connections."""
     while True:
         first = random.randrange(20_000, 30_000)
         with ExitStack() as stack, suppress(OSError):
@@ -168,7 +167,7 @@ def free_ports(count: int) -> range:
 
 
 def end(nodes: "subprocess.Popen[str]") -> None:
-    """End the cluster."""
+    """Stop the cluster."""
     assert nodes.stdin is not None
     assert nodes.stdout is not None
     nodes.stdin.close()

@@ -1,6 +1,6 @@
-"""A Ray cluster of two nodes on this machine, for as long as standard input is open. Prints its address.
+"""Run a Ray cluster of two nodes on this machine until standard input ends. The process prints the cluster's address.
 
-Its argument is the folder for Ray's files.
+The argument is the folder for Ray's files.
 """
 
 import os

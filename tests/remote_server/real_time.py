@@ -1,4 +1,4 @@
-"""A device that streams in real time through a whole test, and what a server must be like afterwards."""
+"""A device that streams in real time during a test, and the check that a server is unchanged afterwards."""
 
 import threading
 import time
@@ -16,11 +16,11 @@ from tests.golden_cases import TOLERANCE, worst
 from tests.processes import PATIENCE, Server, descriptors, memory_mib, threads
 from tests.remote_server.driver import Device, Material, message
 
-_MOST_UNANSWERED = 90  # chunks; a device does not send more into a silence
+_MAX_UNANSWERED = 90  # chunks; a device does not send more without an answer
 
 
 class RealTimeDevice:
-    """One session, a chunk every 8 ms, of a bundle's mixture over and over."""
+    """One session that sends a chunk every 8 ms. It repeats the mixture of the material."""
 
     def __init__(self, server: Server, material: Material) -> None:
         self._material = material
@@ -33,7 +33,7 @@ class RealTimeDevice:
             thread.start()
 
     def assert_exact(self) -> None:
-        """End the session: every hint has come, in order, and is what the network gives."""
+        """End the session, and check that all hints arrived in order with the correct values."""
         self._stop.set()
         self._threads[0].join()
         self._device.finish()
@@ -52,7 +52,7 @@ class RealTimeDevice:
         self._device.close()
 
     def _samples(self, frame: int, chunks: int) -> Samples:
-        """The samples that complete frames, ``[M, n]``."""
+        """Return the samples ``[M, n]`` that complete ``chunks`` frames."""
         framing, mixture = self._material.manifest.model.framing, self._material.samples
         start = frame * framing.chunk + framing.lookahead if frame else 0
         end = (frame + chunks) * framing.chunk + framing.lookahead
@@ -60,13 +60,13 @@ class RealTimeDevice:
         return samples
 
     def _send(self) -> None:
-        began = time.monotonic()
-        while not self._stop.wait(max(0.0, began + 0.008 * self._sent - time.monotonic())):
-            if self._sent - len(self._hints) < _MOST_UNANSWERED:
+        started = time.monotonic()
+        while not self._stop.wait(max(0.0, started + 0.008 * self._sent - time.monotonic())):
+            if self._sent - len(self._hints) < _MAX_UNANSWERED:
                 self._device.send(message(self._sent, encode_pcm(self._samples(self._sent, 1), pb.PCM_ENCODING_F32LE)))
                 self._sent += 1
             else:
-                began += 0.008
+                started += 0.008
                 time.sleep(0.008)
 
     def _receive(self) -> None:
@@ -74,12 +74,12 @@ class RealTimeDevice:
             for response in self._device.call:
                 self._hints.append(response.hint)
         except grpc.RpcError:
-            return  # its status is asked for later
+            return  # assert_exact checks the status
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a server holds of the machine."""
+    """The resources that a server uses."""
 
     descriptors: int
     threads: int
@@ -91,7 +91,7 @@ class Footprint:
         return cls(descriptors(pid), threads(pid), memory_mib(pid))
 
     def within(self, other: Self) -> bool:
-        """Whether this is no more than the other, but for what gRPC and the allocator keep in reserve."""
+        """Return whether this is at most the other one, with a tolerance for reserves of gRPC and the allocator."""
         return (
             self.descriptors <= other.descriptors
             and self.threads <= other.threads + 4
@@ -101,10 +101,10 @@ class Footprint:
 
 @contextmanager
 def unharmed(server: Server, material: Material, sessions: int) -> Iterator[None]:
-    """Around whatever is done to a server of so many sessions.
+    """Check that the actions in this block do not harm a server with a number of slots.
 
-    A device that streams throughout has all its hints, and afterwards every session can be had, and a server that has
-    just had them all holds what it held when it had them before.
+    A device that streams in the meantime must get all its hints. Afterwards all slots must be free, and the server must
+    not use more resources than before.
     """
     fill(server, material, sessions)
     before, seen = Footprint.of(server), len(server.log)
@@ -120,7 +120,7 @@ def unharmed(server: Server, material: Material, sessions: int) -> Iterator[None
 
 
 def fill(server: Server, material: Material, sessions: int) -> None:
-    """Have all of a server's sessions at once, a frame in each."""
+    """Open all sessions of a server at the same time, with one frame in each."""
     devices: list[Device] = []
     deadline = time.monotonic() + PATIENCE
     try:
@@ -128,7 +128,7 @@ def fill(server: Server, material: Material, sessions: int) -> None:
             device = Device(server, material.opening(), material.audio(0))
             try:
                 device.started()
-            except grpc.RpcError:  # the end of an earlier session takes a moment
+            except grpc.RpcError:  # the slot of an earlier session is not free yet
                 assert time.monotonic() < deadline, (len(devices), device.call.details())
                 device.close()
                 time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A server is the same afterwards, and to a device that streams meanwhile, whatever others send or fail to send."""
+"""Tests with random and incomplete input: it harms neither the server nor a device that streams in the meantime."""
 
 import random
 import socket
@@ -24,19 +24,19 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="read
 
 SESSIONS = 64
 REFUSALS = {"INVALID_ARGUMENT", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED"}
-CALLS = 20  # under way at a time
+CALLS = 20  # concurrent calls
 Case = list[bytes]  # the messages of a call
 
 
 def scales(few: int, many: int) -> pytest.MarkDecorator:
-    """A few of something in the fast tests, many in the long ones."""
+    """Run a test with a small count, and with a large count as a long test."""
     long = pytest.param(many, marks=[pytest.mark.long, pytest.mark.timeout(1800)], id=f"{many}")
     return pytest.mark.parametrize("count", [pytest.param(few, id=f"{few}"), long])
 
 
 @pytest.fixture(scope="module")
 def server(golden_bundle: Callable[[str], Path], ss: Material) -> Iterator[Server]:
-    """A server that has had what a server ever has, so that it holds what it ever needs."""
+    """A server after a warm-up with all kinds of input, so that its resources no longer grow."""
     with running_server(golden_bundle("ss_delay6_compression2"), "--max-sessions", SESSIONS) as running:
         fill(running, ss, SESSIONS)
         replay(running, recorded_session(running, ss), 4 * CALLS)
@@ -45,7 +45,7 @@ def server(golden_bundle: Callable[[str], Path], ss: Material) -> Iterator[Serve
 
 
 def outcomes(server: Server, cases: list[Case]) -> list[tuple[str, list[pb.StreamHintsResponse]]]:
-    """The status and the responses of calls that are made all at once."""
+    """Make calls concurrently. Return the status and the responses of each."""
     results = []
     with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         method: grpc.StreamStreamMultiCallable[bytes, pb.StreamHintsResponse] = channel.stream_stream(
@@ -63,7 +63,7 @@ def outcomes(server: Server, cases: list[Case]) -> list[tuple[str, list[pb.Strea
 
 
 def check(server: Server, cases: list[Case]) -> None:
-    """Every call is answered as far as it is right, and refused from there on."""
+    """Check that every call is answered up to its first invalid message, and then refused."""
     for status, responses in outcomes(server, cases):
         assert status in REFUSALS | {"OK"}
         assert [response.WhichOneof("response") for response in responses[:1]] in ([], ["started"])
@@ -73,7 +73,7 @@ def check(server: Server, cases: list[Case]) -> None:
 
 
 def fuzz(cases: st.SearchStrategy[Case], server: Server, messages: int) -> None:
-    """Send at least so many messages, the calls of an example side by side."""
+    """Send at least a number of messages. The calls of an example are concurrent."""
     sent = 0
 
     @settings(
@@ -94,7 +94,7 @@ def fuzz(cases: st.SearchStrategy[Case], server: Server, messages: int) -> None:
 
 
 def any_of(kind: str) -> st.SearchStrategy[Any]:
-    """Any value of a field's type, the unusual ones often."""
+    """A strategy for the values of a field, including unusual ones."""
     return {
         "uint32": st.integers(0, 2**32 - 1),
         "int64": st.integers(-(2**63), 2**63 - 1),
@@ -118,14 +118,14 @@ CONFIG = {
 
 @st.composite
 def structured(draw: st.DrawFn, ss: Material) -> Case:
-    """A session that is right for a while: at most one field of its configuration is changed, and one audio message."""
+    """A session with at most one changed field in its configuration, and one invalid message among its audio."""
     field = draw(st.sampled_from(["", "", "", *CONFIG]))
     requests = [ss.opening(**{field: draw(any_of(CONFIG[field]))} if field else {})]
     frame = 0
     for chunks in draw(st.lists(st.integers(1, 3), max_size=6)):
         requests.append(ss.audio(frame, chunks))
         frame += chunks
-    spoilt = draw(
+    invalid = draw(
         st.one_of(
             st.builds(pb.AudioChunk, first_frame=any_of("int64"), pcm=st.binary(max_size=64)),
             st.builds(pb.AudioChunk, first_frame=st.just(frame), pcm=st.binary(max_size=64)),
@@ -137,30 +137,30 @@ def structured(draw: st.DrawFn, ss: Material) -> Case:
             st.just(None),
         )
     )
-    place = draw(st.integers(0, len(requests)))
-    requests.insert(place, Request(audio=spoilt) if spoilt else draw(st.sampled_from([Request(), requests[0]])))
+    index = draw(st.integers(0, len(requests)))
+    requests.insert(index, Request(audio=invalid) if invalid else draw(st.sampled_from([Request(), requests[0]])))
     return [request.SerializeToString() for request in requests]
 
 
 @st.composite
 def mangled(draw: st.DrawFn, ss: Material) -> Case:
-    """The bytes of a session, with some of them changed, taken out, put in, or replaced altogether."""
+    """The bytes of a session, with bytes of one message changed, removed, inserted or replaced."""
     messages = [request.SerializeToString() for request in (ss.opening(), ss.audio(0), ss.audio(1), ss.audio(2, 2))]
-    place = draw(st.integers(0, len(messages) - 1))
-    content = bytearray(messages[place])
-    head = min(len(content), 80)  # where the fields are; the rest is samples
+    index = draw(st.integers(0, len(messages) - 1))
+    content = bytearray(messages[index])
+    head = min(len(content), 80)  # this part has the fields, and the rest only samples
     for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(0, min(head, len(content) - 1))))
+        offset = draw(st.integers(0, max(0, min(head, len(content) - 1))))
         match draw(st.sampled_from(["flip", "cut", "insert", "replace"])):
             case "flip" if content:
-                content[at] ^= draw(st.integers(1, 255))
+                content[offset] ^= draw(st.integers(1, 255))
             case "cut":
-                del content[at : at + draw(st.integers(1, 2000))]
+                del content[offset : offset + draw(st.integers(1, 2000))]
             case "insert":
-                content[at:at] = draw(st.binary(min_size=1, max_size=40))
+                content[offset:offset] = draw(st.binary(min_size=1, max_size=40))
             case "replace":
                 content = bytearray(draw(st.binary(max_size=200)))
-    messages[place] = bytes(content)
+    messages[index] = bytes(content)
     return messages
 
 
@@ -182,7 +182,7 @@ def connected(server: Server) -> socket.socket:
 
 
 def recorded_session(server: Server, ss: Material) -> bytes:
-    """All that a device puts on the wire for a session of a few frames, HTTP/2 and all."""
+    """Record all bytes, including HTTP/2, that a device sends for a session of a few frames."""
     record = bytearray()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -194,16 +194,16 @@ def recorded_session(server: Server, ss: Material) -> bytes:
             target.shutdown(socket.SHUT_WR)
 
         def between() -> None:
-            with listener.accept()[0] as device, connected(server) as way:
-                back = threading.Thread(target=forward, args=(way, device, None))
+            with listener.accept()[0] as device, connected(server) as target:
+                back = threading.Thread(target=forward, args=(target, device, None))
                 back.start()
-                forward(device, way, record)
+                forward(device, target, record)
                 back.join()
 
         thread = threading.Thread(target=between)
         thread.start()
-        detour = Server(server.process, f"127.0.0.1:{listener.getsockname()[1]}")
-        with Device(detour, ss.opening(), *(ss.audio(frame) for frame in range(5))) as device:
+        recorder = Server(server.process, f"127.0.0.1:{listener.getsockname()[1]}")
+        with Device(recorder, ss.opening(), *(ss.audio(frame) for frame in range(5))) as device:
             device.started()
             device.hints(5)
             session = bytes(record)
@@ -212,15 +212,15 @@ def recorded_session(server: Server, ss: Material) -> bytes:
 
 
 def replay(server: Server, session: bytes, count: int) -> None:
-    """Devices that vanish at any byte of their session, some at a time; half of them with a reset."""
-    chance = random.Random(0)
+    """Send random prefixes of a session on concurrent connections, and close half of these with a reset."""
+    rng = random.Random(0)
     for _ in range(count // CALLS):
         devices = [connected(server) for _ in range(CALLS)]
         for device in devices:
-            device.sendall(session[: chance.randrange(len(session) + 1)])
-        time.sleep(chance.uniform(0, 0.02))
+            device.sendall(session[: rng.randrange(len(session) + 1)])
+        time.sleep(rng.uniform(0, 0.02))
         for device in devices:
-            if chance.random() < 0.5:
+            if rng.random() < 0.5:
                 device.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             device.close()
 
@@ -233,14 +233,14 @@ def test_devices_that_vanish(count: int, server: Server, ss: Material) -> None:
 
 
 @scales(40, 200)
-def test_connections_on_which_nothing_is_said(count: int, server: Server, ss: Material) -> None:
+def test_silent_connections(count: int, server: Server, ss: Material) -> None:
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-    chance = random.Random(0)
+    rng = random.Random(0)
     with unharmed(server, ss, SESSIONS):
         silent = [connected(server) for _ in range(count)]
         for connection in silent[count // 2 :]:
-            connection.sendall(preface[: chance.randrange(1, len(preface) + 1)])
-        # Nor do they keep others out.
+            connection.sendall(preface[: rng.randrange(1, len(preface) + 1)])
+        # Other devices can still use all remaining slots.
         fill(server, ss, SESSIONS - 1)
         for connection in silent:
             connection.close()

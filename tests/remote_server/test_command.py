@@ -1,4 +1,4 @@
-"""The ``kb-server`` command as a process: how it starts, what it refuses, how it ends."""
+"""Tests for the ``kb-server`` process: its start, its errors and its end."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ from knowledge_boosting.models.device import pick_device
 from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
-from knowledge_boosting.remote_server.server import why_not_listening
+from knowledge_boosting.remote_server.server import listen_error
 from tests.golden_cases import Golden
 from tests.processes import PATIENCE, Server, command, refusal, running_server
 from tests.remote_server.driver import Device, Material, assert_logged
@@ -37,7 +37,7 @@ def described(address: str) -> pb.DescribeModelResponse:
 
 
 @contextmanager
-def server_of_ours(*arguments: object) -> "Iterator[subprocess.Popen[str]]":
+def child_server(*arguments: object) -> "Iterator[subprocess.Popen[str]]":
     """A server that stops when its standard input ends."""
     process = subprocess.Popen(
         command("kb-server", "--port", 0, "--device", "cpu", "--until-stdin-ends", "--drain-seconds", 0, *arguments),
@@ -59,7 +59,7 @@ def ready_line(process: "subprocess.Popen[str]") -> str:
 
 
 def end(process: "subprocess.Popen[str]") -> str:
-    """Close the server's standard input; its log, once it has ended as it should."""
+    """Close the standard input of a server, and check that it ends properly. Return its log."""
     out, log = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert not out
@@ -68,7 +68,7 @@ def end(process: "subprocess.Popen[str]") -> str:
 
 
 def test_port_0_prints_the_port_that_answers_until_standard_input_ends(bundle: Path, ss: Material) -> None:
-    with server_of_ours("--bundle", bundle) as process:
+    with child_server("--bundle", bundle) as process:
         line = ready_line(process)
         match = re.fullmatch(rf"kb-server: listening on (127\.0\.0\.1:[1-9]\d*), bundle {BUNDLE}, device cpu\n", line)
         assert match, line
@@ -76,39 +76,39 @@ def test_port_0_prints_the_port_that_answers_until_standard_input_ends(bundle: P
             device.started()
             assert device.hints(1)[0].frame == 0
             assert process.stdin is not None
-            # What comes in does not matter, its end does.
+            # The content of standard input does not matter, only its end.
             process.stdin.write("quit\n")
             process.stdin.flush()
             device.send(ss.audio(1))
             assert device.hints(1)[0].frame == 1
             log = end(process)
-            assert device.end() == ("UNAVAILABLE", "the server is shutting down; try another")
+            assert device.end() == ("UNAVAILABLE", "the server is shutting down; try another server")
     assert '"event": "server_started"' in log
     assert '"event": "server_stopped"' in log
     assert "warning" not in log
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_server_and_tells_the_devices(number: signal.Signals, bundle: Path, ss: Material) -> None:
+def test_a_signal_ends_the_server_and_its_sessions(number: signal.Signals, bundle: Path, ss: Material) -> None:
     with running_server(bundle, "--drain-seconds", 1) as server, Device(server, ss.opening(), ss.audio(0)) as device:
         session = device.started()
         assert device.hints(1)[0].frame == 0
         device.send(*(ss.audio(frame) for frame in range(1, 60)))
         server.process.send_signal(number)
-        status, why = device.end()
+        status, text = device.end()
         assert status == "UNAVAILABLE"
-        assert why == "the server is shutting down; try another"
+        assert text == "the server is shutting down; try another server"
         assert server.process.wait(timeout=PATIENCE) == 0
-        assert_logged(server, 0, session=session, status=status, why=why)
+        assert_logged(server, 0, session=session, status=status, why=text)
         server.wait_for_log('"event": "server_stopped"')
         assert not any("Traceback" in line for line in server.log)
 
 
-def test_a_signal_right_after_the_start_ends_the_server_as_it_should(bundle: Path) -> None:
-    with server_of_ours("--bundle", bundle) as process:
+def test_a_signal_directly_after_the_start_ends_the_server_properly(bundle: Path) -> None:
+    with child_server("--bundle", bundle) as process:
         assert "listening" in ready_line(process)
         process.send_signal(signal.SIGTERM)
-        # Its standard input is still open: nothing may wait for that.
+        # Standard input is still open, and the server must not wait for its end.
         assert process.wait(timeout=PATIENCE) == 0
         assert '"event": "server_stopped"' in end(process)
 
@@ -124,7 +124,7 @@ def has_ipv6() -> bool:
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
 def test_an_ipv6_server_prints_an_address_that_answers(bundle: Path) -> None:
-    with server_of_ours("--bundle", bundle, "--host", "::1") as process:
+    with child_server("--bundle", bundle, "--host", "::1") as process:
         match = re.search(r"listening on (\S+:\d+),", ready_line(process))
         assert match
         assert match[1].startswith("[::1]:")
@@ -132,13 +132,13 @@ def test_an_ipv6_server_prints_an_address_that_answers(bundle: Path) -> None:
         assert "warning" not in end(process)
 
 
-def test_a_server_of_the_large_part_alone_warns_of_random_weights_and_of_an_open_address(
+def test_a_server_needs_only_the_large_network_and_warns_of_random_weights_and_missing_security(
     golden: Callable[[str], Golden], tmp_path: Path
 ) -> None:
     pair, folder = golden("ss_delay0").pair, tmp_path / "random"
     write_bundle(folder, pair, pair.config, untrained=True, source="seed 1", configuration="config.json")
     (folder / "small.safetensors").unlink()
-    with server_of_ours("--bundle", folder, "--host", "0.0.0.0", "--insecure") as process:
+    with child_server("--bundle", folder, "--host", "0.0.0.0", "--insecure") as process:
         match = re.search(r"listening on (\S+), bundle random \(UNTRAINED\), ", ready_line(process))
         assert match
         answer = described(match[1].replace("0.0.0.0", "127.0.0.1"))
@@ -149,7 +149,7 @@ def test_a_server_of_the_large_part_alone_warns_of_random_weights_and_of_an_open
     assert "warning: listening on 0.0.0.0 without encryption or authentication" in log
 
 
-def test_what_cannot_be_served_is_refused_in_one_line(bundle: Path, ss_server: Server, tmp_path: Path) -> None:
+def test_faults_of_the_call_are_reported_in_one_line(bundle: Path, ss_server: Server, tmp_path: Path) -> None:
     changed = shutil.copytree(bundle, tmp_path / "changed") / "large.safetensors"
     content = bytearray(changed.read_bytes())
     content[len(content) // 2] ^= 1
@@ -158,8 +158,8 @@ def test_what_cannot_be_served_is_refused_in_one_line(bundle: Path, ss_server: S
     missing.unlink()
     port = ss_server.address.rpartition(":")[2]
     calls: dict[str, tuple[object, ...]] = {
-        f"cannot listen on 127.0.0.1:{port}; is the port taken? --port 0 finds a free one": (bundle, "--port", port),
-        "--host 192.0.2.1: is no address of this machine; give one": (bundle, "--host", "192.0.2.1", "--insecure"),
+        f"cannot listen on 127.0.0.1:{port}: the port is in use; give another --port": (bundle, "--port", port),
+        "--host 192.0.2.1: is not an address of this machine; give": (bundle, "--host", "192.0.2.1", "--insecure"),
         f"{tmp_path / 'nowhere'}: no bundle of that name or path": (tmp_path / "nowhere",),
         f"{changed}: digest differs from bundle.json": (changed.parent,),
         f"{missing}: no such file; this copy of the bundle lacks its large part": (missing.parent,),
@@ -168,25 +168,25 @@ def test_what_cannot_be_served_is_refused_in_one_line(bundle: Path, ss_server: S
     }
     with ThreadPoolExecutor(2) as pool:
         lines = pool.map(lambda call: refusal("kb-server", "--bundle", *call), calls.values())
-        for why, line in zip(calls, lines, strict=True):
-            assert line.startswith(why)
+        for message, line in zip(calls, lines, strict=True):
+            assert line.startswith(message)
     assert described(ss_server.address).bundle_name == BUNDLE
 
 
-def test_why_an_address_cannot_be_listened_on() -> None:
+def test_the_reason_why_a_server_cannot_listen_is_reported() -> None:
     for host in ("gpu-host.invalid", "a..b", "http://127.0.0.1"):
-        assert why_not_listening(host, 0).startswith(f"--host {host}: no host of that name is known here; give ")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert why_not_listening("127.0.0.1", port).startswith(f"cannot listen on 127.0.0.1:{port}; is the port taken?")
+        assert listen_error(host, 0).startswith(f"--host {host}: the host name is unknown; give ")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert listen_error("127.0.0.1", port).startswith(f"cannot listen on 127.0.0.1:{port}: the port is in use")
 
 
 @pytest.mark.parametrize("device", ["", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "cuda:\u0661", "cuda:0:0", "mps"])
-def test_a_device_of_another_name_is_refused(device: str) -> None:
+def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(InputError, match="must be auto, cpu, cuda or cuda:INDEX"):
         pick_device(device)
 
 
 @pytest.mark.parametrize(("option", "value"), [("--port", 65536), ("--max-sessions", 0), ("--max-sessions", "many")])
-def test_an_impossible_number_is_refused(option: str, value: object, bundle: Path) -> None:
+def test_an_invalid_number_is_refused(option: str, value: object, bundle: Path) -> None:
     assert option in refusal("kb-server", "--bundle", bundle, option, value)

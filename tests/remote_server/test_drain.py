@@ -1,4 +1,4 @@
-"""Devices whose server is shut down go on with the next one."""
+"""Test that devices move to the next server when their server shuts down."""
 
 import time
 from collections.abc import Callable
@@ -21,8 +21,8 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow  # in real time, on a machine with nothing else to do
-def test_devices_of_a_server_that_drains_go_on_with_another(tmp_path: Path) -> None:
+@pytest.mark.slow  # runs in real time, and needs an otherwise idle machine
+def test_devices_of_a_draining_server_move_to_another_one(tmp_path: Path) -> None:
     bundle = write_random_bundle(tmp_path, "tiny")
     with running_server(bundle) as first, running_server(bundle) as second:
         live = LiveDevices(bundle, [first.address, second.address], DEVICES)
@@ -36,7 +36,7 @@ def test_devices_of_a_server_that_drains_go_on_with_another(tmp_path: Path) -> N
         finally:
             live.stop()
     for number, device in enumerate(live.all):
-        # No session was lost: the second one had begun before the first one ended.
+        # The second session began before the first one ended, so that no session was lost.
         assert [event.text for event in device.events] == [
             f"hints come from {first.address}",
             f"{first.address} shuts down; moving to {second.address}",

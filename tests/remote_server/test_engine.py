@@ -1,4 +1,4 @@
-"""Sessions that share steps get what each would get alone."""
+"""Tests for the engine: sessions that share steps get the same hints as separate sessions."""
 
 import asyncio
 import random
@@ -20,7 +20,7 @@ def large(request: pytest.FixtureRequest, golden: Callable[[str], Golden]) -> La
 
 
 def noise(model: LargeModel, frames: int, seed: int) -> tuple[Samples, Samples | None]:
-    """Samples ``[M, chunk T + lookahead]`` of a stream of its own, and its speaker."""
+    """Return random samples ``[M, chunk T + lookahead]``, and a speaker embedding for TSE."""
     framing, rng = model.config.framing, np.random.default_rng(seed)
     shape = model.config.microphones, framing.chunk * frames + framing.lookahead
     speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if model.config.task == "tse" else None
@@ -28,15 +28,15 @@ def noise(model: LargeModel, frames: int, seed: int) -> tuple[Samples, Samples |
 
 
 @torch.inference_mode()
-def alone(model: LargeModel, samples: Samples, speaker: Samples | None) -> Samples:
-    """The hints ``[T, channels, F]`` of a whole stream, computed at once and by itself."""
+def offline(model: LargeModel, samples: Samples, speaker: Samples | None) -> Samples:
+    """Compute the hints ``[T, channels, F]`` of a whole stream with one call of the model."""
     state = model.initial_state(1, None if speaker is None else torch.from_numpy(speaker)[None])
     hints: Samples = model(torch.from_numpy(samples)[None], state)[0][0].numpy()
     return hints
 
 
 class Stream:
-    """A session of a stream of its own, and the hints it gets."""
+    """A session with random samples, and its hints."""
 
     def __init__(self, engine: HintEngine, model: LargeModel, frames: int, seed: int) -> None:
         self._engine, self._framing = engine, model.config.framing
@@ -58,7 +58,7 @@ class Stream:
         self._session.send(self.samples[:, start : self._sent * chunk + lookahead], frames)
 
     async def end(self) -> None:
-        """Wait for all that was sent, and give the slot back."""
+        """Wait for the hints of all sent frames, and close the session."""
         assert self._session is not None
         while len(self.hints) < self._sent:
             self._done.clear()
@@ -66,54 +66,54 @@ class Stream:
         self._session.close()
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         return self._frames - self._sent
 
     def _receive(self, result: Hints | Exception) -> None:
         assert isinstance(result, Hints), result
-        assert len(result.arrived) == len(result.values)
+        assert len(result.arrived_at) == len(result.values)
         self.hints.extend(result.values)
         self._done.set()
 
 
-def test_thirty_two_sessions_get_what_each_gets_alone(large: LargeModel) -> None:
-    chance = random.Random(7)
+def test_thirty_two_sessions_get_the_hints_of_separate_sessions(large: LargeModel) -> None:
+    rng = random.Random(7)
     steps: list[Step] = []
-    # More streams than slots: the later ones get slots that others had.
-    lengths = [chance.randint(2, 70) for _ in range(48)]
+    # There are more streams than slots, so that later streams use slots again.
+    lengths = [rng.randint(2, 70) for _ in range(48)]
 
-    async def run(stream: Stream, places: asyncio.Semaphore) -> None:
-        async with places:
-            await asyncio.sleep(chance.uniform(0, 0.1))
+    async def run(stream: Stream, free_slots: asyncio.Semaphore) -> None:
+        async with free_slots:
+            await asyncio.sleep(rng.uniform(0, 0.1))
             await live(stream)
 
     async def live(stream: Stream) -> None:
         await stream.open()
-        backlog = chance.randint(0, 62)
+        backlog = rng.randint(0, 62)
         if backlog:
-            stream.send(min(backlog, stream.left))
-        while stream.left:
-            # A frame at a time, with a gap now and then, after which what has waited comes at once.
-            await asyncio.sleep(chance.choice([0.0, 0.02, 0.05, 0.1]))
-            stream.send(min(chance.choice([1, 1, 1, 1, 2, 5, 20]), stream.left))
+            stream.send(min(backlog, stream.remaining))
+        while stream.remaining:
+            # The stream sends single frames, and sometimes several frames after a gap.
+            await asyncio.sleep(rng.choice([0.0, 0.02, 0.05, 0.1]))
+            stream.send(min(rng.choice([1, 1, 1, 1, 2, 5, 20]), stream.remaining))
         await stream.end()
 
-    async def all_of_them() -> list[Stream]:
+    async def run_all() -> list[Stream]:
         engine = HintEngine(large, torch.device("cpu"), slots=32, max_wait=0.01, observe=steps.append)
-        places = asyncio.Semaphore(32)
+        free_slots = asyncio.Semaphore(32)
         streams = [Stream(engine, large, length, seed) for seed, length in enumerate(lengths)]
-        await asyncio.gather(*(run(stream, places) for stream in streams))
+        await asyncio.gather(*(run(stream, free_slots) for stream in streams))
         engine.close()
         return streams
 
-    for stream in asyncio.run(all_of_them()):
-        expected = alone(large, stream.samples, stream.speaker)
+    for stream in asyncio.run(run_all()):
+        expected = offline(large, stream.samples, stream.speaker)
         assert worst(np.stack(stream.hints), expected) < TOLERANCE
     assert max(step.frames // step.sessions for step in steps) == 8
     assert sum(step.frames for step in steps) == sum(lengths)
 
 
-def test_frames_that_come_together_are_computed_together(large: LargeModel) -> None:
+def test_frames_that_arrive_together_share_a_step(large: LargeModel) -> None:
     steps: list[Step] = []
 
     async def all_at_once() -> list[Stream]:
@@ -130,18 +130,18 @@ def test_frames_that_come_together_are_computed_together(large: LargeModel) -> N
         return streams
 
     for stream in asyncio.run(all_at_once()):
-        assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
+        assert worst(np.stack(stream.hints), offline(large, stream.samples, stream.speaker)) < TOLERANCE
     assert steps[0].sessions == 9
 
 
-def test_a_session_of_its_own_steps_gets_the_same_bits_however_busy_the_engine(large: LargeModel) -> None:
-    """Frame by frame in an engine of its own; in bursts, in another slot, among a crowd and beside one of its kind."""
+def test_a_reproducible_session_gets_bit_identical_hints_under_load(large: LargeModel) -> None:
+    """The hints of single frames in an idle engine equal those of bursts in a busy one with other such sessions."""
     frames = 70
 
-    async def by_itself() -> Stream:
+    async def idle() -> Stream:
         engine = HintEngine(large, torch.device("cpu"), slots=1)
         stream = Stream(engine, large, frames, seed=1)
-        await stream.open(alone=True)
+        await stream.open(reproducible=True)
         for count in range(1, frames + 1):
             stream.send(1)
             while len(stream.hints) < count:
@@ -150,37 +150,37 @@ def test_a_session_of_its_own_steps_gets_the_same_bits_however_busy_the_engine(l
         engine.close()
         return stream
 
-    async def in_a_crowd() -> list[Stream]:
+    async def busy() -> list[Stream]:
         engine = HintEngine(large, torch.device("cpu"), slots=4)
-        crowd = [Stream(engine, large, frames, seed=seed) for seed in (2, 3)]
-        own = [Stream(engine, large, frames, seed=1) for _ in range(2)]
-        for stream in crowd:
+        others = [Stream(engine, large, frames, seed=seed) for seed in (2, 3)]
+        reproducible = [Stream(engine, large, frames, seed=1) for _ in range(2)]
+        for stream in others:
             await stream.open()
-        for stream in own:
-            await stream.open(alone=True)
-        own[0].send(frames)
+        for stream in reproducible:
+            await stream.open(reproducible=True)
+        reproducible[0].send(frames)
         for _ in range(frames // 5):
-            for stream in (*crowd, own[1]):
+            for stream in (*others, reproducible[1]):
                 stream.send(5)
             await asyncio.sleep(0)
-        await asyncio.gather(*(stream.end() for stream in (*crowd, *own)))
+        await asyncio.gather(*(stream.end() for stream in (*others, *reproducible)))
         engine.close()
-        return own
+        return reproducible
 
-    expected = np.stack(asyncio.run(by_itself()).hints)
-    for stream in asyncio.run(in_a_crowd()):
+    expected = np.stack(asyncio.run(idle()).hints)
+    for stream in asyncio.run(busy()):
         assert np.stack(stream.hints).tobytes() == expected.tobytes()
 
 
-def test_a_slot_keeps_nothing_of_its_last_session(large: LargeModel) -> None:
+def test_a_slot_has_no_state_of_its_last_session(large: LargeModel) -> None:
     async def reuse() -> Stream:
         engine = HintEngine(large, torch.device("cpu"), slots=1)
-        spoilt = Stream(engine, large, 3, seed=1)
-        spoilt.samples[:] = 3e38  # every state of it is not finite any more
-        await spoilt.open()
-        spoilt.send(3)
-        await spoilt.end()
-        assert not np.isfinite(np.stack(spoilt.hints)).all()
+        overflowing = Stream(engine, large, 3, seed=1)
+        overflowing.samples[:] = 3e38  # all of its state becomes infinite or NaN
+        await overflowing.open()
+        overflowing.send(3)
+        await overflowing.end()
+        assert not np.isfinite(np.stack(overflowing.hints)).all()
         after = Stream(engine, large, 60, seed=2)
         await after.open()
         after.send(60)
@@ -189,10 +189,10 @@ def test_a_slot_keeps_nothing_of_its_last_session(large: LargeModel) -> None:
         return after
 
     stream = asyncio.run(reuse())
-    assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
+    assert worst(np.stack(stream.hints), offline(large, stream.samples, stream.speaker)) < TOLERANCE
 
 
-def test_an_engine_goes_on_after_a_session_that_could_not_begin(large: LargeModel) -> None:
+def test_an_engine_continues_after_a_session_that_cannot_be_opened(large: LargeModel) -> None:
     async def one_too_many() -> Stream:
         engine = HintEngine(large, torch.device("cpu"), slots=1)
         first, second = Stream(engine, large, 20, seed=1), Stream(engine, large, 20, seed=2)
@@ -202,35 +202,35 @@ def test_an_engine_goes_on_after_a_session_that_could_not_begin(large: LargeMode
         first.send(20)
         await first.end()
         assert engine.alive
-        await engine.answer()
+        await engine.check_health()
         engine.close()
         return first
 
     stream = asyncio.run(one_too_many())
-    assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
+    assert worst(np.stack(stream.hints), offline(large, stream.samples, stream.speaker)) < TOLERANCE
 
 
-def test_a_session_that_is_not_finite_touches_none_of_its_step(large: LargeModel) -> None:
+def test_a_session_that_overflows_does_not_affect_others_in_its_step(large: LargeModel) -> None:
     async def together() -> Stream:
         engine = HintEngine(large, torch.device("cpu"), slots=2, max_wait=1.0)
-        spoilt, sound = Stream(engine, large, 20, seed=1), Stream(engine, large, 20, seed=2)
-        spoilt.samples[:] = 3e38
-        for stream in (spoilt, sound):
+        overflowing, normal = Stream(engine, large, 20, seed=1), Stream(engine, large, 20, seed=2)
+        overflowing.samples[:] = 3e38
+        for stream in (overflowing, normal):
             await stream.open()
         for _ in range(20):
-            spoilt.send(1)
-            sound.send(1)
+            overflowing.send(1)
+            normal.send(1)
             await asyncio.sleep(0)
-        await asyncio.gather(spoilt.end(), sound.end())
+        await asyncio.gather(overflowing.end(), normal.end())
         engine.close()
-        return sound
+        return normal
 
     stream = asyncio.run(together())
-    assert worst(np.stack(stream.hints), alone(large, stream.samples, stream.speaker)) < TOLERANCE
+    assert worst(np.stack(stream.hints), offline(large, stream.samples, stream.speaker)) < TOLERANCE
 
 
-def test_a_backlog_does_not_hold_back_a_session_that_keeps_time(large: LargeModel) -> None:
-    """Between two of the live session's frames, the other one's long backlog gets one step."""
+def test_a_backlog_does_not_delay_a_live_session(large: LargeModel) -> None:
+    """Between two frames of the live session, the long backlog of the other session gets only one step."""
     order: list[int] = []
 
     async def side_by_side() -> None:

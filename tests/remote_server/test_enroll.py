@@ -1,4 +1,4 @@
-"""Enrollment: speech of the wanted person to the embedding that a target speech session starts with."""
+"""Tests for enrollment: computing a speaker embedding from speech."""
 
 import os
 from collections.abc import Callable
@@ -22,7 +22,7 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 
 
 def read_clip(name: str) -> Samples:
-    """The first channel of a sample clip, ``[N]``."""
+    """Return the first channel of a sample clip, ``[N]``."""
     samples, rate = soundfile.read(SAMPLES / name, dtype="float32", always_2d=True)
     assert rate == ENROLLMENT_RATE
     return np.ascontiguousarray(samples[:, 0])
@@ -50,14 +50,14 @@ def encoder_installed() -> None:
     pytest.importorskip("resemblyzer", reason="needs the optional package resemblyzer")
 
 
-# The packages that the voice encoder builds on warn of one another.
+# The dependencies of the speaker encoder emit warnings about each other.
 needs_encoder = pytest.mark.usefixtures("encoder_installed")
 quiet = pytest.mark.filterwarnings("ignore")
 
 
 @quiet
 @needs_encoder
-def test_enrollment_gives_the_embedding_of_the_voice_encoder(tse_server: Server) -> None:
+def test_enrollment_gives_the_embedding_of_the_speaker_encoder(tse_server: Server) -> None:
     import resemblyzer
 
     speech = read_clip("enrollment.flac")
@@ -68,7 +68,7 @@ def test_enrollment_gives_the_embedding_of_the_voice_encoder(tse_server: Server)
     encoder = resemblyzer.VoiceEncoder("cpu", verbose=False)
     voiced = resemblyzer.preprocess_wav(speech, source_sr=ENROLLMENT_RATE)
     assert worst(embedding, encoder.embed_utterance(voiced)) < TOLERANCE
-    # The clip has 16 bits: nothing is lost on the way.
+    # The clip has 16-bit samples, so the s16 encoding is exact.
     assert worst(enroll(tse_server, request(speech, "s16")), embedding) < 1e-6
 
 
@@ -87,16 +87,17 @@ def test_training_and_server_give_the_same_speech_the_same_embedding(tse_server:
 
 @quiet
 @needs_encoder
-def test_two_stretches_of_one_voice_are_more_alike_than_two_voices(tse_server: Server) -> None:
-    speech, stranger = read_clip("enrollment.flac"), read_clip("source2.flac")
+def test_embeddings_of_one_speaker_are_more_similar_than_those_of_two(tse_server: Server) -> None:
+    speech, other_speech = read_clip("enrollment.flac"), read_clip("source2.flac")
     half = len(speech) // 2
-    first, second, other = (enroll(tse_server, request(part)) for part in (speech[:half], speech[half:], stranger))
+    parts = speech[:half], speech[half:], other_speech
+    first, second, other = (enroll(tse_server, request(part)) for part in parts)
     assert first @ second > max(first @ other, second @ other) + 0.1
 
 
 @quiet
 @needs_encoder
-def test_an_enrolled_voice_opens_a_session(tse_server: Server, tse: Material) -> None:
+def test_an_embedding_from_enrollment_opens_a_session(tse_server: Server, tse: Material) -> None:
     embedding = enroll(tse_server, request(read_clip("enrollment.flac")))
     with Device(tse_server, tse.opening(speaker_embedding=embedding.tolist()), tse.audio(0)) as device:
         device.started()
@@ -105,26 +106,26 @@ def test_an_enrolled_voice_opens_a_session(tse_server: Server, tse: Material) ->
 
 @quiet
 @needs_encoder
-def test_hints_go_on_while_a_voice_is_learnt(tse_server: Server, tse: Material) -> None:
+def test_hints_continue_during_an_enrollment(tse_server: Server, tse: Material) -> None:
     speech = np.tile(read_clip("enrollment.flac"), 3)
     frames = 40
     with grpc.insecure_channel(tse_server.address) as channel, Device(tse_server, tse.opening()) as device:
-        learning = HintServiceStub(channel).Enroll.future(request(speech), timeout=PATIENCE)
+        enrollment = HintServiceStub(channel).Enroll.future(request(speech), timeout=PATIENCE)
         device.started()
         device.send(*(tse.audio(frame) for frame in range(frames)))
         hints = device.hints(frames)
-        assert len(learning.result().speaker_embedding) == 256
+        assert len(enrollment.result().speaker_embedding) == 256
     assert worst(tse.values(hints), tse.hints[:frames]) < TOLERANCE
 
 
 @quiet
 @needs_encoder
 @pytest.mark.parametrize("level", [0.0, 1e-30, 1e10], ids=["silence", "next to silence", "noise of clipping"])
-def test_audio_without_a_voice_is_refused(level: float, tse_server: Server) -> None:
+def test_audio_without_speech_is_refused(level: float, tse_server: Server) -> None:
     speech = read_clip("enrollment.flac") * np.float32(level)
-    status, why = refusal(tse_server, request(speech))
+    status, details = refusal(tse_server, request(speech))
     assert status == "INVALID_ARGUMENT"
-    assert why.startswith("pcm: ")
+    assert details.startswith("pcm: ")
 
 
 @quiet
@@ -132,9 +133,9 @@ def test_audio_without_a_voice_is_refused(level: float, tse_server: Server) -> N
 def test_a_spike_that_overflows_the_encoder_is_refused(tse_server: Server) -> None:
     speech = read_clip("enrollment.flac")
     speech[60_000] = 3e38
-    status, why = refusal(tse_server, request(speech))
+    status, details = refusal(tse_server, request(speech))
     assert status == "INVALID_ARGUMENT"
-    assert why.startswith("pcm: ")
+    assert details.startswith("pcm: ")
 
 
 def seconds(count: float) -> Samples:
@@ -166,27 +167,27 @@ REFUSED: dict[str, tuple[str, Callable[[], pb.EnrollRequest]]] = {
 }
 
 
-@pytest.mark.parametrize(("why", "message"), REFUSED.values(), ids=REFUSED)
-def test_enrollment_is_refused_for(why: str, message: Callable[[], pb.EnrollRequest], tse_server: Server) -> None:
+@pytest.mark.parametrize(("reason", "message"), REFUSED.values(), ids=REFUSED)
+def test_enrollment_is_refused_for(reason: str, message: Callable[[], pb.EnrollRequest], tse_server: Server) -> None:
     status, details = refusal(tse_server, message())
     assert status == "INVALID_ARGUMENT"
-    assert details.startswith(why)
+    assert details.startswith(reason)
 
 
-def test_without_the_encoder_the_server_says_how_to_get_it(
+def test_without_the_encoder_the_error_says_how_to_install_it(
     golden_bundle: Callable[[str], Path], tse: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Python runs this at its start; it hides the package, if it is there.
+    # Python runs this module at its start. It hides the package if it is installed.
     (tmp_path / "sitecustomize.py").write_text("import sys\n\nsys.modules['resemblyzer'] = None\n")
     before = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), before] if before else [str(tmp_path)]))
     with running_server(golden_bundle("tse_delay6")) as server:
-        status, why = refusal(server, request(read_clip("enrollment.flac")))
+        status, details = refusal(server, request(read_clip("enrollment.flac")))
         assert status == "UNIMPLEMENTED"
-        assert "pip install 'knowledge-boosting[enroll]'" in why
+        assert "pip install 'knowledge-boosting[enroll]'" in details
         with grpc.insecure_channel(server.address) as channel:
             assert not HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE).enrolls
-        # The server is as good as any other for a device that has its embedding.
+        # A device that already has an embedding can use the server.
         with Device(server, tse.opening(), tse.audio(0)) as device:
             device.started()
             assert worst(tse.values(device.hints(1)), tse.hints[:1]) < TOLERANCE
@@ -194,6 +195,6 @@ def test_without_the_encoder_the_server_says_how_to_get_it(
 
 @quiet
 @needs_encoder
-def test_the_server_tells_that_it_enrolls(tse_server: Server) -> None:
+def test_the_description_says_that_the_server_enrolls(tse_server: Server) -> None:
     with grpc.insecure_channel(tse_server.address) as channel:
         assert HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE).enrolls

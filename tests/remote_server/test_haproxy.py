@@ -1,4 +1,4 @@
-"""The proxy for an open network, with the configuration that is documented."""
+"""Tests for the documented configuration of HAProxy as a proxy for open networks."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ pytestmark = [
 
 @pytest.fixture
 def behind(ss_server: Server) -> Iterator[Server]:
-    """The server as the proxy shows it."""
+    """The server behind the proxy."""
     with running_haproxy(ss_server.address) as address:
         yield Server(ss_server.process, address)
 
 
-def test_a_session_goes_through(behind: Server, ss: Material) -> None:
+def test_the_proxy_passes_sessions(behind: Server, ss: Material) -> None:
     with Device(behind, ss.opening(), *(ss.audio(frame) for frame in range(5))) as device:
         device.started()
         assert [hint.frame for hint in device.hints(5)] == list(range(5))
@@ -40,7 +40,7 @@ def test_a_session_goes_through(behind: Server, ss: Material) -> None:
         assert stranger.end()[0] == "FAILED_PRECONDITION"
 
 
-def test_nothing_else_does(behind: Server) -> None:
+def test_the_proxy_blocks_other_services(behind: Server) -> None:
     with grpc.insecure_channel(behind.address) as channel:
         assert HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE).bundle_name
         for method in (WATCH, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
@@ -55,19 +55,19 @@ def under_attack(*arguments: object) -> dict[str, int]:
     call = [sys.executable, "-m", "benchmarks.under_attack", *map(str, arguments)]
     run = subprocess.run(call, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    told: dict[str, int] = json.loads(run.stdout)
-    return told
+    result: dict[str, int] = json.loads(run.stdout)
+    return result
 
 
-@pytest.mark.long  # half a minute of a machine for itself
-def test_all_at_once_behind_the_proxy() -> None:
-    told = under_attack(*2 * ["watch", "pings", "places", "refusals"], "resets", "--seconds", 30, "--proxy")
-    assert told["lost"] + told["above_48_ms"] <= 0.05 * told["sent"], told
-    assert told["above_250_ms"] == 0, told
-    assert told["sigterm_seconds"] is not None
-    assert told["sigterm_seconds"] <= 8, told
+@pytest.mark.long  # half a minute on an otherwise idle machine
+def test_the_proxy_withstands_all_attacks_at_once() -> None:
+    result = under_attack(*2 * ["watch", "pings", "places", "refusals"], "resets", "--seconds", 30, "--proxy")
+    assert result["lost"] + result["above_48_ms"] <= 0.05 * result["sent"], result
+    assert result["above_250_ms"] == 0, result
+    assert result["sigterm_seconds"] is not None
+    assert result["sigterm_seconds"] <= 8, result
 
 
-def test_floods_end_at_the_proxy() -> None:
-    told = under_attack("pings", "resets", "--seconds", 6, "--proxy")
-    assert told["lost"] + told["above_48_ms"] <= 0.5 * told["sent"], told
+def test_the_proxy_stops_floods() -> None:
+    result = under_attack("pings", "resets", "--seconds", 6, "--proxy")
+    assert result["lost"] + result["above_48_ms"] <= 0.5 * result["sent"], result

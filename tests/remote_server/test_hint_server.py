@@ -1,4 +1,4 @@
-"""The server without a transport, at moments that a network connection hits by chance only."""
+"""Tests for the server core without a transport, for moments that a real connection rarely produces."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from knowledge_boosting.remote_server.core.access import ANYBODY
+from knowledge_boosting.remote_server.core.access import ANONYMOUS
 from knowledge_boosting.remote_server.core.bundles import Bundles
 from knowledge_boosting.remote_server.core.hint_server import HintServer
 from knowledge_boosting.remote_server.core.limits import Limits
@@ -21,7 +21,7 @@ async def first_frame(ss: Material) -> AsyncIterator[Request]:
     await asyncio.Event().wait()
 
 
-def test_a_device_that_vanishes_leaves_its_place_to_the_next_one(
+def test_the_slot_of_a_vanished_device_is_free_for_the_next_one(
     golden_bundle: Callable[[str], Path], ss: Material
 ) -> None:
     metrics = Metrics()
@@ -30,7 +30,7 @@ def test_a_device_that_vanishes_leaves_its_place_to_the_next_one(
     server = HintServer(bundles, Limits(), metrics)
 
     async def session() -> None:
-        responses = server.session(first_frame(ss), ANYBODY, "ipv4:127.0.0.1:1")
+        responses = server.session(first_frame(ss), ANONYMOUS, "ipv4:127.0.0.1:1")
         assert (await anext(responses)).WhichOneof("response") == "started"
         assert (await anext(responses)).hint.frame == 0
         await responses.aclose()

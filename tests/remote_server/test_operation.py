@@ -1,4 +1,4 @@
-"""What an operator sees and does: metrics, draining, other bundles, several processes."""
+"""Tests for the operation of a server: metrics, draining, changes of bundles, and several processes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ SS, TSE = "ss_delay6_compression2", "tse_delay6"
 
 
 def metrics(port: int) -> dict[str, float]:
-    """The samples that Prometheus would read, by name and labels."""
+    """Return the samples of the metrics, by name and labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
@@ -50,7 +50,7 @@ def described(server: Server, bundle: str = "") -> pb.DescribeModelResponse:
         return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(bundle=bundle), timeout=PATIENCE)
 
 
-def test_metrics_count_what_happens(golden_bundle: Callable[[str], Path], ss: Material) -> None:
+def test_metrics_count_sessions_frames_and_refusals(golden_bundle: Callable[[str], Path], ss: Material) -> None:
     port = free_port()
     label = f'{{bundle="{SS}"}}'
     with running_server(golden_bundle(SS), "--metrics-port", port) as server:
@@ -58,8 +58,8 @@ def test_metrics_count_what_happens(golden_bundle: Callable[[str], Path], ss: Ma
             device.started()
             device.hints(5)
             eventually(lambda: metrics(port)[f"kb_sessions{label}"] == 1)
-            with Device(server, ss.opening(bundle_id="another")) as stranger:
-                assert stranger.end()[0] == "FAILED_PRECONDITION"
+            with Device(server, ss.opening(bundle_id="another")) as refused:
+                assert refused.end()[0] == "FAILED_PRECONDITION"
             device.finish()
             assert device.end()[0] == "OK"
         eventually(lambda: metrics(port)[f"kb_sessions{label}"] == 0)
@@ -72,11 +72,11 @@ def test_metrics_count_what_happens(golden_bundle: Callable[[str], Path], ss: Ma
     assert counted['kb_refused_total{status="FAILED_PRECONDITION"}'] == 1
 
 
-def test_hints_that_are_too_late_come_without_their_values(golden_bundle: Callable[[str], Path], ss: Material) -> None:
+def test_late_hints_have_no_values(golden_bundle: Callable[[str], Path], ss: Material) -> None:
     port = free_port()
     label = f'{{bundle="{SS}"}}'
     with running_server(golden_bundle(SS), "--metrics-port", port) as server:
-        # All at once: the later ones wait for longer than a millisecond.
+        # All frames are sent at once, so that most of them wait longer than a millisecond.
         with Device(server, ss.opening(hint_deadline_ms=1), ss.audio(0, 60)) as device:
             device.started()
             eventually(lambda: metrics(port)[f"kb_frames_total{label}"] == 60)
@@ -92,7 +92,7 @@ def test_hints_that_are_too_late_come_without_their_values(golden_bundle: Callab
         assert worst(ss.values(sent), ss.hints[[hint.frame for hint in sent]]) < TOLERANCE
 
 
-def test_a_draining_server_tells_its_devices_and_gives_them_time(
+def test_a_draining_server_notifies_its_devices_and_gives_them_time(
     golden_bundle: Callable[[str], Path], ss: Material
 ) -> None:
     with running_server(golden_bundle(SS), "--drain-seconds", 5) as server:
@@ -101,26 +101,26 @@ def test_a_draining_server_tells_its_devices_and_gives_them_time(
                 device.started()
                 device.hints(1)
             assert health(server) == health_pb2.HealthCheckResponse.SERVING
-            began = time.monotonic()
+            started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             for device in (stays, goes):
-                told = next(device.call)
-                assert told.WhichOneof("response") == "draining"
-                assert told.draining.seconds == 5
+                response = next(device.call)
+                assert response.WhichOneof("response") == "draining"
+                assert response.draining.seconds == 5
             assert health(server) == health_pb2.HealthCheckResponse.NOT_SERVING
             with Device(server, ss.opening()) as newcomer:
-                assert newcomer.end() == ("UNAVAILABLE", "the server is shutting down; try another")
-            # Until they go they are served as before.
+                assert newcomer.end() == ("UNAVAILABLE", "the server is shutting down; try another server")
+            # Until they leave, the devices are served as before.
             goes.send(ss.audio(1))
             assert goes.hints(1)[0].frame == 1
             goes.finish()
             assert goes.end()[0] == "OK"
-            assert stays.end() == ("UNAVAILABLE", "the server is shutting down; try another")
-            assert time.monotonic() - began > 4.5
+            assert stays.end() == ("UNAVAILABLE", "the server is shutting down; try another server")
+            assert time.monotonic() - started > 4.5
         assert server.process.wait(timeout=PATIENCE) == 0
 
 
-def test_a_session_that_comes_as_the_server_begins_to_drain_is_refused(
+def test_a_session_that_opens_when_the_server_begins_to_drain_is_refused(
     golden_bundle: Callable[[str], Path], ss: Material
 ) -> None:
     with running_server(golden_bundle(SS), "--drain-seconds", 20) as server:
@@ -136,7 +136,7 @@ def test_a_session_that_comes_as_the_server_begins_to_drain_is_refused(
         assert server.process.wait(PATIENCE) == 0
 
 
-def test_a_hang_up_while_it_loads_does_not_end_a_server(golden_bundle: Callable[[str], Path]) -> None:
+def test_sighup_during_the_start_does_not_end_a_server(golden_bundle: Callable[[str], Path]) -> None:
     process = subprocess.Popen(
         command("kb-server", "--bundle", golden_bundle(SS), "--port", 0, "--device", "cpu", "--until-stdin-ends"),
         env=environment(),
@@ -148,7 +148,7 @@ def test_a_hang_up_while_it_loads_does_not_end_a_server(golden_bundle: Callable[
     assert process.stdout is not None
     try:
         status = Path(f"/proc/{process.pid}/status")
-        # Ignored or handled, and so not deadly any more.
+        # The signal is ignored or handled, so that it no longer ends the process.
         eventually(lambda: bool(int(_field(status, "SigIgn"), 16) & 1 or int(_field(status, "SigCgt"), 16) & 1))
         process.send_signal(signal.SIGHUP)
         assert "listening on" in process.stdout.readline()
@@ -161,13 +161,13 @@ def _field(status: Path, name: str) -> str:
     return next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
 
 
-def test_copies_of_a_bundle_are_one_bundle(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_copies_of_a_bundle_are_served_once(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(golden_bundle(SS), tmp_path / name)
     with running_server(tmp_path) as server:
         count = threads(server.process.pid)
         assert list(described(server).bundles) == [SS]
-        # A broken one beside it: nothing changes, and nothing is left of the attempt.
+        # With an invalid bundle in the folder, nothing changes, and the failed attempt leaves no resources behind.
         shutil.copytree(golden_bundle(TSE), tmp_path / "another")
         shutil.copytree(golden_bundle(TSE), tmp_path / "broken")
         (tmp_path / "broken" / "large.safetensors").write_bytes(b"")
@@ -178,10 +178,10 @@ def test_copies_of_a_bundle_are_one_bundle(golden_bundle: Callable[[str], Path],
             server.process.send_signal(signal.SIGHUP)
             eventually(lambda before=seen: any("reload_failed" in line for line in server.log[before:]))  # type: ignore[misc]
         assert list(described(server).bundles) == [SS]
-        assert threads(server.process.pid) <= count + 2  # of the pool that reads files
+        assert threads(server.process.pid) <= count + 2  # the threads of the pool that reads files
 
 
-def test_a_server_of_two_bundles_serves_both(golden_bundle: Callable[[str], Path], ss: Material, tse: Material) -> None:
+def test_a_server_serves_two_bundles(golden_bundle: Callable[[str], Path], ss: Material, tse: Material) -> None:
     with running_server(golden_bundle(SS), "--bundle", golden_bundle(TSE)) as server:
         for stream in (ss, tse):
             with Device(server, stream.opening(), stream.audio(0)) as device:
@@ -190,11 +190,11 @@ def test_a_server_of_two_bundles_serves_both(golden_bundle: Callable[[str], Path
         assert described(server).bundle_name == SS
         assert described(server, TSE).task == "tse"
         assert described(server, tse.manifest.id).bundle_name == TSE
-        with pytest.raises(grpc.RpcError, match="'nonsense' is none of"):
+        with pytest.raises(grpc.RpcError, match="'nonsense' is unknown; give one of"):
             described(server, "nonsense")
 
 
-def test_another_bundle_is_loaded_beside_the_old_one_without_touching_a_session(
+def test_bundles_are_added_and_removed_without_an_effect_on_sessions(
     golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path], tmp_path: Path, ss: Material
 ) -> None:
     folder = tmp_path / "bundles"
@@ -209,7 +209,7 @@ def test_another_bundle_is_loaded_beside_the_old_one_without_touching_a_session(
         with Device(server, new.opening(), new.audio(0)) as other:
             other.started()
             other.hints(1)
-        # A bundle that is gone takes no new sessions, and goes with its last one.
+        # A removed bundle accepts no new sessions, and serves the open ones to their end.
         shutil.rmtree(folder / "first")
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_log(f'"retired": \\["{SS}"\\]')
@@ -217,7 +217,7 @@ def test_another_bundle_is_loaded_beside_the_old_one_without_touching_a_session(
         assert device.hints(1)[0].frame == 1
         with Device(server, ss.opening()) as late:
             assert late.end()[0] == "FAILED_PRECONDITION"
-        # What cannot be loaded changes nothing.
+        # A bundle that cannot be loaded changes nothing.
         shutil.copytree(golden_bundle("ss_delay0"), folder / "third")
         (folder / "third" / "large.safetensors").write_bytes(b"")
         server.process.send_signal(signal.SIGHUP)
@@ -226,7 +226,7 @@ def test_another_bundle_is_loaded_beside_the_old_one_without_touching_a_session(
         assert device.hints(1)[0].frame == 2
 
 
-def test_workers_share_a_port_and_one_that_dies_is_replaced(golden_bundle: Callable[[str], Path], ss: Material) -> None:
+def test_workers_share_a_port_and_a_killed_one_is_replaced(golden_bundle: Callable[[str], Path], ss: Material) -> None:
     with running_server(golden_bundle(SS), "--workers", 2) as server:
         server.wait_for_log('"event": "server_started"')
         eventually(lambda: sum('"event": "server_started"' in line for line in server.log) == 2)
@@ -244,25 +244,25 @@ def test_workers_share_a_port_and_one_that_dies_is_replaced(golden_bundle: Calla
         assert not any(Path(f"/proc/{worker}").exists() for worker in (*workers, *children(server.process.pid)))
 
 
-def test_workers_tell_a_fault_of_their_command_once() -> None:
+def test_workers_report_a_fault_of_their_arguments_once() -> None:
     assert "nonesuch: no bundle of that name" in refusal(
         "kb-server", "--bundle", "nonesuch", "--workers", 3, "--port", 0
     )
 
 
 def children(parent: int) -> list[int]:
-    found = []
+    processes = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[1]) == parent:
-            found.append(int(status.parent.name))
-    return found
+            processes.append(int(status.parent.name))
+    return processes
 
 
-def test_auto_measures_how_many_sessions_fit(golden_bundle: Callable[[str], Path]) -> None:
+def test_auto_measures_the_number_of_sessions(golden_bundle: Callable[[str], Path]) -> None:
     with running_server(golden_bundle(SS), "--max-sessions", "auto") as server:
         started = server.wait_for_log('"event": "server_started"')
         measured = int(re.search(rf'"{SS}": (\d+)', started)[1])  # type: ignore[index]

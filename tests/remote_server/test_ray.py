@@ -1,4 +1,4 @@
-"""The hint service on a Ray cluster: one address in front of replicas that come, go and fail."""
+"""Tests for the hint service on a Ray cluster: one address for replicas that start, stop and fail."""
 
 import os
 import signal
@@ -36,7 +36,8 @@ SCALING = {
     "metrics_interval_s": 0.5,
 }
 ATTEMPTS = 3
-# Live sessions run at a quarter of a device's pace, for a machine of few cores: a burst of frames every 16 ticks.
+# A machine with few cores cannot run all live sessions in real time. So they run at a quarter of the pace of a device,
+# with a burst of frames every 16 ticks.
 BURST, TICK, TICKS = 4, 0.02, 16  # frames, seconds, ticks
 
 
@@ -57,28 +58,28 @@ def cluster(bundle: Path) -> Iterator[RayCluster]:
 
 
 class Live:
-    """A device's live session, on a thread, and what it is told of its server."""
+    """The live session of a device, on a thread, and the events of its connection."""
 
     def __init__(self, address: str, bundle: Path) -> None:
         self._manifest = read_manifest(bundle)
         self._hints = LiveHints([address], self._manifest, encodings=Encodings())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run)
-        self.told: list[tuple[float, ServerEvent]] = []
-        self.heard: list[float] = []  # when hints came, in time for their frame or not
+        self.events: list[tuple[float, ServerEvent]] = []
+        self.hint_times: list[float] = []  # when hints arrived, on time or late
         self._hints.start()
         self._thread.start()
 
     @property
     def connected(self) -> bool:
-        """Whether hints come."""
-        return bool(self.told) and self.told[-1][1].connected
+        """Whether hints arrive."""
+        return bool(self.events) and self.events[-1][1].connected
 
     @property
     def moved(self) -> bool:
-        """Whether its replica has said that it shuts down; where it found no other place in time, at the end."""
-        words = "shuts down; moving to", "UNAVAILABLE: the server is shutting down"
-        return any(word in event.text for _, event in self.told for word in words)
+        """Whether its replica announced its shutdown, or ended the session for that reason."""
+        texts = "shuts down; moving to", "UNAVAILABLE: the server is shutting down"
+        return any(text in event.text for _, event in self.events for text in texts)
 
     def close(self) -> None:
         self._closed.set()
@@ -92,9 +93,9 @@ class Live:
         while not self._closed.wait(TICK):
             if self._hints.late > late:
                 late = self._hints.late
-                self.heard.append(time.monotonic())
+                self.hint_times.append(time.monotonic())
             while self._hints.events:
-                self.told.append((time.monotonic(), self._hints.events.popleft()))
+                self.events.append((time.monotonic(), self._hints.events.popleft()))
             tick += 1
             if tick % TICKS:
                 continue
@@ -102,13 +103,13 @@ class Live:
                 samples = np.zeros((model.microphones, chunk if frame else chunk + lookahead), np.float32)
                 self._hints.send(frame, samples, time.perf_counter_ns())
                 if self._hints.take(max(0, frame - BURST), time.perf_counter_ns()) is not None:
-                    self.heard.append(time.monotonic())
+                    self.hint_times.append(time.monotonic())
                 frame += 1
 
 
 @contextmanager
 def live_sessions(cluster: RayCluster, bundle: Path, count: int) -> Iterator[list[Live]]:
-    """Live sessions that all have hints."""
+    """Open live sessions, and wait until all of them get hints."""
     with ExitStack() as stack:
         sessions = []
         for _ in range(count):
@@ -120,7 +121,7 @@ def live_sessions(cluster: RayCluster, bundle: Path, count: int) -> Iterator[lis
 
 @contextmanager
 def open_sessions(cluster: RayCluster, case: Material, count: int) -> Iterator[list[Device]]:
-    """Sessions that have been accepted."""
+    """Open sessions, and wait until all of them have started."""
     with ExitStack() as stack:
         devices = [stack.enter_context(Device(cluster.server, case.opening(), timeout=None)) for _ in range(count)]
         for device in devices:
@@ -128,7 +129,7 @@ def open_sessions(cluster: RayCluster, case: Material, count: int) -> Iterator[l
         yield devices
 
 
-def test_a_call_each_goes_through_the_one_address(cluster: RayCluster, case: Material) -> None:
+def test_each_method_can_be_called_at_the_common_address(cluster: RayCluster, case: Material) -> None:
     with grpc.insecure_channel(cluster.server.address) as channel:
         stub = HintServiceStub(channel)
         answer = stub.DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE)
@@ -143,7 +144,7 @@ def test_a_call_each_goes_through_the_one_address(cluster: RayCluster, case: Mat
     assert case.manifest.id in details
 
 
-def test_many_sessions_bring_a_second_replica_and_both_give_the_golden_hints(
+def test_many_sessions_start_a_second_replica_and_both_give_the_golden_hints(
     cluster: RayCluster, case: Material
 ) -> None:
     with open_sessions(cluster, case, DEVICES):
@@ -164,33 +165,33 @@ def test_many_sessions_bring_a_second_replica_and_both_give_the_golden_hints(
             assert device.end()[0] == "OK"
 
 
-def test_the_sessions_of_a_killed_replica_have_hints_from_the_other(
+def test_the_sessions_of_a_killed_replica_get_hints_from_the_other_one(
     cluster: RayCluster, case: Material, bundle: Path
 ) -> None:
     with open_sessions(cluster, case, DEVICES - 1):
         cluster.wait_for_replicas(2)
     with live_sessions(cluster, bundle, DEVICES) as sessions:
         assert min(cluster.sessions().values()) >= DEVICES // 4
-        before = [len(session.told) for session in sessions]
+        before = [len(session.events) for session in sessions]
         killed = time.monotonic()
         os.kill(replica_processes()[0], signal.SIGKILL)
         cluster.wait_for("a loss", lambda: any(not session.connected for session in sessions))
         cluster.wait_for("hints for all", lambda: all(session.connected for session in sessions))
-        lost = [session for session, seen in zip(sessions, before, strict=True) if len(session.told) > seen]
+        lost = [session for session, seen in zip(sessions, before, strict=True) if len(session.events) > seen]
         assert DEVICES // 4 <= len(lost) <= DEVICES - DEVICES // 4
         for session in lost:
-            gone = next(at for at, event in session.told if at > killed and not event.connected)
-            # The third replica, as it starts, takes a core from the second: hints may be late, but they come.
-            assert any(at > gone for at in session.heard), session.told
+            lost_at = next(at for at, event in session.events if at > killed and not event.connected)
+            # The third replica takes a core from the second one while it starts. So hints can be late, but they arrive.
+            assert any(at > lost_at for at in session.hint_times), session.events
         cluster.wait_for("a new process", lambda: len(replica_processes()) == 2)
         cluster.wait_for_replicas(2)
 
 
-def test_a_replica_that_is_not_needed_sends_its_sessions_to_the_other(
+def test_the_sessions_of_a_replica_that_is_not_needed_move_to_the_other_one(
     cluster: RayCluster, case: Material, bundle: Path
 ) -> None:
-    # On a busy machine sessions that had no hints for too long open new ones, and the replica that goes may have none
-    # left that it could send away.
+    # On a busy machine, sessions without hints for too long open new ones. Then the replica that stops can have no
+    # session that could move.
     assert any(_sessions_move(cluster, case, bundle) for _ in range(ATTEMPTS))
 
 

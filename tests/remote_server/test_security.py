@@ -1,4 +1,4 @@
-"""A server that other machines can reach: TLS, tokens, and what each is refused without."""
+"""Tests for the security of a server: TLS, client certificates and tokens."""
 
 import json
 import os
@@ -26,8 +26,8 @@ from tests.remote_server.driver import Material
 
 Metadata = tuple[tuple[str, str], ...]
 
-WANTS_TOKEN = "this server wants a token, in the metadata 'authorization: Bearer TOKEN'"
-UNKNOWN = "this server does not know the token"
+TOKEN_REQUIRED = "this server requires a token in the metadata 'authorization: Bearer TOKEN'"
+TOKEN_UNKNOWN = "this server does not know the token"
 
 
 def describe(to: grpc.Channel, metadata: Metadata = ()) -> str:
@@ -37,7 +37,7 @@ def describe(to: grpc.Channel, metadata: Metadata = ()) -> str:
 
 
 def status_of(call: Any) -> tuple[str, str]:
-    """The status and details in which a call ends, all of its answers read."""
+    """Read all responses of a call. Return its status and details."""
     try:
         answers = call()
         if isinstance(answers, grpc.Call):
@@ -49,7 +49,7 @@ def status_of(call: Any) -> tuple[str, str]:
 
 
 def calls(to: grpc.Channel, ss: Material, metadata: Metadata) -> dict[str, tuple[str, str]]:
-    """What every method of a server makes of the metadata."""
+    """Call all methods of a server with some metadata. Return the status and details of each."""
     service, listing = HintServiceStub(to), reflection_pb2.ServerReflectionRequest(list_services="")
     options: dict[str, Any] = {"metadata": metadata, "timeout": PATIENCE}
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(to)
@@ -64,24 +64,24 @@ def calls(to: grpc.Channel, ss: Material, metadata: Metadata) -> dict[str, tuple
 
 
 @pytest.mark.parametrize(
-    ("metadata", "why"),
+    ("metadata", "reason"),
     [
-        ((), WANTS_TOKEN),
-        ((("authorization", TOKENS["laptop"]),), WANTS_TOKEN),
-        ((("authorization", f"Basic {TOKENS['laptop']}"),), WANTS_TOKEN),
-        (bearer(TOKENS["laptop"]) + bearer(TOKENS["laptop"]), WANTS_TOKEN),
-        (bearer(""), UNKNOWN),
-        (bearer("wrong-0123456789-9fGkq2"), UNKNOWN),
-        (bearer(TOKENS["laptop"][:-1]), UNKNOWN),
-        (bearer(TOKENS["laptop"] + "2"), UNKNOWN),
+        ((), TOKEN_REQUIRED),
+        ((("authorization", TOKENS["laptop"]),), TOKEN_REQUIRED),
+        ((("authorization", f"Basic {TOKENS['laptop']}"),), TOKEN_REQUIRED),
+        (bearer(TOKENS["laptop"]) + bearer(TOKENS["laptop"]), TOKEN_REQUIRED),
+        (bearer(""), TOKEN_UNKNOWN),
+        (bearer("wrong-0123456789-9fGkq2"), TOKEN_UNKNOWN),
+        (bearer(TOKENS["laptop"][:-1]), TOKEN_UNKNOWN),
+        (bearer(TOKENS["laptop"] + "2"), TOKEN_UNKNOWN),
     ],
     ids=["none", "no scheme", "another scheme", "two", "empty", "wrong", "cut short", "longer"],
 )
 def test_every_call_needs_a_known_token(
-    metadata: Metadata, why: str, guarded_server: Server, certificates: Certificates, ss: Material
+    metadata: Metadata, reason: str, guarded_server: Server, certificates: Certificates, ss: Material
 ) -> None:
     with channel(guarded_server.address, certificates.ca) as to:
-        assert set(calls(to, ss, metadata).values()) == {("UNAUTHENTICATED", why)}
+        assert set(calls(to, ss, metadata).values()) == {("UNAUTHENTICATED", reason)}
 
 
 def test_health_needs_no_token(guarded_server: Server, certificates: Certificates) -> None:
@@ -97,9 +97,9 @@ def test_a_known_token_is_served_and_named_in_the_log(
     with channel(guarded_server.address, certificates.ca) as to:
         results = calls(to, ss, bearer(TOKENS["laptop"]))
     assert results["StreamHints"] == results["DescribeModel"] == ("OK", "")
-    # It goes as far as without tokens.
+    # The request is accepted, and then refused because it is empty.
     assert results["Enroll"][0] == "INVALID_ARGUMENT"
-    # Not loopback: the interface is not described.
+    # The server does not listen on a loopback address, so there is no reflection.
     assert results["ServerReflectionInfo"][0] == "UNIMPLEMENTED"
     assert any('"session_opened"' in line and '"caller": "laptop"' in line for line in guarded_server.log[seen:])
 
@@ -107,13 +107,13 @@ def test_a_known_token_is_served_and_named_in_the_log(
 def test_a_token_for_another_bundle(guarded_server: Server, certificates: Certificates, ss: Material) -> None:
     with channel(guarded_server.address, certificates.ca) as to:
         results = calls(to, ss, bearer(TOKENS["elsewhere"]))
-    why = f"the token of elsewhere is not for the bundle {ss.manifest.name}; ask whoever runs this server"
-    assert results["StreamHints"] == results["DescribeModel"] == ("PERMISSION_DENIED", why)
+    reason = f"the token of elsewhere is not for the bundle {ss.manifest.name}; ask the operator of this server"
+    assert results["StreamHints"] == results["DescribeModel"] == ("PERMISSION_DENIED", reason)
 
 
 @contextmanager
 def session(to: grpc.Channel, ss: Material, token: str) -> Iterator[Any]:
-    """A session that is open until the block ends."""
+    """Open a session until the block ends."""
     outbox: SimpleQueue[pb.StreamHintsRequest | None] = SimpleQueue()
     outbox.put(ss.opening())
     call: Any = HintServiceStub(to).StreamHints(iter(outbox.get, None), metadata=bearer(token), timeout=PATIENCE)
@@ -124,7 +124,7 @@ def session(to: grpc.Channel, ss: Material, token: str) -> Iterator[Any]:
         call.cancel()
 
 
-def test_a_tokens_sessions_are_counted(guarded_server: Server, certificates: Certificates, ss: Material) -> None:
+def test_the_sessions_of_a_token_are_limited(guarded_server: Server, certificates: Certificates, ss: Material) -> None:
     opening: Any = [ss.opening()]
 
     def attempt(token: str) -> tuple[str, str]:
@@ -135,16 +135,16 @@ def test_a_tokens_sessions_are_counted(guarded_server: Server, certificates: Cer
     with channel(guarded_server.address, certificates.ca) as to:
         with session(to, ss, TOKENS["single"]) as call:
             next(call)
-            status, why = attempt(TOKENS["single"])
+            status, details = attempt(TOKENS["single"])
             assert status == "RESOURCE_EXHAUSTED"
-            assert why == "all sessions of the token of single (1) are taken; end one, or try again later"
-            # Other tokens have their own, and this one other calls.
+            assert details == "all sessions of the token of single (1) are in use; end one or try again later"
+            # Other tokens have their own sessions, and this token can make other calls.
             assert attempt(TOKENS["laptop"]) == ("OK", "")
             assert describe(to, bearer(TOKENS["single"])) == "OK"
-        wait_until(lambda: attempt(TOKENS["single"])[0] == "OK", "the place of a session that ended stays taken")
+        wait_until(lambda: attempt(TOKENS["single"])[0] == "OK", "the slot of a session that ended stays in use")
 
 
-def test_a_changed_file_of_tokens_counts_at_once_and_a_broken_one_does_not(
+def test_a_changed_file_of_tokens_takes_effect_and_an_invalid_one_does_not(
     guarded_server: Server, certificates: Certificates
 ) -> None:
     path, added = certificates.folder / "tokens.toml", "added-0123456789-Zk82jq"
@@ -154,17 +154,21 @@ def test_a_changed_file_of_tokens_counts_at_once_and_a_broken_one_does_not(
             path.write_text(f'[[token]]\nname = "added"\ntoken = "{added}"\n')
             wait_until(lambda: describe(to, bearer(added)) == "OK", "the new token is not known")
             assert describe(to, bearer(TOKENS["laptop"])) == "UNAUTHENTICATED"
-            for broken in (f'[[token]]\nname = "x"\ntoken = {added}\n', '[[token]]\nname = "x"\ntoken = "short"\n', ""):
+            for invalid in (
+                f'[[token]]\nname = "x"\ntoken = {added}\n',
+                '[[token]]\nname = "x"\ntoken = "short"\n',
+                "",
+            ):
                 seen = len(guarded_server.log)
-                path.write_text(broken)
+                path.write_text(invalid)
                 wait_until(
                     lambda seen=seen: (
                         describe(to, bearer(added)) == "OK"  # type: ignore[misc]
-                        and any("what was read before stays" in line for line in guarded_server.log[seen:])
+                        and any("the change is invalid" in line for line in guarded_server.log[seen:])
                     ),
-                    "a broken file is not told, or has taken the tokens away",
+                    "an invalid file is not reported, or has removed the tokens",
                 )
-                lines = [line for line in guarded_server.log[seen:] if "what was read before stays" in line]
+                lines = [line for line in guarded_server.log[seen:] if "the change is invalid" in line]
                 assert len(lines) == 1
         finally:
             path.write_text(TOKENS_FILE)
@@ -172,9 +176,7 @@ def test_a_changed_file_of_tokens_counts_at_once_and_a_broken_one_does_not(
     secrets_are_kept(guarded_server, certificates, added, "short")
 
 
-def test_sessions_of_a_token_that_was_taken_away_end(
-    guarded_server: Server, certificates: Certificates, ss: Material
-) -> None:
+def test_the_sessions_of_a_removed_token_end(guarded_server: Server, certificates: Certificates, ss: Material) -> None:
     path = certificates.folder / "tokens.toml"
     added = TOKENS_FILE + '[[token]]\nname = "lost"\ntoken = "lost-0123456789-Zk82jq"\n'
     with channel(guarded_server.address, certificates.ca) as to:
@@ -194,14 +196,14 @@ def test_sessions_of_a_token_that_was_taken_away_end(
         with pytest.raises(grpc.RpcError):
             next(gone)
         assert gone.code() is grpc.StatusCode.UNAUTHENTICATED
-        assert "does not know the token any more" in gone.details()
-        ended = json.loads(guarded_server.wait_for_log("does not know the token any more"))
+        assert "no longer accepts the token" in gone.details()
+        ended = json.loads(guarded_server.wait_for_log("no longer accepts the token"))
         assert (ended["event"], ended["token"]) == ("session_closed", "revoked")
         assert stays.is_active()
         stays.cancel()
 
 
-def test_nobody_hears_of_bundles_that_are_not_for_him(
+def test_bundles_are_hidden_from_callers_without_permission(
     guarded_server: Server, certificates: Certificates, ss: Material
 ) -> None:
     with channel(guarded_server.address, certificates.ca) as to:
@@ -215,7 +217,7 @@ def test_nobody_hears_of_bundles_that_are_not_for_him(
     assert ss.manifest.id not in call.details()
 
 
-def test_a_renewed_certificate_is_shown_to_new_connections(guarded_server: Server, certificates: Certificates) -> None:
+def test_new_connections_get_a_renewed_certificate(guarded_server: Server, certificates: Certificates) -> None:
     def status(authority: Path) -> str:
         with channel(guarded_server.address, authority) as to:
             return describe(to, bearer(TOKENS["laptop"]))
@@ -231,18 +233,18 @@ def test_a_renewed_certificate_is_shown_to_new_connections(guarded_server: Serve
                 status(certificates.ca) == "OK"
                 and any("is not the key of" in line for line in guarded_server.log[seen:])
             ),
-            "half of a new pair is not told, or is used",
+            "a certificate without its key is not reported, or is used",
         )
         certificates.issue("server", "localhost", "127.0.0.1", authority=certificates.foreign)
-        wait_until(lambda: status(certificates.foreign_ca) == "OK", "the new certificate is not shown")
+        wait_until(lambda: status(certificates.foreign_ca) == "OK", "the new certificate is not used")
         assert status(certificates.ca) == "UNAVAILABLE"
     finally:
         for path, content in zip(pair, before, strict=True):
             path.write_bytes(content)
-    wait_until(lambda: status(certificates.ca) == "OK", "the old certificate is not shown again")
+    wait_until(lambda: status(certificates.ca) == "OK", "the old certificate is not used again")
 
 
-def test_a_device_needs_a_certificate_that_the_server_knows(
+def test_a_client_needs_a_certificate_from_the_authority_of_the_server(
     mutual_server: Server, certificates: Certificates, ss: Material
 ) -> None:
     def status(name: str | None) -> str:
@@ -259,11 +261,11 @@ def test_a_device_needs_a_certificate_that_the_server_knows(
     with channel(mutual_server.address, certificates.ca, certificates.pair("device")) as to:
         results = calls(to, ss, ())
     assert results["StreamHints"] == ("OK", "")
-    # As --reflection says, though others than this machine can connect.
+    # The flag --reflection provides it, although other machines can connect.
     assert results["ServerReflectionInfo"] == ("OK", "")
 
 
-def test_what_is_not_encrypted_does_not_get_through(
+def test_encrypted_and_unencrypted_ends_do_not_connect(
     guarded_server: Server, certificates: Certificates, ss_server: Server
 ) -> None:
     with grpc.insecure_channel(guarded_server.address) as to:
@@ -273,7 +275,7 @@ def test_what_is_not_encrypted_does_not_get_through(
 
 
 def secrets_are_kept(server: Server, certificates: Certificates, *others: str) -> None:
-    """No token and no line of a key is in the log. The server prints one line to standard output, which was read."""
+    """Check that the log, which is the only further output of the server, contains no token and no part of a key."""
     key = certificates.pair("server")[1].read_text().splitlines()[1]
     log = "".join(server.log)
     assert "UNAUTHENTICATED" in log
@@ -281,7 +283,7 @@ def secrets_are_kept(server: Server, certificates: Certificates, *others: str) -
     assert "Traceback" not in log
 
 
-def test_secrets_are_in_no_log(guarded_server: Server, certificates: Certificates) -> None:
+def test_the_log_contains_no_secrets(guarded_server: Server, certificates: Certificates) -> None:
     with channel(guarded_server.address, certificates.ca) as to:
         assert describe(to, bearer("stranger-0123456789")) == "UNAUTHENTICATED"
     line = json.loads(guarded_server.wait_for_log("DescribeModel.*UNAUTHENTICATED"))
@@ -301,7 +303,7 @@ def test_other_machines_need_tls(capsys: pytest.CaptureFixture[str], certificate
     assert "--insecure" in line
 
 
-def test_certificates_that_cannot_be_used(
+def test_invalid_certificates_are_refused(
     certificates: Certificates, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     certificate, key = certificates.pair("server")
@@ -330,45 +332,45 @@ def test_certificates_that_cannot_be_used(
         (certificate, key, text, f"{text}: contains no certificate in PEM"),
         (certificate, key, expired[0], f"{expired[0]}: the certificate expired on 2020-01-01"),
     ]
-    for cert_file, key_file, authority, why in cases:
+    for cert_file, key_file, authority, message in cases:
         flags: list[object] = ["--tls-cert", cert_file, "--tls-key", key_file]
         flags += ["--tls-client-ca", authority] if authority is not None else []
-        assert refusal_here("kb-server", capsys, *flags).startswith(why)
+        assert refusal_here("kb-server", capsys, *flags).startswith(message)
 
 
 SECRET = "secret-0123456789-xYz"
 TOKEN_FILES = {
-    "": "must hold one or more [[token]]",
-    "tokens = 3": "must hold one or more [[token]] and nothing else",
-    f"{SECRET}": "is no TOML (at",
-    f"[[token]]\ntoken = '{SECRET}": "is no TOML (at",
+    "": "must contain one or more [[token]]",
+    "tokens = 3": "must contain one or more [[token]] and nothing else",
+    f"{SECRET}": "is not valid TOML (at",
+    f"[[token]]\ntoken = '{SECRET}": "is not valid TOML (at",
     f"[[token]]\ntoken = '{SECRET}'": "[[token]] number 1: name: Field required",
     f"[[token]]\nname = 'a b'\ntoken = '{SECRET}'": "name: String should match",
-    "[[token]]\nname = 'a'\ntoken = 'secret-01234567'": "token: must have 16 characters or more, of ASCII",
-    f"[[token]]\nname = 'a'\ntoken = '{SECRET} and more'": "token: must have 16 characters or more, of ASCII",
-    f"[[token]]\nname = 'a'\ntoken = '{SECRET}'\n{SECRET} = 1": "may have name, token, sessions, bundles",
+    "[[token]]\nname = 'a'\ntoken = 'secret-01234567'": "token: must have at least 16 ASCII characters",
+    f"[[token]]\nname = 'a'\ntoken = '{SECRET} and more'": "token: must have at least 16 ASCII characters",
+    f"[[token]]\nname = 'a'\ntoken = '{SECRET}'\n{SECRET} = 1": "can have only name, token, sessions, bundles",
     f"[[token]]\nname = 'a'\ntoken = '{SECRET}'\nsessions = 0": "sessions: Input should be greater than or equal to 1",
     f"[[token]]\nname = 'a'\ntoken = '{SECRET}'\nbundles = '{SECRET}'": "bundles: Input should be a valid list",
     f"[[token]]\nname = 'a'\ntoken = ['{SECRET}']": "token: Input should be a valid string",
-    f"token = ['{SECRET}']": "[[token]] number 1: may have name, token, sessions, bundles",
-    f"[[token]]\nname = 'a'\ntoken = '{SECRET}'\n[[token]]\nname = 'a'\ntoken = '{SECRET}2'": "name a is there twice",
+    f"token = ['{SECRET}']": "[[token]] number 1: can have only name, token, sessions, bundles",
+    f"[[token]]\nname = 'a'\ntoken = '{SECRET}'\n[[token]]\nname = 'a'\ntoken = '{SECRET}2'": "name a appears twice",
     f"[[token]]\nname = 'a'\ntoken = '{SECRET}'\n[[token]]\nname = 'b'\ntoken = '{SECRET}'": "b has the token of a",
 }
 
 
-@pytest.mark.parametrize(("content", "why"), TOKEN_FILES.items(), ids=range(len(TOKEN_FILES)))
-def test_token_files_that_cannot_be_used(
-    content: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("content", "message"), TOKEN_FILES.items(), ids=range(len(TOKEN_FILES)))
+def test_invalid_token_files_are_refused(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_private(tmp_path / "tokens.toml", content)
     line = refusal_here("kb-server", capsys, "--auth-tokens", path)
     assert line.startswith(f"{path}: ")
-    assert why in line
+    assert message in line
     assert SECRET[:15] not in line
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_secrets_that_everybody_can_read_are_warned_of(
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_secrets_that_all_users_can_read_cause_a_warning(
     certificates: Certificates, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     certificate, key = certificates.pair("server")

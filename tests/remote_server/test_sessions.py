@@ -1,4 +1,4 @@
-"""Sessions give the hints of the published computation, whoever else is there and however the audio is cut."""
+"""Tests for sessions: they give the hints of the published computation, for any messages and with other sessions."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ from tests.remote_server.driver import Device, Material, Request, assert_logged,
 
 
 def whole_session(server: Server, *requests: Request, count: int) -> list[pb.Hint]:
-    """The hints of a session that ends as it should."""
+    """Run a session to its proper end, and return its hints."""
     with Device(server, *requests) as device:
         device.finish()
         device.started()
@@ -57,7 +57,7 @@ def test_another_speaker_gives_other_hints(tse_server: Server, tse: Material) ->
     assert worst(tse.values(hints), tse.hints[:20]) > 100 * TOLERANCE
 
 
-def test_eight_sessions_at_once_do_not_touch_each_other(ss_server: Server, ss: Material) -> None:
+def test_eight_concurrent_sessions_do_not_affect_each_other(ss_server: Server, ss: Material) -> None:
     sessions, frames = 8, 60
     rng = np.random.default_rng(8)
     gains = np.linspace(0.2, 1.6, sessions, dtype=np.float32)
@@ -68,7 +68,7 @@ def test_eight_sessions_at_once_do_not_touch_each_other(ss_server: Server, ss: M
     )
     expected = ss.offline_hints(inputs)
 
-    # Session k joins when those before it have had some frames; from then on chance says who is next.
+    # Each session starts after the earlier ones have sent some frames. Then the order of sessions is random.
     turns = [k for k in range(sessions) for _ in range(5 + k)]
     turns += [int(k) for k in rng.permutation([k for k in range(sessions) for _ in range(frames - 5 - k)])]
     devices: dict[int, Device] = {}
@@ -81,8 +81,8 @@ def test_eight_sessions_at_once_do_not_touch_each_other(ss_server: Server, ss: M
         devices[k].send(ss.audio(sent[k], 1, inputs[k]))
         sent[k] += 1
         if turn == len(turns) // 2:
-            bad = [ss.opening(), ss.audio(0), message(1, encode_pcm(ss.window(1) * np.nan, pb.PCM_ENCODING_F32LE))]
-            with Device(ss_server, *bad) as device:
+            invalid = [ss.opening(), ss.audio(0), message(1, encode_pcm(ss.window(1) * np.nan, pb.PCM_ENCODING_F32LE))]
+            with Device(ss_server, *invalid) as device:
                 ended = device.end()
             assert ended == ("INVALID_ARGUMENT", "audio.pcm has samples that are NaN or infinite")
         if turn == 2 * len(turns) // 3:
@@ -99,7 +99,7 @@ def test_eight_sessions_at_once_do_not_touch_each_other(ss_server: Server, ss: M
 
 
 def random_cuts(frames: int, seed: int) -> list[int]:
-    """Chunk counts, from single ones to many, that sum to ``frames``."""
+    """Return random numbers of chunks whose sum is ``frames``."""
     rng = np.random.default_rng(seed)
     cuts: list[int] = []
     while frames > sum(cuts):
@@ -110,9 +110,11 @@ def random_cuts(frames: int, seed: int) -> list[int]:
 @pytest.mark.parametrize(
     "cuts",
     [[MAX_CHUNKS_PER_MESSAGE, 1], [1, MAX_CHUNKS_PER_MESSAGE], [63, 63], random_cuts(126, 1), random_cuts(126, 2)],
-    ids=["all but one", "all after the first", "halves", "by chance", "by another chance"],
+    ids=["all except one", "all after the first", "halves", "random", "other random"],
 )
-def test_chunks_that_share_a_message_give_the_same_hints(cuts: list[int], ss_server: Server, ss: Material) -> None:
+def test_the_number_of_chunks_in_a_message_does_not_change_the_hints(
+    cuts: list[int], ss_server: Server, ss: Material
+) -> None:
     requests, frame = [ss.opening()], 0
     for chunks in cuts:
         requests.append(ss.audio(frame, chunks))
@@ -124,7 +126,7 @@ def test_chunks_that_share_a_message_give_the_same_hints(cuts: list[int], ss_ser
 
 
 @pytest.mark.parametrize("first", [1, 1_000_000_007, 2**40])
-def test_the_first_frame_of_a_session_shifts_the_indices_alone(first: int, ss_server: Server, ss: Material) -> None:
+def test_the_first_frame_of_a_session_changes_only_the_indexes(first: int, ss_server: Server, ss: Material) -> None:
     cuts = [1, 1, 6, 1, 3]
     requests, frame = [ss.opening(first_frame=first)], 0
     for chunks in cuts:
@@ -135,7 +137,7 @@ def test_the_first_frame_of_a_session_shifts_the_indices_alone(first: int, ss_se
     assert worst(ss.values(hints), ss.hints[:frame]) < TOLERANCE
 
 
-def test_the_server_needs_nothing_of_the_future(ss_server: Server, ss: Material) -> None:
+def test_the_server_needs_no_later_audio(ss_server: Server, ss: Material) -> None:
     with Device(ss_server, ss.opening()) as device:
         device.started()
         for frame in range(5):
@@ -148,7 +150,7 @@ def test_the_server_needs_nothing_of_the_future(ss_server: Server, ss: Material)
 
 @pytest.fixture(scope="module")
 def exact(ss_server: Server, ss: Material) -> Samples:
-    """Hints ``[T, channels, F]`` of forty frames, sent as they are."""
+    """The hints ``[T, channels, F]`` of forty frames, in the exact encoding."""
     return ss.values(whole_session(ss_server, ss.opening(), *frame_by_frame(ss, count=40), count=40))
 
 
@@ -159,7 +161,7 @@ def test_half_precision_hints_are_within_a_thousandth(ss_server: Server, ss: Mat
     assert {len(hint.payload) for hint in hints} == {2 * exact[0].size}
     smallest_normal = 2.0**-14
     difference = np.abs(ss.values(hints, encoding) - exact)
-    # How many frames a step takes at once shows in the last bits of 32.
+    # The number of frames in a step changes the last bits of the 32-bit values.
     assert (difference <= 1e-3 * np.maximum(np.abs(exact), smallest_normal) + 1e-5).all()
     assert difference.max() > 0
 
@@ -185,14 +187,14 @@ def test_sixteen_bit_audio_gives_the_hints_of_its_quantised_samples(ss_server: S
     assert worst(ss.values(from_s16), ss.values(from_f32)) < 1e-5
 
 
-def test_hints_say_how_long_they_took(ss_server: Server, ss: Material) -> None:
+def test_hints_have_their_compute_time(ss_server: Server, ss: Material) -> None:
     hints = whole_session(ss_server, ss.opening(), ss.audio(0), ss.audio(1, 3), ss.audio(4), count=5)
     assert all(hint.compute_us > 0 for hint in hints)
-    # Chunks of one message are computed together, by twos, fours and eights.
+    # The chunks of one message are computed in steps of two, four and eight frames.
     assert hints[1].compute_us == hints[2].compute_us
 
 
-def test_silence_is_audio_too(ss_server: Server, ss: Material) -> None:
+def test_silence_gives_finite_hints(ss_server: Server, ss: Material) -> None:
     silence = np.zeros_like(ss.samples)
     for name in HINT_ENCODINGS:
         opening = ss.opening(hint_encoding=HINT_ENCODINGS[name])
@@ -200,7 +202,7 @@ def test_silence_is_audio_too(ss_server: Server, ss: Material) -> None:
         assert np.isfinite(ss.values(hints, HINT_ENCODINGS[name])).all()
 
 
-def test_a_session_without_audio_ends_as_it_should(ss_server: Server, ss: Material) -> None:
+def test_a_session_without_audio_ends_properly(ss_server: Server, ss: Material) -> None:
     seen = len(ss_server.log)
     with Device(ss_server, ss.opening()) as device:
         device.finish()
@@ -209,14 +211,16 @@ def test_a_session_without_audio_ends_as_it_should(ss_server: Server, ss: Materi
     assert_logged(ss_server, seen, session=session, status="OK", frames=0)
 
 
-def test_hints_that_can_be_computed_are_sent_before_the_end(ss_server: Server, ss: Material) -> None:
+def test_all_hints_are_sent_before_the_end(ss_server: Server, ss: Material) -> None:
     seen = len(ss_server.log)
     with Device(ss_server, ss.opening(), *frame_by_frame(ss)) as device:
         device.finish()
         session = device.started()
         assert device.hints(len(ss.hints))[-1].frame == len(ss.hints) - 1
         assert device.end()[0] == "OK"
-    assert_logged(ss_server, seen, session=session, status="OK", why="the device ended it", frames=len(ss.hints))
+    assert_logged(
+        ss_server, seen, session=session, status="OK", why="the device ended the session", frames=len(ss.hints)
+    )
 
 
 def described(server: Server) -> pb.DescribeModelResponse:
@@ -224,10 +228,10 @@ def described(server: Server) -> pb.DescribeModelResponse:
         return HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE)
 
 
-def test_the_separation_server_tells_what_it_runs(ss_server: Server, ss: Material) -> None:
+def test_the_description_of_a_separation_bundle(ss_server: Server, ss: Material) -> None:
     answer = described(ss_server)
-    answer.ClearField("enrolls")  # whether it does is a matter of what is installed
-    answer.ClearField("sessions")  # and that one of what other tests have open
+    answer.ClearField("enrolls")  # depends on the installed packages
+    answer.ClearField("sessions")  # depends on the sessions of other tests
     assert answer == pb.DescribeModelResponse(
         protocol_version=PROTOCOL_VERSION,
         bundle_name="ss_delay6_compression2",
@@ -247,7 +251,7 @@ def test_the_separation_server_tells_what_it_runs(ss_server: Server, ss: Materia
     )
 
 
-def test_the_target_speech_server_tells_what_it_runs(tse_server: Server, tse: Material) -> None:
+def test_the_description_of_a_target_speech_bundle(tse_server: Server, tse: Material) -> None:
     answer = described(tse_server)
     assert (answer.task, answer.bundle_name, answer.bundle_id) == ("tse", "tse_delay6", tse.manifest.id)
     assert (answer.chunk, answer.lookahead, answer.delay) == (32, 16, 6)
@@ -263,7 +267,7 @@ def test_health_is_serving_for(service: str, ss_server: Server) -> None:
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_health_knows_no_other_service(ss_server: Server) -> None:
+def test_the_health_of_an_unknown_service_is_not_found(ss_server: Server) -> None:
     request = health_pb2.HealthCheckRequest(service="nonsense")
     with grpc.insecure_channel(ss_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         stub = health_pb2_grpc.HealthStub(channel)

@@ -1,4 +1,4 @@
-"""A server without ``--bundle``: all shipped bundles, loaded when they are first asked for."""
+"""Tests for a server without ``--bundle``: it serves all shipped bundles, and loads them on demand."""
 
 import json
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def loaded(server: Server) -> list[str]:
     return [line["bundle"] for line in map(json.loads, server.log) if line["event"] == "bundle_loaded"]
 
 
-def test_a_bundle_is_loaded_once_when_it_is_first_asked_for(server: Server) -> None:
+def test_a_bundle_is_loaded_once_on_the_first_request(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         described = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE)
         other = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(bundle=OTHER), timeout=PATIENCE)
@@ -62,7 +62,7 @@ def test_a_bundle_is_loaded_once_when_it_is_first_asked_for(server: Server) -> N
     assert other.task == "tse"
     started = json.loads(server.wait_for_log('"server_started"'))
     assert list(started["sessions"]) == [DEFAULT]
-    # What is refused loads nothing.
+    # A refused session does not load its bundle.
     with Device(server, opening(OTHER)) as device:
         assert device.end()[0] == "INVALID_ARGUMENT"
     assert not loaded(server)
@@ -89,12 +89,12 @@ def test_a_bundle_is_loaded_once_when_it_is_first_asked_for(server: Server) -> N
     assert loaded(server) == [OTHER]
 
 
-def test_the_speaker_encoder_is_there_before_anybody_enrolls(server: Server) -> None:
+def test_the_speaker_encoder_is_loaded_before_the_first_enrollment(server: Server) -> None:
     pytest.importorskip("resemblyzer", reason="needs the optional package resemblyzer")
     server.wait_for_log('"speaker_encoder_loaded"')
 
 
-def test_it_extracts_a_voice_as_the_readme_says(server: Server, tmp_path: Path) -> None:
+def test_it_extracts_a_speaker_with_the_call_of_the_readme(server: Server, tmp_path: Path) -> None:
     samples, rate = soundfile.read(SAMPLES / "mixture.flac")
     soundfile.write(tmp_path / "mixture.wav", samples[: rate // 2], rate)
     result = run(
