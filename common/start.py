@@ -14,40 +14,40 @@ def _start(module: str) -> NoReturn:
 
 
 def kb_client() -> NoReturn:
-    """``kb-client``."""
+    """Entry point of ``kb-client``."""
     _start("knowledge_boosting.device_client.main")
 
 
 def kb_evaluate() -> NoReturn:
-    """``kb-evaluate``."""
+    """Entry point of ``kb-evaluate``."""
     _start("knowledge_boosting.training.commands.evaluate")
 
 
 def kb_export() -> NoReturn:
-    """``kb-export``."""
+    """Entry point of ``kb-export``."""
     _start("knowledge_boosting.models.export")
 
 
 def kb_make_dataset() -> NoReturn:
-    """``kb-make-dataset``."""
+    """Entry point of ``kb-make-dataset``."""
     _start("knowledge_boosting.training.commands.make_dataset")
 
 
 def kb_make_voices() -> NoReturn:
-    """``kb-make-voices``."""
+    """Entry point of ``kb-make-voices``."""
     _start("knowledge_boosting.training.commands.make_voices")
 
 
 def kb_server() -> NoReturn:
-    """``kb-server``."""
+    """Entry point of ``kb-server``."""
     _start("knowledge_boosting.remote_server.main")
 
 
 def kb_store_hints() -> NoReturn:
-    """``kb-store-hints``."""
+    """Entry point of ``kb-store-hints``."""
     _start("knowledge_boosting.training.commands.store_hints")
 
 
 def kb_train() -> NoReturn:
-    """``kb-train``."""
+    """Entry point of ``kb-train``."""
     _start("knowledge_boosting.training.commands.train")

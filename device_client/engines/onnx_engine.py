@@ -33,7 +33,10 @@ class OnnxModel:
                     for index in range(self.manifest.model.on_device.blocks - 1)
                 ]
             except Exception as error:  # safetensors raises its own exceptions
-                raise InputError(f"{path}: not the weights of this network ({reason(error)})") from None
+                text = (
+                    f"{path}: does not contain the weights of this network ({reason(error)}); export the bundle again"
+                )
+                raise InputError(text) from None
 
         # A trial step finds the graph of another network, or one with inconsistent sizes, before it is needed.
         model = self.manifest.model

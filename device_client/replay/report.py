@@ -233,7 +233,7 @@ def table(report: Report) -> Table:
         grid.caption = bundle.notice
         grid.add_row("weights", "UNTRAINED")
     if report.network is not None and hints is not None:
-        grid.add_row("network", _describe(report.network, report.clock))
+        grid.add_row("link", _describe(report.network, report.clock))
         share = f"{100 * hints.on_time / hints.due:.1f} %" if hints.due else "none due"
         grid.add_row(
             "hints", f"{hints.on_time} on time ({share}), {hints.late} late, {hints.missing} missing of {hints.due}"

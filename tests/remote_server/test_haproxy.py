@@ -36,8 +36,8 @@ def test_the_proxy_passes_sessions(behind: Server, ss: Material) -> None:
         assert [hint.frame for hint in device.hints(5)] == list(range(5))
         device.finish()
         assert device.end() == ("OK", "")
-    with Device(behind, ss.opening(bundle_id="another")) as stranger:
-        assert stranger.end()[0] == "FAILED_PRECONDITION"
+    with Device(behind, ss.opening(bundle_id="another")) as refused:
+        assert refused.end()[0] == "FAILED_PRECONDITION"
 
 
 def test_the_proxy_blocks_other_services(behind: Server) -> None:
