@@ -235,17 +235,17 @@ def test_a_backlog_does_not_delay_a_live_session(large: LargeModel) -> None:
 
     async def side_by_side() -> None:
         engine = HintEngine(large, torch.device("cpu"), slots=2, observe=lambda step: order.append(step.frames))
-        behind, live = Stream(engine, large, 120, seed=1), Stream(engine, large, 4, seed=2)
+        behind, live = Stream(engine, large, 480, seed=1), Stream(engine, large, 4, seed=2)
         await behind.open()
         await live.open()
-        behind.send(120)
+        behind.send(480)
         for count in range(1, 5):
             live.send(1)
             while len(live.hints) < count:
                 await asyncio.sleep(0.0005)
-        assert len(behind.hints) < 120
+        assert len(behind.hints) < 480
         await asyncio.gather(behind.end(), live.end())
         engine.close()
 
     asyncio.run(side_by_side())
-    assert sum(order) == 124
+    assert sum(order) == 484
