@@ -256,7 +256,7 @@ def table(report: Report) -> Table:
     names = {
         "mixture": "mixture",
         "alone": "alone",
-        "small_without_hints": "small, no hints" if report.network is not None else "this network",
+        "small_without_hints": "hints withheld" if report.network is not None else "this network",
         "boosted": "boosted",
         "large": "large",
     }

@@ -21,7 +21,7 @@ System = Literal["mixture", "alone", "small_without_hints", "boosted", "boosted_
 SYSTEMS: dict[System, str] = {
     "mixture": "mixture",
     "alone": "alone",
-    "small_without_hints": "small, no hints",
+    "small_without_hints": "hints withheld",
     "boosted": "boosted",
     "boosted_wrong_hints": "wrong hints",
     "large": "large",
