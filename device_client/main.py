@@ -49,6 +49,10 @@ class HintEncoding(StrEnum):
     INT8 = "int8"
 
 
+PcmFlag = Annotated[PcmEncoding, typer.Option("--pcm-encoding", help="Encoding of the samples on the wire.")]
+HintFlag = Annotated[HintEncoding, typer.Option("--hint-encoding", help="Encoding of the hints on the wire.")]
+
+
 class PlayChoice(StrEnum):
     """The mix that is played."""
 
@@ -144,12 +148,8 @@ def replay(
         bool,
         typer.Option("--require-server", help="Fail if the server is lost, instead of continuing without hints."),
     ] = False,
-    pcm_encoding: Annotated[
-        PcmEncoding, typer.Option("--pcm-encoding", help="Encoding of the samples on the wire.")
-    ] = PcmEncoding.F32,
-    hint_encoding: Annotated[
-        HintEncoding, typer.Option("--hint-encoding", help="Encoding of the hints on the wire.")
-    ] = HintEncoding.F32,
+    pcm_encoding: PcmFlag = PcmEncoding.F32,
+    hint_encoding: HintFlag = HintEncoding.F32,
     output_format: Annotated[
         OutputFormat, typer.Option("--output-format", help="Sample format of the output files.")
     ] = OutputFormat.S16,
@@ -259,12 +259,8 @@ def live(
         bool, typer.Option("--json-lines", help="Print figures and events as JSON, one object per line, for scripts.")
     ] = False,
     engine: Annotated[EngineChoice, typer.Option("--engine", help="Engine for the small network.")] = EngineChoice.ONNX,
-    pcm_encoding: Annotated[
-        PcmEncoding, typer.Option("--pcm-encoding", help="Encoding of the samples on the wire.")
-    ] = PcmEncoding.F32,
-    hint_encoding: Annotated[
-        HintEncoding, typer.Option("--hint-encoding", help="Encoding of the hints on the wire.")
-    ] = HintEncoding.F32,
+    pcm_encoding: PcmFlag = PcmEncoding.F32,
+    hint_encoding: HintFlag = HintEncoding.F32,
     tls: Tls = False,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
