@@ -186,6 +186,7 @@ def _lost_interruptions() -> Iterator[list[BaseException]]:
     libsndfile, its exception is printed and ignored.
     """
     lost: list[BaseException] = []
+    timers: list[threading.Timer] = []
     before = sys.unraisablehook
 
     def repeat(unraisable: "UnraisableHookArgs") -> None:
@@ -194,15 +195,16 @@ def _lost_interruptions() -> Iterator[list[BaseException]]:
             return
         lost.append(unraisable.exc_value)
         number = signal.SIGINT if isinstance(unraisable.exc_value, KeyboardInterrupt) else signal.SIGTERM
-        timer = threading.Timer(_REPEAT_AFTER, os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timer.start()
+        timers.append(threading.Timer(_REPEAT_AFTER, os.kill, (os.getpid(), number)))
+        timers[-1].start()
 
     sys.unraisablehook = repeat
     try:
         yield lost
     finally:
         sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 def _print_error(name: str, message: str, code: int) -> int:

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,53 +56,17 @@ def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert capsys.readouterr().out.split() == ["replay"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_waits_for_no_library(number: signal.Signals, tmp_path: Path) -> None:
-    """A thread that never ends stands for the threads of gRPC, which can wait forever for an interrupted call."""
+def run_interrupted(number: signal.Signals, definitions: str, body: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command of this body, which sends itself a signal, and check that it ends as every interrupted command."""
     script = (
-        "import os, threading, time\n"
-        "from knowledge_boosting.common import cli\n"
-        "app = cli.Application()\n"
-        "@app.command()\n"
-        "def work() -> None:\n"
-        "    threading.Thread(target=threading.Event().wait).start()\n"
-        "    print('begun')\n"
-        "    try:\n"
-        f"        os.kill(os.getpid(), {int(number)})\n"
-        "        time.sleep(1000)\n"
-        "    finally:\n"
-        f"        open({str(tmp_path / 'cleaned')!r}, 'w').close()\n"
-        "cli.run(app, 'work', 'client')\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
-    )
-    assert (result.returncode, result.stdout) == (1, "begun\n")
-    assert (tmp_path / "cleaned").exists()
-    assert result.stderr == ("work: error: interrupted\n" if number == signal.SIGINT else "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("place", ["destructor", "callback"])
-def test_an_interruption_is_not_lost_where_nothing_can_be_raised(number: signal.Signals, place: str) -> None:
-    """Python ignores what a destructor raises, and libsndfile reports a failed callback as an error of its own."""
-    script = (
-        "import io, signal, time\n"
+        "import io, os, signal, threading, time\n"
         "import numpy as np\n"
         "import soundfile\n"
         "from knowledge_boosting.common import cli\n"
-        "class Destructor:\n"
-        f"    def __del__(self) -> None: signal.raise_signal({int(number)})\n"
-        "class File(io.BytesIO):\n"
-        "    def write(self, data: bytes) -> int:\n"
-        f"        signal.raise_signal({int(number)})\n"
-        "        return super().write(data)\n"
+        f"{definitions}\n"
         "app = cli.Application()\n"
         "@app.command()\n"
-        "def work() -> None:\n"
-        f"    if {place == 'destructor'}: Destructor()\n"
-        "    else: soundfile.write(File(), np.zeros(16), 16000, format='WAV')\n"
-        "    time.sleep(1000)\n"
+        f"def work() -> None:\n{textwrap.indent(body, '    ')}\n"
         "cli.run(app, 'work', 'client')\n"
     )
     result = subprocess.run(
@@ -109,3 +74,39 @@ def test_an_interruption_is_not_lost_where_nothing_can_be_raised(number: signal.
     )
     assert result.returncode == 1
     assert result.stderr == ("work: error: interrupted\n" if number == signal.SIGINT else "")
+    return result
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_waits_for_no_library(number: signal.Signals, tmp_path: Path) -> None:
+    """A thread that never ends stands for the threads of gRPC, which can wait forever for an interrupted call."""
+    body = (
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "print('begun')\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(1000)\n"
+        "finally:\n"
+        f"    open({str(tmp_path / 'cleaned')!r}, 'w').close()\n"
+    )
+    assert run_interrupted(number, "", body).stdout == "begun\n"
+    assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_in_a_destructor_is_not_lost(number: signal.Signals) -> None:
+    """Python prints and ignores what a destructor raises."""
+    destructor = f"class Destructor:\n    def __del__(self) -> None: signal.raise_signal({int(number)})\n"
+    run_interrupted(number, destructor, "Destructor()\ntime.sleep(1000)\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_in_a_callback_is_not_reported_as_its_failure(number: signal.Signals) -> None:
+    """libsndfile reports a callback that failed, because it was interrupted, as an error of its own."""
+    file = (
+        "class File(io.BytesIO):\n"
+        "    def write(self, data: bytes) -> int:\n"
+        f"        signal.raise_signal({int(number)})\n"
+        "        return super().write(data)\n"
+    )
+    run_interrupted(number, file, "soundfile.write(File(), np.zeros(16), 16000, format='WAV')\ntime.sleep(1000)\n")
