@@ -287,6 +287,17 @@ def _read_sound(path: Path) -> None:
 _TOKENS = '[[token]]\nname = "laptop"\ntoken = "0123456789abcdef0123456789abcdef"\nsessions = 2\nbundles = ["a", "b"]\n'
 
 
+def _make_recipe(path: Path) -> None:
+    path.write_bytes((Path(__file__).parents[1] / "configs" / "listeners" / "recipe.toml").read_bytes())
+
+
+def _read_recipe(path: Path) -> object:
+    from knowledge_boosting.training.recipes import Recipe
+
+    recipe = Recipe(path)
+    return [recipe.stage(name, path.parent) for name in recipe.stages]
+
+
 def _make_tokens(path: Path) -> None:
     path.write_text(_TOKENS)
     path.chmod(0o600)
@@ -303,6 +314,7 @@ KINDS: dict[str, Bundle | File] = {
         lambda path: importlib.import_module("knowledge_boosting.device_client.speakers").read_embedding(path),
     ),
     "configuration": File("config.json", _make_configuration, _read_configuration, json_or_bytes),
+    "recipe": File("recipe.toml", _make_recipe, _read_recipe),
     "tokens": File("tokens.toml", _make_tokens, _read_tokens),
     "sofa": File("head.sofa", _make_sofa, _read_sofa),
     "trace": File("trace.csv", lambda path: path.write_text("up_ms,down_ms\n" + "4.0,5.5\n" * 50), _read_trace),
