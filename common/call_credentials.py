@@ -12,6 +12,7 @@ from knowledge_boosting.common.credentials import Identity, read_authorities, re
 from knowledge_boosting.common.errors import InputError
 
 TOKEN_VARIABLE = "KB_TOKEN"
+_PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ def read_credentials(
     servers: Sequence[str],
     *,
     tls: bool = False,
-    tls_ca: Path | None = None,
-    tls_cert: Path | None = None,
-    tls_key: Path | None = None,
-    token_file: Path | None = None,
+    tls_ca: _PathLike | None = None,
+    tls_cert: _PathLike | None = None,
+    tls_key: _PathLike | None = None,
+    token_file: _PathLike | None = None,
 ) -> Credentials:
     """Read the credentials for calls to servers.
 
@@ -70,15 +71,16 @@ def read_credentials(
         return Credentials()
     identity, identity_files = None, None
     if tls_cert is not None and tls_key is not None:
-        identity_files = (tls_cert, tls_key)
+        identity_files = (Path(tls_cert), Path(tls_key))
         identity = read_identity(*identity_files)
     elif tls_cert is not None or tls_key is not None:
         raise InputError("a client certificate needs its private key; give both --tls-cert and --tls-key")
     encrypted = tls or tls_ca is not None or identity is not None
     authorities = None
     if encrypted:
-        authorities = read_authorities(tls_ca) if tls_ca is not None else _system_authorities()
-    credentials = Credentials(encrypted, authorities, identity, identity_files, _token(token_file))
+        authorities = read_authorities(Path(tls_ca)) if tls_ca is not None else _system_authorities()
+    token = _token(Path(token_file) if token_file is not None else None)
+    credentials = Credentials(encrypted, authorities, identity, identity_files, token)
     for server in servers:
         credentials.check(server)
     return credentials

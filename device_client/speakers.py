@@ -11,6 +11,7 @@ from knowledge_boosting.common.files import atomic_file, check_files
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
 from knowledge_boosting.protos.codec import Samples
 
+_MAX_NAME_LENGTH = 60  # characters; a file name has at most 255 bytes
 _MAX_FILE_BYTES = 8192  # a file with an embedding has 1152
 
 
@@ -86,6 +87,7 @@ def check_name(name: str, speech: Path | None) -> None:
 
 
 def _path(name: str) -> Path:
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise InputError(f"{name}: the name of a speaker can contain only letters, digits, - and _")
+    if not name.replace("-", "").replace("_", "").isalnum() or len(name) > _MAX_NAME_LENGTH:
+        text = f"{name}: the name of a speaker can contain only letters, digits, - and _, {_MAX_NAME_LENGTH} at most"
+        raise InputError(text)
     return user_config_path("knowledge-boosting", appauthor=False) / "speakers" / f"{name}.npy"

@@ -18,7 +18,7 @@ DEFAULT_BUNDLE = "ss-48ms-compact"
 
 
 class Bundle:
-    """An open bundle. Each file is compared with its digest when it is first requested."""
+    """An open bundle. Each file is compared with its digest when it is requested."""
 
     def __init__(self, name_or_path: str | Path) -> None:
         """Open a bundle by the path of its directory or by the name of a shipped bundle.
@@ -28,7 +28,6 @@ class Bundle:
         """
         self.directory = _find(str(name_or_path))
         self.manifest: Manifest = read_manifest(self.directory)
-        self._checked: set[Path] = set()
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.directory)!r})"
@@ -71,7 +70,7 @@ class Bundle:
     @property
     def delay_ms(self) -> float | None:
         """The delay of hints, ms; None for one network alone, which uses no hints."""
-        return 1000 * self.model.delay * self.model.framing.chunk_seconds if isinstance(self.model, Pair) else None
+        return self.model.delay_ms if isinstance(self.model, Pair) else None
 
     @property
     def quality(self) -> Mapping[str, float]:
@@ -107,8 +106,6 @@ class Bundle:
 
     def _check(self, file: str, expected: str | None, missing: str) -> Path:
         path = self.directory / file
-        if path in self._checked:
-            return path
         if expected is None or not path.is_file():
             raise InputError(f"{path}: no such file; {missing}")
         try:
@@ -117,16 +114,20 @@ class Bundle:
             raise InputError(f"{path}: cannot be read ({reason(error)})") from None
         if digest != expected:
             raise InputError(f"{path}: digest differs from {MANIFEST_FILE}; the file was changed or cut, copy it again")
-        self._checked.add(path)
         return path
 
 
 def _find(name_or_path: str) -> Path:
-    for candidate in (Path(name_or_path), PRETRAINED / name_or_path):
-        if (candidate / MANIFEST_FILE).is_file():
-            return candidate
-    if Path(name_or_path).is_dir():
-        raise InputError(f"{name_or_path}: has no {MANIFEST_FILE}; make a bundle with kb-export")
+    if not name_or_path:
+        raise InputError("the name of the bundle is empty; give a name or a path")
+    try:
+        for candidate in (Path(name_or_path), PRETRAINED / name_or_path):
+            if (candidate / MANIFEST_FILE).is_file():
+                return candidate
+        if Path(name_or_path).is_dir():
+            raise InputError(f"{name_or_path}: has no {MANIFEST_FILE}; make a bundle with kb-export")
+    except OSError as error:
+        raise InputError(f"{name_or_path}: no bundle of that name or path ({reason(error)})") from None
     shipped = [path.parent.name for path in _shipped()]
     advice = f"shipped ones: {', '.join(shipped)}" if shipped else "none is shipped yet, make one with kb-export"
     raise InputError(f"{name_or_path}: no bundle of that name or path ({advice})")

@@ -115,6 +115,10 @@ def test_invalid_arguments_are_refused(golden_bundle: GetBundle) -> None:
     chunk = speech(0.008)
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: kb.Enhancer("nobody"), "no bundle of that name"),
+        (lambda: kb.Bundle(""), "the name of the bundle is empty"),
+        (lambda: kb.Bundle("a" * 5000), r"no bundle of that name or path \(File name too long\)"),
+        (lambda: kb.Enhancer(golden_bundle(TSE), speaker="a" * 5000), "60 at most"),
+        (lambda: kb.read_credentials(["127.0.0.1:1"], token_file="a" * 300), "File name too long"),
         (lambda: kb.Enhancer(ALONE, server="127.0.0.1:1"), "one network alone"),
         (lambda: kb.Enhancer(golden_bundle(SS), server="nowhere"), "nowhere"),
         (lambda: kb.Enhancer(ALONE, speaker=np.ones(256)), "leave out the speaker"),
