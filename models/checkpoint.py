@@ -29,6 +29,8 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         InputError: the file cannot be read, or a key is missing, unknown or has an impossible value.
     """
+    if path.suffix == ".toml":
+        raise InputError(f"{path}: is a recipe; give the config.json in the folder of a stage's run")
     document = read_json(existing_file(path, "a model configuration"))
     if is_published_config(document):
         try:

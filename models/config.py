@@ -121,12 +121,7 @@ class _Model(Strict):
     @property
     def networks(self) -> Mapping[str, NetworkSize]:
         """The sizes of the networks by name."""
-        raise NotImplementedError
-
-    @property
-    def on_device(self) -> NetworkSize:
-        """The size of the network that the device runs."""
-        raise NotImplementedError
+        return {name: value for name, value in self if isinstance(value, NetworkSize)}
 
     @property
     def sources(self) -> int:
@@ -152,6 +147,11 @@ class _Model(Strict):
     def delay(self) -> int:
         """The delay of a hint, frames; 0 for one network alone."""
         return 0
+
+    @property
+    def delay_ms(self) -> float:
+        """The delay of a hint, ms; 0 for one network alone."""
+        return 1000 * self.delay * self.framing.chunk_seconds
 
     @model_validator(mode="after")
     def _size_is_feasible(self) -> Self:
@@ -180,13 +180,8 @@ class Alone(_Model):
     network: NetworkSize
 
     @property
-    def networks(self) -> Mapping[str, NetworkSize]:
-        """The size of the network, by name."""
-        return {"network": self.network}
-
-    @property
     def on_device(self) -> NetworkSize:
-        """The size of the network."""
+        """The size of the network that the device runs."""
         return self.network
 
 
@@ -208,13 +203,8 @@ class Pair(_Model):
         return self
 
     @property
-    def networks(self) -> Mapping[str, NetworkSize]:
-        """The sizes of both networks, by name."""
-        return {"small": self.small, "large": self.large}
-
-    @property
     def on_device(self) -> NetworkSize:
-        """The size of the small network."""
+        """The size of the network that the device runs, the small one."""
         return self.small
 
     @property
@@ -240,8 +230,10 @@ class Pair(_Model):
 
 def _upgrade_version_1(document: object) -> object:
     """Convert a model of schema version 1, in which one network alone was called ``small``, to the current version."""
-    if not isinstance(document, dict) or "small" not in document or "network" in document:
+    if not isinstance(document, dict) or "small" not in document:
         return document
+    if "network" in document:
+        raise ValueError("network is for one network alone, and small is for a pair; give one of them")
     rest = {key: value for key, value in document.items() if key not in ("small", "large", "boosting")}
     parts = [document.get("large"), document.get("boosting")]
     if parts == [None, None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
@@ -13,7 +14,7 @@ from knowledge_boosting.models.config import MODEL, Alone, ModelConfig, Pair, St
 
 SCHEMA_VERSION: Final = 2
 _OLD_VERSIONS = (1,)  # these can be read too; in version 1, one network alone was called "small"
-_MAX_JSON_BYTES = 4 * 2**20  # a list of ten thousand training speakers takes a fifth of a MiB
+_MAX_DOCUMENT_BYTES = 4 * 2**20  # a list of ten thousand training speakers takes a fifth of a MiB
 MANIFEST_FILE = "bundle.json"
 GRAPH_FILE = "small.onnx"
 UNTRAINED_NOTICE = "UNTRAINED: random weights, the results say nothing about a trained model"
@@ -108,19 +109,32 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, is too large, or is no JSON object.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_JSON_BYTES + 1)
-        if len(content) > _MAX_JSON_BYTES:
-            raise InputError(f"{path}: is larger than the {_MAX_JSON_BYTES >> 20} MiB that such a file may have")
-        document = json.loads(content.decode())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({reason(error)})") from None
-    except RecursionError:
-        raise InputError(f"{path}: not readable as JSON (it is nested too deep)") from None
+    document = _parse(path, json.loads, "JSON")
     if not isinstance(document, dict):
         raise InputError(f"{path}: must hold a JSON object")
     return document
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML document from a file.
+
+    Raises:
+        InputError: the file cannot be read, is too large, or is no TOML document.
+    """
+    return _parse(path, tomllib.loads, "TOML")
+
+
+def _parse(path: Path, parse: Callable[[str], Kind], language: str) -> Kind:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_DOCUMENT_BYTES + 1)
+        if len(content) > _MAX_DOCUMENT_BYTES:
+            raise InputError(f"{path}: is larger than the {_MAX_DOCUMENT_BYTES >> 20} MiB that such a file can have")
+        return parse(content.decode())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as {language} ({reason(error)})") from None
+    except RecursionError:
+        raise InputError(f"{path}: not readable as {language} (it is nested too deep)") from None
 
 
 def validate(kind: type[Record], document: dict[str, Any], source: Path) -> Record:

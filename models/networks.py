@@ -197,9 +197,8 @@ def _card(manifest: Manifest, note: str) -> str:
         lines.append(f"| {name} | {size.channels} | {size.hidden} | {size.blocks} | {size.heads} | {attention} |")
     lines.append("")
     if isinstance(model, Pair):
-        milliseconds = 1000 * model.delay * framing.chunk_seconds
         lines += [
-            f"Hints have a delay of {model.delay} frames ({milliseconds:g} ms); each has {model.hint_channels} x "
+            f"Hints have a delay of {model.delay} frames ({model.delay_ms:g} ms); each has {model.hint_channels} x "
             f"{framing.bins} values (compression {model.boosting.compression}).",
             "",
         ]

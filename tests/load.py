@@ -52,7 +52,7 @@ class DeviceAudio:
     def __init__(self, manifest: Manifest, *, pcm: str = "f32", hints: str = "f32") -> None:
         model, framing = manifest.model, manifest.model.framing
         self.chunk_seconds = framing.chunk_seconds
-        self.deadline_ms = 1e3 * model.delay * framing.chunk_seconds
+        self.deadline_ms = model.delay_ms
         self.opening = pb.StreamHintsRequest(
             config=pb.SessionConfig(
                 protocol_version=PROTOCOL_VERSION,

@@ -6,17 +6,14 @@ override these. ``{ stage = "NAME" }`` in place of a checkpoint takes the weight
 """
 
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from knowledge_boosting.common.errors import InputError, existing_file, reason
-from knowledge_boosting.models.manifest import validate
+from knowledge_boosting.common.errors import InputError, existing_file
+from knowledge_boosting.models.manifest import read_toml, validate
 from knowledge_boosting.training.config import WEIGHT_SOURCES, TrainingConfig
 from knowledge_boosting.training.weights import LAST
-
-_MAX_BYTES = 2**20
 
 
 class Recipe:
@@ -29,7 +26,7 @@ class Recipe:
             InputError: the file cannot be read, or a base or a stage that it names does not exist.
         """
         self._path = path
-        document = _read_toml(existing_file(path, "a recipe"))
+        document = read_toml(existing_file(path, "a recipe"))
         if unknown := document.keys() - {"common", "bases", "stages"}:
             raise InputError(f'{path}: unknown key "{min(unknown)}"; a recipe has common, bases.NAME and stages.NAME')
         common = self._table(document, "common")
@@ -94,25 +91,12 @@ def _stage_of(source: object) -> str | None:
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``below`` with the values of ``above``. Nested tables are merged, except those that name a stage."""
+    """Return ``below`` with the values of ``above``. Nested tables are merged."""
     merged = dict(below)
     for key, value in above.items():
         within = merged.get(key)
-        if isinstance(within, dict) and isinstance(value, dict) and key not in WEIGHT_SOURCES:
+        if isinstance(within, dict) and isinstance(value, dict):
             merged[key] = _merge(within, value)
         else:
             merged[key] = value
     return merged
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise InputError(f"{path}: is larger than the {_MAX_BYTES >> 20} MiB that a recipe may have")
-        return tomllib.loads(content.decode())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as TOML ({reason(error)})") from None
-    except RecursionError:
-        raise InputError(f"{path}: not readable as TOML (it is nested too deep)") from None

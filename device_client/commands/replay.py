@@ -395,5 +395,5 @@ def _plot(path: Path, input_file: Path, manifest: Manifest, pictures: "list[Spec
     shown = dict(zip(["mixture", *names], pictures, strict=True))
     notice = " - UNTRAINED, random weights" if manifest.untrained else ""
     title = f"{printable(input_file.name)}, bundle {manifest.name}{notice}"
-    deadline_ms = 1000 * manifest.model.delay * manifest.model.framing.chunk_seconds
-    plot_replay(path, title, shown, run.log if isinstance(manifest.model, Pair) else None, run.ended_at, deadline_ms)
+    log = run.log if isinstance(manifest.model, Pair) else None
+    plot_replay(path, title, shown, log, run.ended_at, manifest.model.delay_ms)

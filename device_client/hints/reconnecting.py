@@ -196,7 +196,6 @@ class LiveHints:
     def _open(self, index: int) -> "_Attempt":
         """Try to open a session with the server at an index of the cyclic list."""
         server = self._servers[index % len(self._servers)]
-        framing = self._manifest.model.framing
         try:
             stream = HintStream(
                 server,
@@ -205,7 +204,7 @@ class LiveHints:
                 credentials=self._credentials,
                 speaker_embedding=self._speaker_embedding,
                 first_frame=lambda: max(0, self._frames - self._backfill),
-                deadline_ms=round(1000 * self._delay * framing.chunk_seconds),
+                deadline_ms=round(self._manifest.model.delay_ms),
                 timeout=_CONNECT_TIMEOUT,
             )
         except (InputError, Failure) as error:

@@ -292,7 +292,7 @@ def _percentiles(figures: Percentiles) -> str:
 
 
 def _delay_ms(model: ModelConfig) -> float:
-    return round(1000 * model.delay * model.framing.chunk_seconds, 6)
+    return round(model.delay_ms, 6)
 
 
 def _ranges(flags: NDArray[np.bool_]) -> list[FrameRange]:

@@ -183,6 +183,9 @@ def test_bundles_and_configurations_of_schema_version_1_are_read(tmp_path: Path)
     (tmp_path / "model.json").write_text(json.dumps({**alone, "large": size}))
     with pytest.raises(InputError, match="large and boosting must be given both"):
         read_config(tmp_path / "model.json")
+    (tmp_path / "model.json").write_text(json.dumps({**alone, "network": size}))
+    with pytest.raises(InputError, match="network is for one network alone, and small is for a pair; give one"):
+        read_config(tmp_path / "model.json")
 
 
 def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:

@@ -169,6 +169,8 @@ def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
     assert "is a recipe; choose one of its stages with --stage: one, two" in refusal(*call)
     line = refusal(*call, "--stage", "two")
     assert f"{tmp_path / 'runs' / 'one' / 'last.ckpt'}: no such file" in line
+    export = refusal("kb-export", "--config", path, "--untrained", "-o", tmp_path / "bundle")
+    assert "is a recipe; give the config.json in the folder of a stage's run" in export
     config = tmp_path / "config.json"
     config.write_text("{}")
     assert "--stage is for recipes" in refusal("kb-train", "--config", config, "--run-dir", run, "--stage", "two")
