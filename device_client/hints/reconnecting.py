@@ -232,16 +232,19 @@ class LiveHints:
         search = _Search(self._open, session.index + 1, len(self._servers))
         successor: _Session | None = None
         reason: str | None = None
+        announced = False
         try:
             while reason is None and not self._closed.is_set():
                 self._wake.wait(0.1)
                 if session.stream.draining:
                     # A draining server still serves, so it is used until another one sends hints.
                     search.start()
+                    if not announced:
+                        announced = True
+                        text = f"{session.server} shuts down; the client looks for another server"
+                        self.events.append(ServerEvent(session.server, False, text))
                 if successor is None and search.found is not None:
                     successor = self._start_session(search.found)
-                    text = f"{session.server} shuts down; moving to {successor.server}"
-                    self.events.append(ServerEvent(session.server, False, text))
                 if successor is not None:
                     if self._send_audio(successor) is not None:
                         successor.end()

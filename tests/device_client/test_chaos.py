@@ -120,7 +120,7 @@ def check_move(session: Live, first: Server, second: Server) -> None:
     session.wait_for_event(True, count)
     session.wait_for_hints()
     events = [line for line in session.lines if line["event"] == "server"]
-    assert f"{first.address} shuts down; moving to {second.address}" in [line["text"] for line in events]
+    assert f"{first.address} shuts down; the client looks for another server" in [line["text"] for line in events]
     assert events[-1]["server"] == second.address
     assert session.end()["server"] == second.address
 

@@ -10,7 +10,7 @@ from tests.live_devices import LiveDevices
 from tests.load import write_random_bundle
 from tests.processes import PATIENCE, running_server
 
-DEVICES = 10
+DEVICES = 3  # more of them, in one process beside two servers, can overload a small machine
 SECOND = 125  # frames
 
 
@@ -39,7 +39,7 @@ def test_devices_of_a_draining_server_move_to_another_one(tmp_path: Path) -> Non
         # The second session began before the first one ended, so that no session was lost.
         assert [event.text for event in device.events] == [
             f"hints come from {first.address}",
-            f"{first.address} shuts down; moving to {second.address}",
+            f"{first.address} shuts down; the client looks for another server",
             f"hints come from {second.address}",
         ]
         assert len(live.fused[number]) == live.frames

@@ -78,7 +78,7 @@ class Live:
     @property
     def moved(self) -> bool:
         """Whether its replica announced its shutdown, or ended the session for that reason."""
-        texts = "shuts down; moving to", "UNAVAILABLE: the server is shutting down"
+        texts = "shuts down; the client looks", "UNAVAILABLE: the server is shutting down"
         return any(text in event.text for _, event in self.events for text in texts)
 
     def close(self) -> None:
