@@ -1,10 +1,15 @@
 """Connect to a server, and diagnose why a connection fails."""
 
 import contextlib
+import functools
 import queue
 import socket
 import ssl
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import ParamSpec, TypeVar
 
 import grpc
 
@@ -19,6 +24,8 @@ _REQUEST_FAULTS = {
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.UNIMPLEMENTED,
 }
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 _PROBE_TIMEOUT = 2.0  # seconds; the server was reachable a moment ago
 _GREETING_TIMEOUT = 0.5  # seconds; time for the greeting of a protocol in which the server speaks first
 # The connection preface of an HTTP/2 client: the fixed text and an empty SETTINGS frame.
@@ -27,6 +34,31 @@ _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 
 
 class Refused(InputError):
     """A server answers, but client and server do not accept each other. A retry would fail in the same way."""
+
+
+def off_main_thread(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Make a function run on another thread if it is called on the main thread, which waits for it.
+
+    Python raises interruptions on the main thread. One that is raised while gRPC begins or awaits a call leaves a call
+    that nobody completes, and closing its channel would wait for it forever.
+    """
+
+    @functools.wraps(function)
+    def run(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        if threading.current_thread() is not threading.main_thread():
+            return function(*args, **kwargs)
+        future: Future[_Result] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=call, name="kb-call", daemon=True).start()
+        return future.result()
+
+    return run
 
 
 def connect(server: str, credentials: Credentials, timeout: float) -> grpc.Channel:

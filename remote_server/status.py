@@ -7,7 +7,7 @@ from rich.text import Text
 
 from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.cli import console
-from knowledge_boosting.common.connection import call_failed, connect
+from knowledge_boosting.common.connection import call_failed, connect, off_main_thread
 from knowledge_boosting.common.errors import printable
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import SERVICE_NAME
@@ -23,6 +23,26 @@ def print_status(server: str, credentials: Credentials) -> bool:
         InputError: The server does not answer, or it refuses the call.
         Failure: The server failed.
     """
+    serving, first, answers = _ask(server, credentials)
+    table = Table("bundle", "id", "task", "delay", "sessions", "free", box=None)
+    for answer in answers:
+        name = f"{answer.bundle_name} (UNTRAINED)" if answer.untrained else answer.bundle_name
+        delay = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"
+        free = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "unknown until loaded"
+        cells = (printable(text) for text in (name, answer.bundle_id, answer.task.upper(), delay))
+        table.add_row(*map(Text, cells), str(answer.sessions), free)
+    state = "serving" if serving else "shutting down, accepts no new sessions"
+    enrolls = "enrolls speakers" if first.enrolls else "enrolls no speakers"
+    print(f"{server}: {state}; protocol {first.protocol_version}; {enrolls}")
+    console().print(table)
+    return serving
+
+
+@off_main_thread
+def _ask(
+    server: str, credentials: Credentials
+) -> tuple[bool, pb.DescribeModelResponse, list[pb.DescribeModelResponse]]:
+    """Return whether the server accepts sessions, and the descriptions of its first bundle and of all of them."""
     with connect(server, credentials, _TIMEOUT) as channel:
         stub = HintServiceStub(channel)
         try:
@@ -40,16 +60,4 @@ def print_status(server: str, credentials: Credentials) -> bool:
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)
             raise call_failed(server, "does not report its state", error) from None
-    serving = bool(health.status == health_pb2.HealthCheckResponse.SERVING)
-    table = Table("bundle", "id", "task", "delay", "sessions", "free", box=None)
-    for answer in answers:
-        name = f"{answer.bundle_name} (UNTRAINED)" if answer.untrained else answer.bundle_name
-        delay = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"
-        free = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "unknown until loaded"
-        cells = (printable(text) for text in (name, answer.bundle_id, answer.task.upper(), delay))
-        table.add_row(*map(Text, cells), str(answer.sessions), free)
-    state = "serving" if serving else "shutting down, accepts no new sessions"
-    enrolls = "enrolls speakers" if first.enrolls else "enrolls no speakers"
-    print(f"{server}: {state}; protocol {first.protocol_version}; {enrolls}")
-    console().print(table)
-    return serving
+    return bool(health.status == health_pb2.HealthCheckResponse.SERVING), first, answers

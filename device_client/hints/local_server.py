@@ -15,7 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knowledge_boosting.common.call_credentials import Credentials
-from knowledge_boosting.common.connection import connect
+from knowledge_boosting.common.connection import connect, off_main_thread
 from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.protos.codec import SERVICE_NAME
 
@@ -84,6 +84,7 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]") -> str | None:
     return None
 
 
+@off_main_thread
 def _check_health(address: str) -> None:
     try:
         with connect(address, Credentials(), _ANSWER_TIMEOUT) as channel:

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 
 from knowledge_boosting.common.call_credentials import Credentials
-from knowledge_boosting.common.connection import call_failed, connect
+from knowledge_boosting.common.connection import call_failed, connect, off_main_thread
 from knowledge_boosting.common.errors import Failure, InputError, printable
 from knowledge_boosting.models.manifest import Manifest
 from knowledge_boosting.protos import hints_pb2 as pb
@@ -104,6 +104,24 @@ class HintStream:
         self._hint_encoding = HINT_ENCODINGS[encodings.hints]
         self._before_send = before_send
         self._outbox: queue.SimpleQueue[tuple[int, Samples] | None] = queue.SimpleQueue()
+        self.draining = False  # whether the server has announced that it will end the session
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.ended: StreamEnd | None = None
+        self._open(server, credentials, speaker_embedding, first_frame, deadline_ms, reproducible, timeout)
+
+    @off_main_thread
+    def _open(
+        self,
+        server: str,
+        credentials: Credentials,
+        speaker_embedding: Samples | None,
+        first_frame: Callable[[], int],
+        deadline_ms: int,
+        reproducible: bool,
+        timeout: float,
+    ) -> None:
+        manifest = self._manifest
         self._channel = connect(server, credentials, min(timeout, _CONNECT_TIMEOUT))
         self.first_frame = self._next_frame = self._sent = first_frame()
         self._config = pb.SessionConfig(
@@ -118,10 +136,6 @@ class HintStream:
             hint_deadline_ms=deadline_ms,
             reproducible=reproducible,
         )
-        self.draining = False  # whether the server has announced that it will end the session
-        self.bytes_up = 0
-        self.bytes_down = 0
-        self.ended: StreamEnd | None = None
         self._call = HintServiceStub(self._channel).StreamHints(self._requests(), metadata=credentials.metadata)
         timer = threading.Timer(timeout, self._call.cancel)
         timer.start()
@@ -205,6 +219,7 @@ class HintStream:
             yield pb.StreamHintsRequest(audio=pb.AudioChunk(first_frame=frame, pcm=pcm))
 
 
+@off_main_thread
 def enroll(server: str, speech: Samples, credentials: Credentials = _NO_CREDENTIALS) -> Samples:
     """Have a server compute the speaker embedding ``[256]`` of enrollment speech ``[N]`` at 16 kHz.
 

@@ -23,7 +23,7 @@ from knowledge_boosting.models.config import Boosting, NetworkSize, Pair
 from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import BoostedPair, PairOutput
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import PATIENCE, Server, command, free_port, run, running_server
+from tests.processes import PATIENCE, Server, command, environment, free_port, run, running_server
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
@@ -299,6 +299,39 @@ def test_the_local_server_ends_with_the_client(
         time.sleep(0.05)
     # A killed process leaves temporary files, but no output.
     assert not list(tmp_path.glob("out*" if number == signal.SIGKILL else "*out*"))
+
+
+# Interrupts itself while gRPC begins a call, before the thread that completes the call runs.
+INTERRUPTED_CALL = """
+import os, signal, sys
+import grpc._channel
+begin = grpc._channel._run_channel_spin_thread
+def interrupted(state):
+    os.kill(os.getpid(), signal.SIGINT)
+    begin(state)
+grpc._channel._run_channel_spin_thread = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from knowledge_boosting.device_client.main import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal")
+def test_an_interruption_while_a_call_begins_ends_the_command(
+    golden: GetGolden, golden_bundle: GetBundle, ss_server: Server, tmp_path: Path
+) -> None:
+    mixture, _ = write_inputs(golden(SS), tmp_path)
+    flags = [mixture, "--bundle", golden_bundle(SS), "--server", ss_server.address, "-o", tmp_path / "out.wav"]
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_CALL, "replay", *map(str, flags)],
+        env=environment(),
+        timeout=PATIENCE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (1, "kb-client: error: interrupted\n")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_with_a_running_level_the_output_scales_with_the_input(tmp_path: Path) -> None:
