@@ -23,10 +23,11 @@ from rich.table import Table
 from knowledge_boosting.device_client.boosted_stream import BoostedStream
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.device_client.engines.torch_engine import TorchModel
-from knowledge_boosting.device_client.hints.buffer import HintBuffer
+from knowledge_boosting.device_client.hints.buffer import hint_buffer
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Boosting, NetworkSize, Pair
+from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
 from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import LargeModel
 from knowledge_boosting.models.slots import StateSlots
@@ -54,8 +55,8 @@ def measure(step: Callable[[], object], frames: int) -> dict[str, float]:
 class ImmediateHints:
     """Delivers the same hint for every frame, decoded from its message as in a real session."""
 
-    def __init__(self, hint: Samples, delay: int) -> None:
-        self._buffer, self._encoding, self._shape = HintBuffer(delay), HINT_ENCODINGS["f16"], hint.shape
+    def __init__(self, hint: Samples, config: Pair) -> None:
+        self._buffer, self._encoding, self._shape = hint_buffer(config), HINT_ENCODINGS["f16"], hint.shape
         payload, scale = encode_hints(hint, self._encoding)
         self._message = pb.Hint(frame=0, payload=payload.tobytes(), scale=float(scale))
 
@@ -63,8 +64,8 @@ class ImmediateHints:
         """Ignore the audio, and put the hint of the frame into the buffer."""
         self._buffer.put(frame, decode_hint(self._message, self._encoding, *self._shape), 0)
 
-    def take(self, frame: int, now: int) -> Samples | None:
-        """Return the hint of a frame."""
+    def take(self, frame: int, now: int) -> list[Hint]:
+        """Return the hints to use at a frame."""
         return self._buffer.take(frame, now)
 
 
@@ -82,14 +83,17 @@ def small_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
     window = np.random.default_rng(1).normal(0, 0.1, (config.microphones, framing.n_fft)).astype(np.float32)
     hint = np.random.default_rng(2).normal(0, 1, (config.hint_channels, framing.bins)).astype(np.float32)
     engines = {"ONNX Runtime": onnx.session(speaker), "torch": in_torch.session(speaker)}
-    stream = BoostedStream(onnx.session(speaker), config, ImmediateHints(hint, config.delay))
+    stream = BoostedStream(onnx.session(speaker), config, ImmediateHints(hint, config))
 
     def loop() -> None:
         """Process a frame as the device does: get the audio, decode a hint, get the hint that is due, run."""
         stream.fresh[:] = window[:, -stream.fresh.shape[1] :]
         stream.step(0)
 
-    figures = {name: measure(partial(engine.step, window, hint), frames) for name, engine in engines.items()}
+    figures = {
+        name: measure(partial(engine.step, window, [Hint(config.delay, hint)]), frames)
+        for name, engine in engines.items()
+    }
     return {
         f"small with fusion, {name}": row for name, row in {**figures, "the whole loop": measure(loop, frames)}.items()
     }
@@ -118,7 +122,7 @@ def large_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
 
 def benchmark(task: Literal["tse", "ss"], frames: int) -> dict[str, dict[str, float]]:
     """Measure both networks of a task frame by frame."""
-    config = Pair(task=task, small=SMALL, large=LARGE, boosting=Boosting(delay=6))
+    config = Pair(task=task, small=SMALL, large=LARGE, boosting=FixedDelay(delay=6))
     figures = small_network(config, frames) | large_network(config, frames)
     budget = 1e3 * config.framing.chunk_seconds
     return {

@@ -5,13 +5,14 @@ Everything that runs the small network frame by frame uses it: replay, live, rep
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from knowledge_boosting.device_client.engines.engine import Engine
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.config import Framing, ModelConfig
 from knowledge_boosting.protos.codec import Samples
 
@@ -29,29 +30,32 @@ class HintSource(Protocol):
         """Send the samples ``[M, n]`` that complete a frame. The array can be overwritten after the call."""
         ...
 
-    def take(self, frame: int, now: int) -> Samples | None:
-        """Return the hint ``[channels, F]`` of a frame. None if it has not arrived."""
+    def take(self, frame: int, now: int) -> Sequence[Hint]:
+        """Return the hints to use from a frame on, of those that have arrived."""
         ...
 
 
 class HintRamp:
-    """Fades hints in when they return after a gap that is longer than the network's attention, to avoid a click."""
+    """Fades hints in when they return after a gap that is longer than the network's attention, to avoid a click.
+
+    A network that uses hints on arrival does this itself.
+    """
 
     def __init__(self) -> None:
         self._missing, self._gain = 0, 1.0
 
-    def scale(self, hint: Samples | None) -> Samples | None:
-        """Return the hint to fuse at the next frame."""
-        if hint is None:
+    def scale(self, hints: Sequence[Hint]) -> Sequence[Hint]:
+        """Return the hint to use at the next frame, if there is one."""
+        if not hints:
             self._missing += 1
-            return None
+            return hints
         if self._missing >= _ATTENTION_FRAMES:
             self._gain = 0.0
         self._missing = 0
         if self._gain < 1:
             self._gain += 1 / _RAMP
-            hint = hint * np.float32(self._gain)
-        return hint
+            return [hint._replace(values=hint.values * np.float32(self._gain)) for hint in hints]
+        return hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Frame:
     number: int
     window: Samples  # [M, n_fft]
     fresh: Samples  # [M, n], the new samples of the window
-    hint: Samples | None  # [channels, F], the hint that was fused
+    hints: Sequence[Hint]  # the hints that were used from this frame on
     hint_due: bool  # whether this frame could have a hint
     estimate: Samples  # [S, M, chunk]
     compute_ns: int  # time of the small network
@@ -86,7 +90,7 @@ class BoostedStream:
         self.hints_on = True  # whether hints are fused; they are taken from the source in any case
         self.frames = self.hints_due = self.hints_used = 0  # hints are counted as due only while hints_on is set
         self._delay, self._lookahead, self._chunk = model.delay, framing.lookahead, framing.chunk
-        self._ramp = HintRamp() if ramp else None
+        self._ramp = HintRamp() if ramp and not model.on_arrival else None
         # Two windows alternate, so that a frame stays valid while the next one is filled.
         self._window, self._other = (np.zeros((model.microphones, framing.n_fft), np.float32) for _ in range(2))
         # The caller stores the new samples of the next frame here: [M, n_fft] for the first one, then [M, chunk].
@@ -97,25 +101,25 @@ class BoostedStream:
         number, window, fresh, hints = self.frames, self._window, self.fresh, self.hints
         if not np.isfinite(fresh).all():
             fresh[:] = 0  # a sample that is not finite would stay in the network's state forever
-        hint, due = None, hints is not None and number >= self._delay
+        used, due = list[Hint](), hints is not None and number >= self._delay
         if hints is not None:
             hints.send(number, fresh, now)
         if hints is not None and due:
-            hint, on = hints.take(number - self._delay, now), self.hints_on
+            used, on = list(hints.take(number, now)), self.hints_on
             if not on:
-                hint = None
+                used = []
             if self._ramp is not None:
-                hint = self._ramp.scale(hint)
+                used = list(self._ramp.scale(used))
             self.hints_due += on
-            self.hints_used += hint is not None
+            self.hints_used += len(used)
         started = time.perf_counter_ns()
-        estimate = self.engine.step(window, hint)
+        estimate = self.engine.step(window, used)
         compute_ns = time.perf_counter_ns() - started
         self._window, self._other = self._other, window
         self._window[:, : self._lookahead] = window[:, self._chunk :]
         self.fresh = self._window[:, self._lookahead :]
         self.frames = number + 1
-        return Frame(number, window, fresh, hint, due, estimate, compute_ns)
+        return Frame(number, window, fresh, used, due, estimate, compute_ns)
 
 
 def split_frames(mixture: Iterable[Samples], framing: Framing) -> Iterator[tuple[Samples, int]]:

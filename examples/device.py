@@ -67,7 +67,9 @@ class Stream:
     def __init__(self, graph, model, speaker):
         self.graph, self.chunk = graph, model["framing"]["chunk"]
         self.lookahead, self.window = model["framing"]["lookahead"], device_network(model)["window"]
-        self.delay = model["boosting"]["delay"] if "boosting" in model else 0
+        boosting = model.get("boosting", {})
+        assert "policy" not in boosting, "this example is for bundles whose hints have a fixed delay"
+        self.delay = boosting.get("delay", 0)
         self.outputs = [value.name for value in graph.get_outputs()]
         self.inputs = {value.name: np.zeros(value.shape, np.float32) for value in graph.get_inputs()}
         self.inputs.update(speaker)

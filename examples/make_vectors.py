@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 
 FRAMES = 60  # more than the window of attention
@@ -29,7 +30,7 @@ def main(bundle: str, folder: Path) -> None:
     given, parts = iter(hints), []
     for frame in range(FRAMES):
         window = np.ascontiguousarray(padded[:, frame * framing.chunk :][:, : framing.n_fft])
-        parts.append(engine.step(window, next(given) if frame in frames else None))
+        parts.append(engine.step(window, [Hint(model.delay, next(given))] if frame in frames else []))
     output = np.concatenate(parts, axis=-1).reshape(model.sources * model.microphones, -1)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"input": sound, "hints": hints, "output": output} | ({} if speaker is None else {"speaker": speaker})

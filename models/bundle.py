@@ -69,8 +69,9 @@ class Bundle:
 
     @property
     def delay_ms(self) -> float | None:
-        """The delay of hints, ms; None for one network alone, which uses no hints."""
-        return self.model.delay_ms if isinstance(self.model, Pair) else None
+        """The fixed delay of hints, ms; None for one network alone, and if hints are used on arrival."""
+        fixed = isinstance(self.model, Pair) and not self.model.on_arrival
+        return self.model.max_age_ms if fixed else None
 
     @property
     def quality(self) -> Mapping[str, float]:

@@ -91,11 +91,26 @@ class NetworkSize(Strict):
         return self
 
 
-class Boosting(Strict):
-    """The parameters of the hints from the large network to the small one."""
+class FixedDelay(Strict):
+    """Hints that are used at one fixed age, as in the published method. A later hint is lost, an earlier one waits."""
 
     delay: Annotated[int, Field(ge=0, le=10_000, description="delay of a hint, frames")]
     compression: Literal[1, 2, 4] = 1
+
+
+class OnArrival(Strict):
+    """Hints that are used from the moment they arrive, at any age up to the attention window of the small network."""
+
+    policy: Literal["arrival"]
+    compression: Literal[1, 2, 4] = 1
+
+
+def _policy(boosting: object) -> str:
+    arrival = isinstance(boosting, OnArrival) or (isinstance(boosting, dict) and "policy" in boosting)
+    return "arrival" if arrival else "fixed"
+
+
+Boosting = Annotated[Annotated[FixedDelay, Tag("fixed")] | Annotated[OnArrival, Tag("arrival")], Discriminator(_policy)]
 
 
 class _Model(Strict):
@@ -144,14 +159,24 @@ class _Model(Strict):
         return 0
 
     @property
+    def on_arrival(self) -> bool:
+        """Whether hints are used from the moment they arrive, and not at a fixed age."""
+        return False
+
+    @property
     def delay(self) -> int:
-        """The delay of a hint, frames; 0 for one network alone."""
+        """The age at which a hint can first be used, frames; 0 for one network alone."""
         return 0
 
     @property
-    def delay_ms(self) -> float:
-        """The delay of a hint, ms; 0 for one network alone."""
-        return 1000 * self.delay * self.framing.chunk_seconds
+    def max_age(self) -> int:
+        """The age at which a hint can last be used, frames; 0 for one network alone."""
+        return self.delay
+
+    @property
+    def max_age_ms(self) -> float:
+        """The age at which a hint can last be used, ms; 0 for one network alone."""
+        return 1000 * self.max_age * self.framing.chunk_seconds
 
     @model_validator(mode="after")
     def _size_is_feasible(self) -> Self:
@@ -169,7 +194,7 @@ class _Model(Strict):
         keys, values = size.heads * (512 + bins), bins * channels  # of one frame; fusion has half as many
         attention = 4 * channels * (channels + bins) + (4 + size.window) * (keys + values) + 2 * channels * keys // bins
         between = 2 * (SPEAKER_EMBEDDING_SIZE + 1) * bins * channels if self.needs_speaker else 0
-        waiting = self.delay * bins * (channels + self.hint_channels)
+        waiting = self.max_age * bins * (channels + self.hint_channels)
         framing = 4 * self.framing.n_fft * bins
         return size.blocks * (lstms + 2 * attention + between + waiting) + framing
 
@@ -213,9 +238,19 @@ class Pair(_Model):
         return self.spectrum_channels // self.boosting.compression
 
     @property
+    def on_arrival(self) -> bool:
+        """Whether hints are used from the moment they arrive, and not at a fixed age."""
+        return isinstance(self.boosting, OnArrival)
+
+    @property
     def delay(self) -> int:
-        """The delay of a hint, frames."""
-        return self.boosting.delay
+        """The age at which a hint can first be used, frames."""
+        return 1 if isinstance(self.boosting, OnArrival) else self.boosting.delay
+
+    @property
+    def max_age(self) -> int:
+        """The age at which a hint can last be used, frames."""
+        return self.small.window if isinstance(self.boosting, OnArrival) else self.boosting.delay
 
     def large_alone(self) -> Alone:
         """Return the configuration of the large network alone."""

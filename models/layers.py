@@ -111,7 +111,7 @@ def window_attention(
         scores = _with_rings(query * query.shape[-1] ** -0.5, cache.keys.transpose(-1, -2), cache.streams)
         if mask_unseen:
             scores = scores.masked_fill(window.unseen, -torch.inf)
-        return _channels(_with_rings(scores.softmax(-1), cache.values, cache.streams), bins), cache
+        return channels_of_heads(_with_rings(scores.softmax(-1), cache.values, cache.streams), bins), cache
     stream, past = _streams(cache, window), window.past
     past_key, past_value = (ring[stream, :, past].transpose(1, 2) for ring in (cache.keys, cache.values))
     written = _write(cache, key[:, :, -size:], value[:, :, -size:], window)
@@ -135,7 +135,7 @@ def window_attention(
         banded(past_value, value),
         attn_mask=window.band & ~window.unseen if mask_unseen else window.band,
     )
-    return _channels(output.flatten(2, 3)[:, :, :steps], bins), written
+    return channels_of_heads(output.flatten(2, 3)[:, :, :steps], bins), written
 
 
 def _write(cache: AttentionCache, key: Tensor, value: Tensor, window: Window) -> AttentionCache:
@@ -238,16 +238,12 @@ class FusionState:
     cache: AttentionCache
 
 
-class HintFusion(nn.Module):
-    """Residual fusion of delayed hints into the small network: alignment, modulation (FiLM) and cross-attention.
+class Fusion(nn.Module):
+    """The common part of :class:`HintFusion` and :class:`ArrivalFusion`: modulation (FiLM) and cross-attention."""
 
-    The hint that arrives with frame ``t`` is that of frame ``t - delay``. It modulates the features of frame
-    ``t - delay``, and frame ``t`` attends to the modulated frames. Source: Srinivas et al., Interspeech 2024.
-    """
-
-    def __init__(self, channels: int, bins: int, heads: int, window: int, hint_channels: int, delay: int) -> None:
+    def __init__(self, channels: int, bins: int, heads: int, window: int, hint_channels: int) -> None:
         super().__init__()
-        self.heads, self.window, self.bins, self.delay = heads, window, bins, delay
+        self.heads, self.window, self.bins = heads, window, bins
         self.key, self.value = -(-256 // bins), channels // heads
         self.film = nn.Linear(hint_channels, 2 * channels)
         self.query = nn.Linear(channels, heads * self.key)
@@ -264,6 +260,51 @@ class HintFusion(nn.Module):
         # At first, the output of fusion is noise. At full scale, training would turn it into a constant before it is
         # useful. At a small scale, it grows where hints help.
         nn.init.constant_(self.norm_merge.weight, 0.01)
+
+    def merged(self, x: Tensor, hint: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys ``[B, L, K, key size]`` and values of frames, from their features and hints ``[B, K, F, C]``."""
+        weight, bias = self.film(hint).chunk(2, dim=-1)
+        key_value = self.key_value(torch.addcmul(bias, x, weight))
+        split = self.heads * self.key
+        slope = torch.cat([self.slope_key.expand(split), self.slope_value.expand(self.heads * self.value)])
+        if cpu_attention.fits(key_value):
+            sections = [(self.heads, self.key), (self.heads, self.value)]
+            affine = self._affine(self.norm_key, self.norm_value)
+            key, value = cpu_attention.normalised_heads(key_value, sections, slope, *affine)
+            return key, value
+        key_value = prelu(key_value, slope)
+        key = self.norm_key(_heads(key_value[..., :split], self.heads))
+        return key, self.norm_value(_heads(key_value[..., split:], self.heads))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Return the queries ``[B, L, T, key size]`` of features ``[B, T, F, D]``."""
+        projected, size = self.query(x), self.heads * self.key
+        if cpu_attention.fits(projected):
+            slope, affine = self.slope_query.expand(size), self._affine(self.norm_query)
+            (query,) = cpu_attention.normalised_heads(projected, [(self.heads, self.key)], slope, *affine)
+            return query
+        normalised: Tensor = self.norm_query(_heads(prelu(projected, self.slope_query), self.heads))
+        return normalised
+
+    def _affine(self, *norms: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """Repeat weights and biases ``[F * size]`` of norms for all heads, as two tensors ``[F, heads * sizes]``."""
+        parts = [[norm.weight for norm in norms], [norm.bias for norm in norms]]
+        weight, bias = (
+            torch.cat([_by_bin(part.expand(self.heads, 1, -1), self.bins) for part in each], dim=-1) for each in parts
+        )
+        return weight, bias
+
+
+class HintFusion(Fusion):
+    """Residual fusion of hints that have a fixed delay.
+
+    The hint that comes with frame ``t`` is that of frame ``t - delay``. It modulates the features of frame
+    ``t - delay``, and frame ``t`` attends to the modulated frames. Source: Srinivas et al., Interspeech 2024.
+    """
+
+    def __init__(self, channels: int, bins: int, heads: int, window: int, hint_channels: int, delay: int) -> None:
+        super().__init__(channels, bins, heads, window, hint_channels)
+        self.delay = delay
 
     def initial_state(self, batch: int) -> FusionState:
         weight = self.film.weight
@@ -286,35 +327,12 @@ class HintFusion(nn.Module):
         """
         steps = x.shape[1]
         line = torch.cat([state.delayed, x], dim=1)
-        weight, bias = self.film(hint).chunk(2, dim=-1)
-        merged = torch.addcmul(bias, line[:, :steps], weight)
-        split = self.heads * self.key
-        slope = torch.cat([self.slope_key.expand(split), self.slope_value.expand(self.heads * self.value)])
-        key_value, projected = self.key_value(merged), self.query(x)
-        if cpu_attention.fits(key_value):
-            sections = [(self.heads, self.key), (self.heads, self.value)]
-            key, value = cpu_attention.normalised_heads(
-                key_value, sections, slope, *self._affine(self.norm_key, self.norm_value)
-            )
-            (query,) = cpu_attention.normalised_heads(
-                projected, sections[:1], self.slope_query.expand(split), *self._affine(self.norm_query)
-            )
-        else:
-            key_value = prelu(key_value, slope)
-            query = self.norm_query(_heads(prelu(projected, self.slope_query), self.heads))
-            key = self.norm_key(_heads(key_value[..., :split], self.heads))
-            value = self.norm_value(_heads(key_value[..., split:], self.heads))
-        attended, cache = window_attention(query, key, value, state.cache, window, self.bins, mask_unseen=False)
+        key, value = self.merged(line[:, :steps], hint)
+        attended, cache = window_attention(
+            self.queries(x), key, value, state.cache, window, self.bins, mask_unseen=False
+        )
         fused = _add_normalised(x, self.merge(attended), self.slope_merge, self.norm_merge)
         return fused, FusionState(line[:, steps:], cache)
-
-    def _affine(self, *norms: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """Repeat weights and biases ``[F * size]`` of norms for all heads, as two tensors ``[F, heads * sizes]``."""
-        parts = [[norm.weight for norm in norms], [norm.bias for norm in norms]]
-        weight, bias = (
-            torch.cat([_by_bin(part.expand(self.heads, 1, -1), self.bins) for part in each], dim=-1) for each in parts
-        )
-        return weight, bias
 
 
 def _by_bin(affine: Tensor, bins: int) -> Tensor:
@@ -341,11 +359,11 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """Rearrange ``[B, T, F, heads * size]`` to ``[B, heads, T, F * size]``."""
-    batch, steps, bins, _ = x.shape
-    return x.reshape(batch, steps, bins, heads, -1).permute(0, 3, 1, 2, 4).flatten(-2)
+    batch, steps, bins, columns = x.shape
+    return x.reshape(batch, steps, bins, heads, columns // heads).permute(0, 3, 1, 2, 4).flatten(-2)
 
 
-def _channels(x: Tensor, bins: int) -> Tensor:
+def channels_of_heads(x: Tensor, bins: int) -> Tensor:
     """Rearrange ``[B, heads, T, F * size]`` to ``[B, T, F, heads * size]``."""
     batch, heads, steps, _ = x.shape
     return x.reshape(batch, heads, steps, bins, -1).permute(0, 2, 3, 1, 4).flatten(-2)

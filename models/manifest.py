@@ -164,12 +164,15 @@ def _validate(read: Callable[[str], Kind], document: dict[str, Any], source: Pat
         raise InputError(f"{source}: is nested too deep") from None
 
 
+_TAGS = ("alone", "pair", "fixed", "arrival")  # of the kinds of a model and of its hints, which are not keys
+
+
 def first_fault(error: ValidationError, rename: Callable[[str], str] = str) -> str:
     """Return the first fault that validation found, with its key.
 
     ``rename`` converts the key to the name that the user wrote.
     """
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("alone", "pair"))  # these are tags, not keys
+    key = ".".join(str(part) for part in fault["loc"] if part not in _TAGS)
     message = fault["msg"].removeprefix("Value error, ")  # pydantic adds it to the message of a validator
     return f"{rename(key)}: {message}" if key else message

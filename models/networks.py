@@ -197,11 +197,10 @@ def _card(manifest: Manifest, note: str) -> str:
         lines.append(f"| {name} | {size.channels} | {size.hidden} | {size.blocks} | {size.heads} | {attention} |")
     lines.append("")
     if isinstance(model, Pair):
-        lines += [
-            f"Hints have a delay of {model.delay} frames ({model.delay_ms:g} ms); each has {model.hint_channels} x "
-            f"{framing.bins} values (compression {model.boosting.compression}).",
-            "",
-        ]
+        frames = f"{model.max_age} frames ({model.max_age_ms:g} ms)"
+        use = f"are used on arrival, up to an age of {frames}" if model.on_arrival else f"have a delay of {frames}"
+        shape = f"each has {model.hint_channels} x {framing.bins} values (compression {model.boosting.compression})"
+        lines += [f"Hints {use}; {shape}.", ""]
     if note:
         lines += [note.strip(), ""]
     lines += [f"Weights: {manifest.provenance.source}. Bundle id: `{manifest.id}`.", ""]

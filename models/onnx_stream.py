@@ -5,7 +5,7 @@ output. The rings of attention are not moved; each frame writes one row. :mod:`m
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.models.arrivals import MERGES, RAMP, Hint
 from knowledge_boosting.models.config import ModelConfig
 
 Samples = NDArray[np.float32]
 _MAX_VALUES = 2**24  # in an input or output
+MASKED = -1e30  # the mask of a key that is not visible; finite, so that the result is too, even if no key is visible
 
 
 def load_graph(source: Path | bytes) -> onnxruntime.InferenceSession:
@@ -66,7 +68,7 @@ class OnnxStream:
         self._graph = graph
         self._chunk, self._lookahead = model.framing.chunk, model.framing.lookahead
         self._signals = model.sources, model.microphones
-        self._delay, self._window = model.delay, model.on_device.window
+        self._window = model.on_device.window
         self._number = 0
 
         shapes = {value.name: tuple(value.shape) for value in (*graph.get_inputs(), *graph.get_outputs())}
@@ -75,14 +77,13 @@ class OnnxStream:
             buffers[name][:] = value
         self._buffers = buffers
         self._overlap = np.zeros((shapes["frame"][0], self._lookahead), np.float32)
-        self._fusions = [index for index in range(model.on_device.blocks - 1) if f"keys_{index}" in shapes]
-        # The features of frames that wait for their hints.
-        self._waiting = np.zeros(
-            (len(self._fusions), self._delay, model.framing.bins, model.on_device.channels), np.float32
-        )
+        fusions = [index for index in range(model.on_device.blocks - 1) if f"keys_{index}" in shapes]
+        self._fusion: _DelayedHints | _ArrivedHints | None = None
+        if fusions:
+            self._fusion = (_ArrivedHints if model.on_arrival else _DelayedHints)(buffers, fusions, model)
 
         # For every attention, the rings [L, key size, W] and [L, W, value size], and the new row of each.
-        attentions = [("", index) for index in self._fusions]
+        attentions = [("", index) for index in fusions if not model.on_arrival]
         if model.on_device.self_attention:
             attentions += [("self_", index) for index in range(model.on_device.blocks)]
         self._rings = [
@@ -94,7 +95,8 @@ class OnnxStream:
             )
             for of, index in attentions
         ]
-        self._masks = [buffers[name] for name in ("mask", "self_mask") if name in shapes]
+        names = ("self_mask",) if model.on_arrival else ("mask", "self_mask")
+        self._masks = [buffers[name] for name in names if name in shapes]
 
         replaced = [name for name in shapes if f"new_{name}" in shapes]
         swapped = {name: buffers[f"new_{name}"] for name in replaced} | {
@@ -122,37 +124,36 @@ class OnnxStream:
         if "self_mask" in self._buffers:
             self._buffers["self_mask"][:] = -np.inf
         self._overlap[:] = 0
-        self._waiting[:] = 0
+        if self._fusion is not None:
+            self._fusion.reset()
         self._number = 0
 
-    def step(self, window: Samples, hint: Samples | None) -> Samples:
+    def step(self, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
         """Process the next frame.
 
         Args:
             window: the samples of the frame, ``[M, n_fft]``.
-            hint: the hint of ``delay`` frames ago, ``[hint channels, F]``; None if it is missing or not due yet.
+            hints: the hints to use from this frame on. With a fixed delay that of ``delay`` frames ago, if there is
+                one; else at most :data:`models.arrivals.MERGES` that have arrived.
 
         Returns:
             Samples of the estimate, ``[S, M, chunk]``.
         """
         buffers, chunk, lookahead = self._buffers, self._chunk, self._lookahead
         row = self._number % self._window
-        turn = self._number % self._delay if self._delay else 0
         buffers["window"][:] = window
-        if self._fusions:
-            buffers["hint"][:] = 0 if hint is None else hint
+        if self._fusion is not None:
+            self._fusion.before(self._number, hints)
         for mask in self._masks:
             mask[row] = -np.inf
-        for index in self._fusions if self._delay else ():
-            buffers[f"delayed_{index}"][:] = self._waiting[index, turn]
         self._graph.run_with_iobinding(self._bindings[self._number % 2])
         for mask in self._masks:
             mask[row] = 0
         for keys, key, values, value in self._rings:
             keys[:, :, row] = key[:, 0]
             values[:, row] = value[:, 0]
-        for index in self._fusions if self._delay else ():
-            self._waiting[index, turn] = buffers[f"features_{index}"]
+        if self._fusion is not None:
+            self._fusion.after(self._number)
         for part in ("input", "output"):
             past = buffers[f"{part}_past"]
             past[:, :, 0] = past[:, :, 1]
@@ -163,3 +164,95 @@ class OnnxStream:
         samples[:, :lookahead] += self._overlap
         self._overlap[:] = frame[:, chunk:]
         return samples.reshape(*self._signals, chunk)
+
+
+class _DelayedHints:
+    """The hints of a fixed delay: the features of frames that wait for them."""
+
+    def __init__(self, buffers: Mapping[str, Samples], fusions: Sequence[int], model: ModelConfig) -> None:
+        self._delay, self._hint = model.delay, buffers["hint"]
+        size = model.framing.bins, model.on_device.channels
+        self._waiting = np.zeros((len(fusions), self._delay, *size), np.float32)
+        self._features = [buffers[f"features_{index}"] for index in fusions]
+        self._delayed = [buffers[f"delayed_{index}"] for index in fusions] if self._delay else []
+
+    def reset(self) -> None:
+        self._waiting[:] = 0
+
+    def before(self, number: int, hints: Sequence[Hint]) -> None:
+        """Fill the inputs of a frame."""
+        if len(hints) > 1 or any(hint.age != self._delay for hint in hints):
+            raise ValueError(f"hints must have the age {self._delay}")
+        self._hint[:] = hints[0].values if hints else 0
+        for waiting, delayed in zip(self._waiting, self._delayed, strict=False):
+            delayed[:] = waiting[number % self._delay]
+
+    def after(self, number: int) -> None:
+        """Store the outputs of a frame."""
+        if self._delay:
+            for waiting, features in zip(self._waiting, self._features, strict=True):
+                waiting[number % self._delay] = features
+
+
+class _ArrivedHints:
+    """Hints that are used on arrival: the features, keys and values of the last W frames.
+
+    Frame ``t`` has row ``t mod W``.
+    """
+
+    def __init__(self, buffers: Mapping[str, Samples], fusions: Sequence[int], model: ModelConfig) -> None:
+        window, bins, channels = model.on_device.window, model.framing.bins, model.on_device.channels
+        self._window = window
+        self._features = np.zeros((len(fusions), window, bins, channels), np.float32)
+        self._new_features = [buffers[f"features_{index}"] for index in fusions]
+        self._rings = [
+            (ring, buffers[f"{new}_{index}"])
+            for index in fusions
+            for ring, new in (
+                (buffers[f"keys_{index}"].transpose(2, 0, 1), "key"),
+                (buffers[f"values_{index}"].transpose(1, 0, 2), "value"),
+            )
+        ]  # [W, L, size], and [L, K, size] of the hints of the current frame
+        self._hints = buffers["hint"].reshape(model.hint_channels, MERGES, bins).transpose(1, 0, 2)
+        self._waiting = [buffers[f"waiting_{index}"].reshape(MERGES, bins, channels) for index in fusions]
+        self._ages, self._mask = buffers["ages"], buffers["mask"]
+        self._youngest, self._strength = buffers["youngest"], buffers["strength"]
+        # The ages of the rows at all frames: at frame t, they begin at W - t mod W.
+        self._cycle = np.tile(np.arange(window, 0, -1, dtype=np.float32), 2)
+        self._rows: list[int] = []  # of the hints of the current frame
+        self.reset()
+
+    def reset(self) -> None:
+        self._features[:] = 0
+        self._mask[:] = MASKED
+
+    def before(self, number: int, hints: Sequence[Hint]) -> None:
+        """Fill the inputs of a frame."""
+        window, mask, ages = self._window, self._mask, self._ages
+        if len(hints) > MERGES or any(not 1 <= hint.age <= window for hint in hints):
+            raise ValueError(f"at most {MERGES} hints with ages from 1 to {window} can be used at a frame")
+        first = -number % window
+        ages[:window] = self._cycle[first : first + window]
+        mask[window:] = MASKED
+        # A network that was reset has forgotten the features of the frames before.
+        hints = [hint for hint in hints if hint.age <= number]
+        self._rows = [(number - hint.age) % window for hint in hints]
+        for merge, (hint, row) in enumerate(zip(hints, self._rows, strict=True)):
+            mask[row], mask[window + merge], ages[window + merge] = MASKED, 0, hint.age
+            self._hints[merge] = hint.values
+            for waiting, features in zip(self._waiting, self._features, strict=True):
+                waiting[merge] = features[row]
+        visible = np.count_nonzero(mask == 0)
+        self._youngest[0] = (ages - mask).min() if visible else window
+        self._strength[0] = min(1.0, visible / RAMP)
+
+    def after(self, number: int) -> None:
+        """Store the outputs of a frame."""
+        for merge, row in enumerate(self._rows):
+            self._mask[row] = 0
+            for ring, new in self._rings:
+                ring[row] = new[:, merge]
+        row = number % self._window
+        for features, new in zip(self._features, self._new_features, strict=True):
+            features[row] = new
+        self._mask[row] = MASKED

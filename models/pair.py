@@ -4,12 +4,15 @@
 server and computes hints from audio. :class:`BoostedPair` combines both for training and offline evaluation.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from knowledge_boosting.models.arrival_fusion import NEVER, ArrivedHints
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.config import ModelConfig, NetworkSize, Pair
 from knowledge_boosting.models.framing import Stft, pad_to_frames
 from knowledge_boosting.models.layers import CausalConv2d
@@ -43,7 +46,7 @@ def _network(config: ModelConfig, size: NetworkSize, *, hints: bool) -> TFGridNe
         bins=config.framing.bins,
         speaker=config.needs_speaker,
         hint_channels=config.hint_channels if hints else 0,
-        delay=config.delay if hints else 0,
+        delay=None if hints and config.on_arrival else config.delay,
     )
 
 
@@ -73,21 +76,27 @@ class SmallModel(nn.Module):
         level = overlap.new_zeros(batch) if self.level else None
         return SmallState(self.network.initial_state(batch, speaker_embedding), overlap, level)
 
-    def forward(self, samples: Tensor, state: SmallState, hints: Tensor | None = None) -> tuple[Tensor, SmallState]:
+    def forward(
+        self, samples: Tensor, state: SmallState, hints: Tensor | ArrivedHints | None = None
+    ) -> tuple[Tensor, SmallState]:
         """Run T >= 1 frames.
 
         Args:
             samples: ``[B, M, chunk T + lookahead]``, from the first sample of the first frame.
             state: the state after the frame before, which can be overwritten.
-            hints: ``[B, T, hint channels, F]``, for every frame ``t`` the hint of frame ``t - delay``, or zeros if
-                there is none. None for one network alone.
+            hints: None for one network alone. With a fixed delay ``[B, T, hint channels, F]``, for every frame ``t``
+                the hint of frame ``t - delay``, or zeros if there is none. Else the hints that arrive, whose values
+                are ``[B, K, hint channels, F]``.
 
         Returns:
             Estimates ``[B, S, M, chunk T]``, and the state after the last frame.
         """
-        channels_last = hints.transpose(2, 3) if hints is not None else None
+        if isinstance(hints, ArrivedHints):
+            hints = replace(hints, values=hints.values.transpose(2, 3))
+        elif hints is not None:
+            hints = hints.transpose(2, 3)
         spectrum, gain, level = _apply_running_level(self.level, self.stft.analyse(samples), state.level)
-        embedding, network = self.network(spectrum, state.network, channels_last)
+        embedding, network = self.network(spectrum, state.network, hints)
         estimate, overlap = self.stft.synthesise(embedding if gain is None else embedding * gain, state.overlap)
         estimate = estimate.view(len(estimate), self.config.sources, self.config.microphones, -1)
         return estimate, SmallState(network, overlap, level)
@@ -162,7 +171,7 @@ class PairOutput:
 
 
 class BoostedPair(nn.Module):
-    """Both networks in one process, for whole signals. Every hint is delayed by exactly ``delay`` frames."""
+    """Both networks in one process, for whole signals."""
 
     def __init__(self, config: Pair) -> None:
         super().__init__()
@@ -171,36 +180,86 @@ class BoostedPair(nn.Module):
         self.large = LargeModel(config)
 
     def forward(
-        self, mixture: Tensor, speaker_embedding: Tensor | None = None, hint_mask: Tensor | None = None
+        self, mixture: Tensor, speaker_embedding: Tensor | None = None, ready_at: Tensor | None = None
     ) -> PairOutput:
         """Run whole signals from their start.
 
         Args:
             mixture: ``[B, M, N]``.
             speaker_embedding: ``[B, 256]`` for TSE.
-            hint_mask: ``[T]`` or ``[B, T]``, 1 for frames whose hints reach the small network, 0 for lost hints.
+            ready_at: ``[T]`` or ``[B, T]``, the frame at which the hint of each frame is ready for use, NEVER for lost
+                hints. None: all are in time for a fixed delay; and if hints are used on arrival, they arrive after
+                :data:`USUAL_DELAY` frames.
         """
         samples = pad_to_frames(mixture, self.config.framing)
         hints, embedding, _ = self.large(samples, self.large.initial_state(len(mixture), speaker_embedding))
-        small = self.estimate_small(mixture, hints, speaker_embedding, hint_mask)
+        small = self.estimate_small(mixture, hints, speaker_embedding, ready_at)
         return PairOutput(small, self.large.estimate(embedding)[..., : mixture.shape[-1]], hints, embedding)
 
     def estimate_small(
-        self, mixture: Tensor, hints: Tensor, speaker_embedding: Tensor | None = None, hint_mask: Tensor | None = None
+        self, mixture: Tensor, hints: Tensor, speaker_embedding: Tensor | None = None, ready_at: Tensor | None = None
     ) -> Tensor:
         """Compute the estimate ``[B, S, M, N]`` of the small network from a mixture and hints ``[B, T, channels, F]``.
 
-        Hint ``t`` is that of frame ``t``; it is delayed here. The other arguments are those of :meth:`forward`.
+        Hint ``t`` is that of frame ``t``. The other arguments are those of :meth:`forward`.
         """
-        used = hints if hint_mask is None else hints * hint_mask.to(hints)[..., None, None]
         samples = pad_to_frames(mixture, self.config.framing)
         state = self.small.initial_state(len(mixture), speaker_embedding)
-        estimate: Tensor = self.small(samples, state, delay_hints(used, self.config.delay))[0]
+        estimate: Tensor = self.small(samples, state, small_hints(self.config, hints, ready_at))[0]
         return estimate[..., : mixture.shape[-1]]
 
 
+USUAL_DELAY = 6  # frames
+
+
+def small_hints(config: Pair, hints: Tensor, ready_at: Tensor | None = None) -> Tensor | ArrivedHints:
+    """Return the hints of whole signals as the small network receives them.
+
+    Args:
+        config: the pair.
+        hints: ``[B, T, ...]``; hint ``t`` is that of frame ``t``.
+        ready_at: ``[T]`` or ``[B, T]``, see :meth:`BoostedPair.forward`.
+    """
+    frames = torch.arange(hints.shape[1], device=hints.device)
+    if config.on_arrival:
+        ready_at = frames + USUAL_DELAY if ready_at is None else ready_at.to(hints.device)
+        return ArrivedHints(hints, ready_at.expand(hints.shape[:2]))
+    if ready_at is not None:
+        in_time = (ready_at.to(hints.device) <= frames + config.delay).expand(hints.shape[:2])
+        hints = hints * in_time.to(hints)[..., None, None]
+    return delay_hints(hints, config.delay)
+
+
 def delay_hints(hints: Tensor, delay: int) -> Tensor:
-    """Delay hints ``[B, T, ...]`` by ``delay`` frames, as the small network receives them, with zeros at the start."""
+    """Delay hints ``[B, T, ...]`` by ``delay`` frames, with zeros at the start."""
     shifted = torch.zeros_like(hints)
     shifted[:, delay:] = hints[:, : max(hints.shape[1] - delay, 0)]
     return shifted
+
+
+def part_of(hints: Tensor | ArrivedHints, first: int, end: int) -> Tensor | ArrivedHints:
+    """Return the hints of whole signals for a call of the small network with the frames ``first`` to ``end``."""
+    if isinstance(hints, Tensor):
+        return hints[:, first:end]
+    merged_at = hints.merged_at
+    here = ((merged_at >= first) & (merged_at < end)).any(0)
+    frames = torch.arange(merged_at.shape[1], device=merged_at.device)[here] - first
+    merged_at = merged_at[:, here]
+    at = torch.where((merged_at >= first) & (merged_at < end), merged_at - first, NEVER)
+    return ArrivedHints(hints.values[:, here], at, frames.expand_as(at))
+
+
+def torch_hints(config: ModelConfig, hints: Sequence[Hint]) -> Tensor | ArrivedHints | None:
+    """Return the hints of one frame of one stream as the small network receives them. None for one network alone."""
+    if not config.hint_channels:
+        return None
+    shape = config.hint_channels, config.framing.bins
+    if config.on_arrival:
+        values = torch.zeros(1, len(hints), *shape)
+        for row, hint in zip(values[0], hints, strict=True):
+            row.copy_(torch.from_numpy(hint.values))
+        frames = -torch.tensor([[hint.age for hint in hints]], dtype=torch.long)
+        return ArrivedHints(values, torch.zeros_like(frames), frames)
+    if len(hints) > 1 or any(hint.age != config.delay for hint in hints):
+        raise ValueError(f"hints must have the age {config.delay}")
+    return torch.from_numpy(hints[0].values)[None, None] if hints else torch.zeros(1, 1, *shape)

@@ -16,7 +16,7 @@ from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.config import (
     SPEAKER_EMBEDDING_SIZE,
     Alone,
-    Boosting,
+    FixedDelay,
     Framing,
     ModelConfig,
     NetworkSize,
@@ -95,7 +95,7 @@ def config_from_published(document: Mapping[str, Any], source: str) -> ModelConf
             framing=framing,
             small=sizes["small"],
             large=sizes["large"],
-            boosting=Boosting(delay=delay, compression=compression),
+            boosting=FixedDelay(delay=delay, compression=compression),
         )
     return Alone(task=task, microphones=microphones, framing=framing, network=sizes["small"])
 

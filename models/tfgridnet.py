@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from knowledge_boosting.models import cpu_lstm
+from knowledge_boosting.models.arrival_fusion import ArrivalFusion, ArrivalState, ArrivedHints, plan_arrivals
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, NetworkSize
 from knowledge_boosting.models.cpu_lstm import FREQUENCY, TIME, FasterLstm
 from knowledge_boosting.models.layers import (
@@ -51,12 +52,13 @@ class NetworkState:
     input: Tensor  # [B, 2, F, 2M]
     blocks: tuple[BlockState, ...]
     speaker: tuple[SpeakerModulation, ...]  # empty for separation
-    fusion: tuple[FusionState, ...]  # empty without hints
+    fusion: tuple[FusionState | ArrivalState, ...]  # empty without hints
     output: Tensor  # [B, 2, F, D]
+    arrived: Tensor | None = None  # [B, W], whether hints of the last W frames are merged; only if used on arrival
 
 
 Blocks: TypeAlias = "Iterable[GridNetBlock]"
-Fusions: TypeAlias = Iterable[HintFusion]
+Fusions: TypeAlias = Iterable[HintFusion | ArrivalFusion]
 
 
 class GridNetBlock(nn.Module):
@@ -141,9 +143,13 @@ class TFGridNet(nn.Module):
         bins: int,
         speaker: bool,
         hint_channels: int = 0,
-        delay: int = 0,
+        delay: int | None = 0,
     ) -> None:
-        """Build a network. It needs a speaker embedding if ``speaker``, and hints if ``hint_channels`` is not 0."""
+        """Build a network.
+
+        It needs a speaker embedding if ``speaker``, and hints if ``hint_channels`` is not 0. Without a ``delay``, it
+        uses them from the moment they arrive.
+        """
         super().__init__()
         self.bins, self.channels, self.window = bins, size.channels, size.window
         between = size.blocks - 1
@@ -157,8 +163,10 @@ class TFGridNet(nn.Module):
             # The modulation starts near x * 1 + 0, so that features pass through before it is trained.
             nn.init.ones_(layer.bias[: bins * size.channels])
             nn.init.zeros_(layer.bias[bins * size.channels :])
+        self.on_arrival = delay is None
+        fusion = (size.channels, bins, size.heads, size.window, hint_channels)
         self.fusion = nn.ModuleList(
-            HintFusion(size.channels, bins, size.heads, size.window, hint_channels, delay)
+            ArrivalFusion(*fusion) if delay is None else HintFusion(*fusion, delay)
             for _ in range(between if hint_channels else 0)
         )
         self.output_conv = CausalConv2d(size.channels, spectrum_channels)
@@ -184,18 +192,21 @@ class TFGridNet(nn.Module):
             speaker=tuple(speaker),
             fusion=tuple(fusion.initial_state(batch) for fusion in cast("Fusions", self.fusion)),
             output=self.output_conv.initial_past(batch, self.bins),
+            arrived=torch.zeros(batch, self.window, dtype=torch.bool, device=weight.device)
+            if self.on_arrival
+            else None,
         )
 
     def forward(
-        self, spectrum: Tensor, state: NetworkState, hints: Tensor | None = None
+        self, spectrum: Tensor, state: NetworkState, hints: Tensor | ArrivedHints | None = None
     ) -> tuple[Tensor, NetworkState]:
         """Run T >= 1 frames.
 
         Args:
             spectrum: ``[B, T, F, 2M]``.
             state: the state after the frame before, which can be overwritten.
-            hints: ``[B, T, F, hint channels]``, for every frame ``t`` the hint of frame ``t - delay`` or zeros; only
-                for networks with fusion.
+            hints: only for networks with fusion. With a fixed delay ``[B, T, F, hint channels]``, for every frame ``t``
+                the hint of frame ``t - delay`` or zeros; else the hints that arrive.
 
         Returns:
             The spectral estimate ``[B, T, F, 2S']``, and the state after the last frame.
@@ -204,6 +215,13 @@ class TFGridNet(nn.Module):
         x = self.input_norm(x)
         window = window_of(state.frames, spectrum.shape[1], self.window)
         blocks, fusion = [], []
+        plan = None
+        if self.fusion:
+            if isinstance(hints, ArrivedHints) != self.on_arrival or hints is None:
+                raise ValueError("this network has fusion: give hints of its policy, or none that arrive, or zeros")
+            if isinstance(hints, ArrivedHints):
+                assert state.arrived is not None
+                plan = plan_arrivals(hints, state.arrived, state.frames, spectrum.shape[1])
         for index, block in enumerate(self.blocks):
             x, block_state = block(x, state.blocks[index], window)
             blocks.append(block_state)
@@ -212,10 +230,17 @@ class TFGridNet(nn.Module):
             if state.speaker:
                 x = torch.addcmul(state.speaker[index].bias, x, state.speaker[index].weight)
             if self.fusion:
-                if hints is None:
-                    raise ValueError("this network has fusion: give hints, or zeros")
-                x, fusion_state = self.fusion[index](x, hints, state.fusion[index], window)
+                past = state.fusion[index]
+                given = (hints, past, window) if plan is None else (plan, past)
+                x, fusion_state = self.fusion[index](x, *given)
                 fusion.append(fusion_state)
         embedding, output_state = self.output_conv(x, state.output)
-        frames = state.frames + spectrum.shape[1]
-        return embedding, NetworkState(frames, input_state, tuple(blocks), state.speaker, tuple(fusion), output_state)
+        return embedding, NetworkState(
+            frames=state.frames + spectrum.shape[1],
+            input=input_state,
+            blocks=tuple(blocks),
+            speaker=state.speaker,
+            fusion=tuple(fusion),
+            output=output_state,
+            arrived=plan.arrived if plan is not None else None,
+        )

@@ -57,6 +57,6 @@ class LiveDevices:
             now = time.perf_counter_ns()
             for device, fused in zip(self.all, self.fused, strict=True):
                 device.send(frame, self._sound[:, 0 if frame == 0 else -self._chunk :], now)
-                fused.append(frame >= self._delay and device.take(frame - self._delay, now) is not None)
+                fused.append(frame >= self._delay and bool(device.take(frame, now)))
             self.slowest = max(self.slowest, (time.perf_counter_ns() - now) / 1e9)
             frame += 1

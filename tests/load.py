@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Boosting, NetworkSize, Pair
+from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
 from knowledge_boosting.models.manifest import Manifest
 from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.protos import hints_pb2 as pb
@@ -39,7 +39,7 @@ _GRACE = 1.0  # seconds after the last chunk in which hints still count
 def write_random_bundle(folder: Path, size: str) -> Path:
     """An SS bundle of random weights whose hints are due after 6 frames."""
     small, large = SIZES[size]
-    config = Pair(task="ss", small=small, large=large, boosting=Boosting(delay=6))
+    config = Pair(task="ss", small=small, large=large, boosting=FixedDelay(delay=6))
     torch.manual_seed(0)
     torch.set_num_threads(1)  # threads that wait for one another spin, and others want the cores
     write_bundle(folder / size, build(config), config, untrained=True, source="random", configuration="none")
@@ -52,7 +52,7 @@ class DeviceAudio:
     def __init__(self, manifest: Manifest, *, pcm: str = "f32", hints: str = "f32") -> None:
         model, framing = manifest.model, manifest.model.framing
         self.chunk_seconds = framing.chunk_seconds
-        self.deadline_ms = model.delay_ms
+        self.deadline_ms = model.max_age_ms
         self.opening = pb.StreamHintsRequest(
             config=pb.SessionConfig(
                 protocol_version=PROTOCOL_VERSION,

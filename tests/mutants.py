@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from knowledge_boosting.common.errors import Failure, InputError
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle as Opened
 
 ROOT = Path(__file__).parent.parent
@@ -111,12 +112,12 @@ class Bundle:
 
     def prepare(self, folder: Path) -> None:
         from knowledge_boosting.models.checkpoint import build
-        from knowledge_boosting.models.config import Boosting, NetworkSize, Pair
+        from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
         from knowledge_boosting.models.networks import write_bundle
 
         large = NetworkSize(channels=4, hidden=4, blocks=2, heads=2, self_attention=True)
         small = NetworkSize(channels=4, hidden=4, blocks=2, heads=2)
-        config = Pair(task="tse", small=small, large=large, boosting=Boosting(delay=2))
+        config = Pair(task="tse", small=small, large=large, boosting=FixedDelay(delay=2))
         write_bundle(folder / "good", build(config), config, untrained=True, source="random", configuration="none")
 
     def mutate(self, folder: Path, mutant: Path, rng: random.Random) -> None:
@@ -177,10 +178,14 @@ def _read_graph(mutant: Path) -> object:
     model = OnnxModel(Opened(mutant))
     config = model.manifest.model
     speaker = np.full(256, 1 / 16, np.float32) if config.task == "tse" else None
-    hint = np.zeros((config.hint_channels, config.framing.bins), np.float32) if config.hint_channels else None
+    hints = []
+    if config.hint_channels:
+        hints = [Hint(config.delay, np.zeros((config.hint_channels, config.framing.bins), np.float32))]
     engine = model.session(speaker)
-    for _ in range(3):
-        engine.step(np.zeros((config.microphones, config.framing.n_fft), np.float32), hint)
+    for frame in range(5):
+        engine.step(
+            np.zeros((config.microphones, config.framing.n_fft), np.float32), hints if frame >= config.delay else []
+        )
     return None
 
 
@@ -264,7 +269,7 @@ def _read_sofa(path: Path) -> None:
 
 
 def _read_trace(path: Path) -> None:
-    from knowledge_boosting.device_client.hints.links import read_trace
+    from knowledge_boosting.common.links import read_trace
 
     read_trace(path)
 

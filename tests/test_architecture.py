@@ -20,7 +20,8 @@ ALLOWED = {
     "training": {"common", "models"},
 }
 # What of models a device may import without torch, and the client's only module that needs torch.
-TORCH_FREE = {f"{PACKAGE}.models.{name}" for name in ("bundle", "config", "manifest", "onnx_stream", "tasks")}
+FREE = "arrivals", "bundle", "config", "manifest", "onnx_stream", "tasks"
+TORCH_FREE = {f"{PACKAGE}.models.{name}" for name in FREE}
 NEEDS_TORCH = f"{PACKAGE}.device_client.engines.torch_engine"
 
 

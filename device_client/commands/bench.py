@@ -15,6 +15,7 @@ from knowledge_boosting.common.files import atomic_file, check_files, is_standar
 from knowledge_boosting.device_client.boosted_stream import BoostedStream
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, Pair
 from knowledge_boosting.protos.codec import Samples
@@ -80,7 +81,8 @@ def _times_ms(model: Model, frames: int) -> np.ndarray[tuple[int], np.dtype[np.f
     noise = rng.normal(0, 0.1, (config.microphones, config.framing.n_fft)).astype(np.float32)
     hints = None
     if isinstance(config, Pair):
-        hints = _ConstantHint(rng.normal(0, 1, (config.hint_channels, config.framing.bins)).astype(np.float32))
+        values = rng.normal(0, 1, (config.hint_channels, config.framing.bins)).astype(np.float32)
+        hints = _ConstantHint(values, config.delay)
     stream = BoostedStream(model.session(speaker), config, hints)
     times = np.zeros(frames)
     for frame in range(-_WARM_UP, frames):
@@ -95,14 +97,14 @@ def _times_ms(model: Model, frames: int) -> np.ndarray[tuple[int], np.dtype[np.f
 class _ConstantHint:
     """A source that gives the same hint for every frame, always on time."""
 
-    def __init__(self, hint: Samples) -> None:
-        self._hint = hint
+    def __init__(self, hint: Samples, delay: int) -> None:
+        self._hints = [Hint(delay, hint)]
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
         """Discard the samples."""
 
-    def take(self, frame: int, now: int) -> Samples | None:
-        return self._hint
+    def take(self, frame: int, now: int) -> list[Hint]:
+        return self._hints
 
 
 def _verdict(label: str, factor: float, p99_factor: float) -> str:

@@ -208,7 +208,7 @@ def _show_view(session: _Session) -> None:
     if isinstance(audio, DeviceAudio):
         resampling = f", {audio.resampling_ms:.1f} of it resampling from {audio.rate} Hz" if audio.resampling_ms else ""
         latency = f"{audio.latency_ms:.0f} ms from microphone to loudspeaker{resampling}"
-    deadline_ms = model.delay_ms if session.hints is not None else None
+    deadline_ms = model.max_age_ms if session.hints is not None else None
     layout = view.Layout(f"kb-client live   {session.manifest.label}", latency, deadline_ms, loop.choices)
     last_choice: Play = loop.play if loop.play != "bypass" else "1"
     last_event = ""

@@ -14,6 +14,13 @@ from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.cli import console, warn
 from knowledge_boosting.common.errors import Failure, InputError, printable
 from knowledge_boosting.common.files import is_standard_output
+from knowledge_boosting.common.links import (
+    NetworkConditions,
+    Trace,
+    make_links,
+    network_conditions,
+    read_trace,
+)
 from knowledge_boosting.device_client.audio.files import (
     AudioFile,
     OutputStream,
@@ -30,13 +37,6 @@ from knowledge_boosting.device_client.commands.replay_call import (
 )
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model, needs_torch
-from knowledge_boosting.device_client.hints.links import (
-    NetworkConditions,
-    Trace,
-    make_links,
-    network_conditions,
-    read_trace,
-)
 from knowledge_boosting.device_client.hints.local_server import local_server
 from knowledge_boosting.device_client.hints.stream import Encodings, HintStream, enroll
 from knowledge_boosting.device_client.live.recording import replay_recording
@@ -167,7 +167,7 @@ def replay_file(options: ReplayOptions) -> None:
         network=network if server is not None else None,
         frames=len(run.log.used),
         overflows=run.overflows,
-        hints=reporting.hint_report(run, seconds) if server is not None else None,
+        hints=reporting.hint_report(run, config, seconds) if server is not None else None,
         server_lost=reporting.lost_report(run),
         quality=qualities(measured, estimates) if measured is not None else {},
         timing=reporting.timing(
@@ -294,7 +294,7 @@ def _open_hints(
         speaker_embedding=embedding,
     )
     if options.real_clock:
-        real = RealHints(model.delay, run, uplink=uplink, downlink=downlink)
+        real = RealHints(model, run, uplink=uplink, downlink=downlink)
         stream = open_stream(before_send=real.wait_for_uplink)
         stack.callback(stream.close)
         real.start(stream)
@@ -303,7 +303,7 @@ def _open_hints(
     stack.callback(stream.close)
     return VirtualHints(
         stream,
-        model.delay,
+        model,
         run,
         uplink=uplink,
         downlink=downlink,
@@ -396,4 +396,4 @@ def _plot(path: Path, input_file: Path, manifest: Manifest, pictures: "list[Spec
     notice = " - UNTRAINED, random weights" if manifest.untrained else ""
     title = f"{printable(input_file.name)}, bundle {manifest.name}{notice}"
     log = run.log if isinstance(manifest.model, Pair) else None
-    plot_replay(path, title, shown, log, run.ended_at, manifest.model.delay_ms)
+    plot_replay(path, title, shown, log, run.ended_at, manifest.model.max_age_ms)

@@ -1,9 +1,11 @@
 """The interfaces of the engines that run the small network on the device."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.manifest import Manifest
 from knowledge_boosting.protos.codec import Samples
 
@@ -13,12 +15,13 @@ class Engine(Protocol):
 
     overflows: int  # number of frames whose estimate was not finite and was replaced by the input
 
-    def step(self, window: Samples, hint: Samples | None) -> Samples:
+    def step(self, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
         """Process the next frame.
 
         Args:
             window: The samples of the frame, ``[M, n_fft]``.
-            hint: The hint ``[hint channels, F]`` of ``delay`` frames ago. None if it is missing or not due yet.
+            hints: The hints to use from this frame on. With a fixed delay that of ``delay`` frames ago, if there is
+                one; else at most :data:`models.arrivals.MERGES` that have arrived.
 
         Returns:
             Samples ``[S, M, chunk]`` of the estimate.
@@ -29,7 +32,7 @@ class Engine(Protocol):
 class Network(Protocol):
     """A small network for :class:`CheckedEngine`. Its estimates need not be finite."""
 
-    def step(self, window: Samples, hint: Samples | None) -> Samples:
+    def step(self, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
         """Process the next frame, like :meth:`Engine.step`."""
         ...
 
@@ -47,8 +50,8 @@ class CheckedEngine:
         self._last: Samples | None = None  # [S, M, 1], the last samples of the output
         self._replaced = False  # whether the last output was the input
 
-    def step(self, window: Samples, hint: Samples | None) -> Samples:
-        estimate = self._network.step(window, hint)
+    def step(self, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
+        estimate = self._network.step(window, hints)
         finite = bool(np.isfinite(estimate).all())
         if not finite or self._replaced:
             estimate = self._replace(estimate, window[:, : estimate.shape[2]], finite)

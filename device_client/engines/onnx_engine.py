@@ -44,7 +44,7 @@ class OnnxModel:
         try:
             check_sizes(self._graph)
             speaker = np.zeros(SPEAKER_EMBEDDING_SIZE, np.float32) if model.needs_speaker else None
-            estimate = self.session(speaker).step(silence, None)
+            estimate = self.session(speaker).step(silence, [])
             if estimate.shape != (model.sources, model.microphones, model.framing.chunk):
                 raise ValueError(f"its output has the shape {list(estimate.shape)}")
         except Exception as error:  # ONNX Runtime's exceptions have no common base

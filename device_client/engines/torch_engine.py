@@ -1,12 +1,15 @@
 """The networks in torch. This is the only module of the client that needs torch."""
 
+from collections.abc import Sequence
+
 import torch
 
 from knowledge_boosting.device_client.engines.engine import CheckedEngine, Engine
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.networks import load_large, load_small
-from knowledge_boosting.models.pair import SmallModel
+from knowledge_boosting.models.pair import SmallModel, torch_hints
 from knowledge_boosting.protos.codec import Samples
 
 
@@ -34,13 +37,10 @@ class _TorchEngine:
         self._model = model
         self._speaker = _batch(speaker_embedding) if speaker_embedding is not None else None
         self._state = model.initial_state(1, self._speaker)
-        config = model.config
-        self._no_hint = torch.zeros(1, 1, config.hint_channels, config.framing.bins) if config.hint_channels else None
 
     @torch.inference_mode()
-    def step(self, window: Samples, hint: Samples | None) -> Samples:
-        hints = self._no_hint if hint is None else _batch(hint)[None]
-        estimate, self._state = self._model(_batch(window), self._state, hints)
+    def step(self, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
+        estimate, self._state = self._model(_batch(window), self._state, torch_hints(self._model.config, hints))
         samples: Samples = estimate[0].numpy()
         return samples
 

@@ -14,8 +14,9 @@ from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.connection import Refused
 from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.device_client.audio.rings import WakeEvent
-from knowledge_boosting.device_client.hints.buffer import HintBuffer
+from knowledge_boosting.device_client.hints.buffer import hint_buffer
 from knowledge_boosting.device_client.hints.stream import Encodings, HintStream
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.manifest import Manifest
 from knowledge_boosting.protos.codec import MAX_CHUNKS_PER_MESSAGE, Samples
 
@@ -79,7 +80,7 @@ class LiveHints:
         self._credentials = credentials
         self._speaker_embedding = speaker_embedding
         model = manifest.model
-        self._lookahead, self._delay = model.framing.lookahead, model.delay
+        self._lookahead, self._max_age = model.framing.lookahead, model.max_age
         frames_per_second = 1 / model.framing.chunk_seconds
         self._backfill = round(_BACKFILL * frames_per_second)
         self._max_unanswered = round(_MAX_UNANSWERED * frames_per_second)
@@ -91,8 +92,8 @@ class LiveHints:
         self._captured_at = np.zeros(self._history, np.int64)
         self._ages: NDArray[np.float64] = np.zeros(self._history)
         self._frames = first_frame  # end of the frames that the loop has passed to send()
-        self._next_take = first_frame  # first frame whose hint the loop has not asked for
-        self._buffer = HintBuffer(model.delay)
+        self._next_take = first_frame  # first frame whose hint can still be used
+        self._buffer = hint_buffer(model)
         self._wake = WakeEvent()
         self._closed = threading.Event()
         self._startup_done = threading.Event()  # set when a server has answered, or all servers were tried once
@@ -145,11 +146,11 @@ class LiveHints:
         self._frames = frame + 1
         self._wake.set()
 
-    def take(self, frame: int, now: int) -> Samples | None:
-        """Return the hint ``[channels, F]`` of a frame. None if it has not arrived by ``now`` (nanoseconds)."""
-        hint = self._buffer.take(frame, now)
-        self._next_take = frame + 1
-        return hint
+    def take(self, frame: int, now: int) -> list[Hint]:
+        """Return the hints to use from a frame on, of those that have arrived by ``now`` (nanoseconds)."""
+        hints = self._buffer.take(frame, now)
+        self._next_take = frame + 1 - self._max_age
+        return hints
 
     def age_ms(self, frame: int) -> float:
         """Return the milliseconds from a frame's capture to the arrival of its hint. Call it directly after take()."""
@@ -204,7 +205,7 @@ class LiveHints:
                 credentials=self._credentials,
                 speaker_embedding=self._speaker_embedding,
                 first_frame=lambda: max(0, self._frames - self._backfill),
-                deadline_ms=round(self._manifest.model.delay_ms),
+                deadline_ms=round(self._manifest.model.max_age_ms),
                 timeout=_CONNECT_TIMEOUT,
             )
         except (InputError, Failure) as error:

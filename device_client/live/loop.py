@@ -1,6 +1,7 @@
 """The frame loop of a live session, from audio input to audio output."""
 
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,14 +11,16 @@ from knowledge_boosting.device_client.audio.mixer import Mixer, Play
 from knowledge_boosting.device_client.boosted_stream import BoostedStream
 from knowledge_boosting.device_client.engines.engine import Engine
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.protos.codec import Samples
 
 RECENT_FRAMES = 1250  # ten seconds of 8 ms frames
 FRAME_RECORD = np.dtype(
     [
-        ("hint", np.bool_),  # whether a hint was fused
-        ("age_ms", np.float32),  # from the capture of the hint's frame to the arrival of the hint; NaN without a hint
+        ("hints", np.uint8),  # number of hints that were used from this frame on
+        # From the capture of the (first) hint's frame to the arrival of the hint; NaN without a hint.
+        ("age_ms", np.float32),
         ("compute_ms", np.float32),  # time of the small network
         ("input_peak", np.float32),
         ("output_peak", np.float32),
@@ -28,13 +31,13 @@ FRAME_RECORD = np.dtype(
 class FrameRecorder(Protocol):
     """The interface of a recorder that stores every frame."""
 
-    def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: Play) -> None:
+    def put(self, fresh: Samples, played: Samples, hints: Sequence[Hint], record: np.void, play: Play) -> None:
         """Store the next frame without waiting.
 
         Args:
             fresh: The new input samples, ``[M, n]``.
             played: The output samples, ``[M, chunk]``.
-            hint: The hint that was fused, ``[channels, F]``, or None.
+            hints: The hints that were used from this frame on.
             record: A record of type :data:`FRAME_RECORD`.
             play: The mix that was played.
         """
@@ -70,21 +73,21 @@ class LiveLoop:
 
     def run(self) -> None:
         """Process frames until the audio ends."""
-        stream, delay, chunk, hints = self.stream, self._model.delay, self._model.framing.chunk, self._hints
+        stream, chunk, hints = self.stream, self._model.framing.chunk, self._hints
         while self._audio.read(stream.fresh):
             frame = stream.step(time.perf_counter_ns())
             play, compute_ms = self.play, frame.compute_ns / 1e6
             played = self._mixer.mix(play, frame.window[:, :chunk], frame.estimate)
             self._audio.write(played)
 
-            used, age = frame.hint is not None, np.nan
+            used, age = len(frame.hints), np.nan
             if used and hints is not None:
-                age = hints.age_ms(frame.number - delay)
+                age = hints.age_ms(frame.number - frame.hints[0].age)
             self.compute_ms += compute_ms
             self.slowest_ms = max(self.slowest_ms, compute_ms)
             record = (used, age, compute_ms, np.abs(frame.fresh).max(), np.abs(played).max())
             self.recent[frame.number % RECENT_FRAMES] = record
             if self._recorder is not None:
                 record_copy = self.recent[frame.number % RECENT_FRAMES].copy()
-                self._recorder.put(frame.fresh.copy(), played, frame.hint, record_copy, play)
+                self._recorder.put(frame.fresh.copy(), played, frame.hints, record_copy, play)
             self.frames = stream.frames

@@ -3,8 +3,8 @@
 A recording is a folder with these files:
 
 - ``input.wav`` and ``output.wav``: the network's input and the played output, as float samples at the bundle's rate.
-- ``frames.csv``: one line for each frame.
-- ``hints.f32``: the hints that were fused, in order.
+- ``frames.csv``: one line for each frame. Its column ``ages`` has the ages of the hints that were used, in frames.
+- ``hints.f32``: these hints, in order.
 - ``session.json``: the bundle, the initial mix and the speaker embedding.
 """
 
@@ -13,13 +13,12 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import soundfile
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from knowledge_boosting.common import sound_files
@@ -29,13 +28,14 @@ from knowledge_boosting.device_client.audio.files import check_output, open_audi
 from knowledge_boosting.device_client.audio.mixer import Mixer, Play
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
 from knowledge_boosting.device_client.engines.engine import Model
+from knowledge_boosting.models.arrivals import MERGES, Hint
 from knowledge_boosting.models.config import ModelConfig, Strict
 from knowledge_boosting.models.manifest import Manifest, read_json
 from knowledge_boosting.protos.codec import Samples
 
 _MAX_PENDING = 1250  # frames that wait for the disk
 FILES = ("input.wav", "output.wav", "frames.csv", "hints.f32", "session.json")
-_COLUMNS = ("frame", "hint", "age_ms", "compute_ms", "play")
+_COLUMNS = ("frame", "hint", "age_ms", "compute_ms", "play", "ages")  # hint is the number of hints
 
 
 class Session(Strict):
@@ -76,18 +76,18 @@ class Recorder:
         self._folder = folder
         self._chunk, self._lookahead = framing.chunk, framing.lookahead
         self._hint_size = 4 * manifest.model.hint_channels * framing.bins
-        self._frames: queue.SimpleQueue[tuple[Samples, Samples, Samples | None, np.void, Play] | None]
+        self._frames: queue.SimpleQueue[tuple[Samples, Samples, Sequence[Hint], np.void, Play] | None]
         self._frames = queue.SimpleQueue()
         self.error: str | None = None
         self._thread = threading.Thread(target=self._write, name="kb-recorder", daemon=True)
         self._thread.start()
 
-    def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: Play) -> None:
+    def put(self, fresh: Samples, played: Samples, hints: Sequence[Hint], record: np.void, play: Play) -> None:
         """Store the next frame, as :meth:`FrameRecorder.put`."""
         if self.error is None and self._frames.qsize() >= _MAX_PENDING:
             self.error = "the disk is too slow"
         if self.error is None:
-            self._frames.put((fresh, played, hint, record, play))
+            self._frames.put((fresh, played, hints, record, play))
 
     def close(self) -> None:
         """Write the pending frames and close the files.
@@ -112,14 +112,13 @@ class Recorder:
         number = 0
         try:
             while (item := self._frames.get()) is not None:
-                fresh, played, hint, record, play = item
+                fresh, played, hints, record, play = item
                 self._input.write(fresh.T)
                 self._output.write(played.T)
-                age = ""
-                if hint is not None:
-                    self._hints.write(hint.astype("<f4").tobytes())
-                    age = f"{record['age_ms']:.3f}"
-                self._rows.writerow([number, int(hint is not None), age, f"{record['compute_ms']:.3f}", play])
+                for hint in hints:
+                    self._hints.write(hint.values.astype("<f4").tobytes())
+                age, ages = f"{record['age_ms']:.3f}" if hints else "", " ".join(str(hint.age) for hint in hints)
+                self._rows.writerow([number, len(hints), age, f"{record['compute_ms']:.3f}", play, ages])
                 number += 1
         except (OSError, soundfile.LibsndfileError, AssertionError) as error:
             self.error = self._system_error() or reason(error)
@@ -145,10 +144,11 @@ class Recorder:
         for path, lookahead in sounds:
             frames = min(frames, max(0, soundfile.info(path).frames - lookahead) // self._chunk)
         for number, row in enumerate(rows[:frames]):
-            hints += row.split(b",")[1] == b"1"
-            if hints > stored_hints:
-                frames, hints = number, stored_hints
+            used = int(row.split(b",")[1])
+            if hints + used > stored_hints:
+                frames = number
                 break
+            hints += used
         for path, lookahead in sounds:
             with soundfile.SoundFile(path, "r+") as file:
                 file.truncate(frames * self._chunk + lookahead)
@@ -180,9 +180,14 @@ class FrameLog:
         try:
             self.session = Session.model_validate(document)
             with path.open(newline="", encoding="utf-8") as file:
-                rows = [(int(row["hint"]), row["play"]) for row in csv.DictReader(file)]
+                rows = [(int(row["hint"]), row.get("ages"), row["play"]) for row in csv.DictReader(file)]
             play: dict[str, Play] = {name: name for name in get_args(Play)}
-            self.play = [play[name] for _, name in rows]
+            self.play = [play[name] for _, _, name in rows]
+            # Recordings of earlier versions have no ages. Their hints have the delay of the bundle.
+            delay = manifest.model.delay
+            self.ages = [[delay] * count if ages is None else list(map(int, ages.split())) for count, ages, _ in rows]
+            if [len(ages) for ages in self.ages] != [count for count, _, _ in rows]:
+                raise ValueError
         except (ValidationError, OSError, KeyError, TypeError, ValueError):
             text = f"{path}: is not a frame log; give the frames.csv that kb-client live --record writes"
             raise InputError(text) from None
@@ -191,14 +196,16 @@ class FrameLog:
             raise InputError(
                 f"{path}: was recorded with the bundle {name} ({self.session.bundle_id}); give that bundle as --bundle"
             )
-        self.used = np.array([bool(hint) for hint, _ in rows])
         model = manifest.model
-        if self.used[: model.delay].any() or (self.used.any() and not model.hint_channels):
-            raise InputError(f"{path}: lists hints at frames that cannot have one; it was changed, copy it again")
+        most = (MERGES if model.on_arrival else 1) if model.hint_channels else 0
+        for frame, ages in enumerate(self.ages):
+            if len(ages) > most or any(not model.delay <= age <= min(frame, model.max_age) for age in ages):
+                raise InputError(f"{path}: lists hints at frames that cannot have one; it was changed, copy it again")
+        count = sum(map(len, self.ages))
         size = 4 * model.hint_channels * model.framing.bins
         hints = existing_file(path.parent / "hints.f32", "the hints of a frame log")
-        if hints.stat().st_size != size * int(self.used.sum()):
-            text = f"{hints}: does not contain the {int(self.used.sum())} hints of {path.name}; copy both files again"
+        if hints.stat().st_size != size * count:
+            text = f"{hints}: does not contain the {count} hints of {path.name}; copy both files again"
             raise InputError(text)
         self._hints = hints
 
@@ -217,7 +224,7 @@ class FrameLog:
         speaker = np.array(session.speaker_embedding, np.float32) if session.speaker_embedding is not None else None
         mixer = Mixer(config.sources, config.microphones, session.play)
         with self._hints.open("rb") as file:
-            hints = _RecordedHints(file, self.used, config)
+            hints = _RecordedHints(file, self.ages, config)
             stream = BoostedStream(model.session(speaker), config, hints)
             # The input is longer than the frames by the lookahead, which would give an additional frame.
             for play, (fresh, _) in zip(self.play, split_frames(samples, framing), strict=False):
@@ -229,18 +236,19 @@ class FrameLog:
 class _RecordedHints:
     """A source of the recorded hints."""
 
-    def __init__(self, file: BinaryIO, used: NDArray[np.bool_], model: ModelConfig) -> None:
-        self._file, self._used, self._delay = file, used, model.delay
+    def __init__(self, file: BinaryIO, ages: Sequence[Sequence[int]], model: ModelConfig) -> None:
+        self._file, self._ages = file, ages
         self._shape = model.hint_channels, model.framing.bins
 
     def send(self, frame: int, samples: Samples, now: int) -> None:
         """Discard the samples, because the hints are recorded already."""
 
-    def take(self, frame: int, now: int) -> Samples | None:
-        if not self._used[frame + self._delay]:
-            return None
-        values = np.fromfile(self._file, "<f4", self._shape[0] * self._shape[1])
-        return values.astype(np.float32).reshape(self._shape)
+    def take(self, frame: int, now: int) -> list[Hint]:
+        size = self._shape[0] * self._shape[1]
+        return [
+            Hint(age, np.fromfile(self._file, "<f4", size).astype(np.float32).reshape(self._shape))
+            for age in self._ages[frame]
+        ]
 
 
 def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -> None:

@@ -17,14 +17,12 @@ class HintLog:
         self.captured_at: NDArray[np.int64] = np.zeros(frames, np.int64)  # when the window of a frame was complete
         self.arrived_at: NDArray[np.int64] = np.full(frames, -1, np.int64)  # when the hint of a frame arrived, or -1
         self.used: NDArray[np.bool_] = np.zeros(frames, np.bool_)
+        self.age_used: NDArray[np.int64] = np.zeros(frames, np.int64)  # the age of a used hint when it was used, frames
 
     def end(self, frames: int) -> None:
         """Set the actual number of frames, which is at most that of the constructor."""
-        self.captured_at, self.arrived_at, self.used = (
-            self.captured_at[:frames],
-            self.arrived_at[:frames],
-            self.used[:frames],
-        )
+        for name in ("captured_at", "arrived_at", "used", "age_used"):
+            setattr(self, name, getattr(self, name)[:frames])
 
     def classify(self, end: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
         """Return whether each hint was on time, late or missing when the run ended at ``end``.
@@ -47,6 +45,19 @@ class HintLog:
             arrived = (arrived_at >= 0) & (arrived_at <= end)
             tally.add_all(np.rint((arrived_at - self.captured_at[block])[arrived] / 1e3).astype(np.int64))
         return tally
+
+    def share_younger(self, max_age: int) -> float:
+        """Return the share of the frames whose newest hint was at most ``max_age`` frames old.
+
+        This is for hints that are used on arrival, from their first use on.
+        """
+        frames = np.arange(len(self.used))
+        newest = np.full(len(self.used), -1)  # the newest hint that is used from each frame on
+        hints = frames[self.used]
+        at = hints + self.age_used[hints]
+        np.maximum.at(newest, at[at < len(newest)], hints[at < len(newest)])
+        newest = np.maximum.accumulate(newest)
+        return float(np.mean((newest >= 0) & (frames - newest <= max_age))) if len(newest) else 0.0
 
     def ages_ms(self, end: int) -> NDArray[np.float64]:
         """Return the ages of the hints in milliseconds, ``[T]``. They are NaN for hints that arrived after ``end``."""

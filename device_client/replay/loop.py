@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from knowledge_boosting.common.links import Link
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, HintSource, split_frames
 from knowledge_boosting.device_client.engines.engine import Engine
-from knowledge_boosting.device_client.hints.buffer import HintBuffer
-from knowledge_boosting.device_client.hints.links import Link
+from knowledge_boosting.device_client.hints.buffer import hint_buffer
 from knowledge_boosting.device_client.hints.stream import HintStream, ReceivedHint, StreamEnd
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.device_client.replay.tally import Tally
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.protos.codec import Samples
 
@@ -84,8 +85,9 @@ def run_frames(
         run.ended_at = now
         stream.fresh[:] = samples
         frame = stream.step(now)
-        if frame.hint_due:
-            log.used[frame.number - model.delay] = frame.hint is not None
+        for hint in frame.hints:
+            log.used[frame.number - hint.age] = True
+            log.age_used[frame.number - hint.age] = hint.age
         run.compute.add((frame.compute_ns + 500) // 1000)
         write(frame.estimate[..., :length])
         progress()
@@ -104,7 +106,7 @@ class VirtualHints:
     def __init__(
         self,
         stream: HintStream,
-        delay: int,
+        model: ModelConfig,
         run: Run,
         *,
         uplink: Link,
@@ -116,15 +118,15 @@ class VirtualHints:
 
         Args:
             stream: An open session with the server.
-            delay: The delay of the hints, frames.
+            model: The configuration of the model.
             run: The object for the figures.
             uplink: The simulated link to the server.
             downlink: The simulated link from the server.
             server_ns: The simulated time of the server for each frame, ns.
             sample_bytes: The size of one sample of all channels on the wire, bytes.
         """
-        self._stream, self._run = stream, run
-        self._buffer = HintBuffer(delay)
+        self._stream, self._model, self._run = stream, model, run
+        self._buffer = hint_buffer(model)
         self._uplink, self._downlink = uplink, downlink
         self._server_ns, self._sample_bytes = server_ns, sample_bytes
         self._sent = 0
@@ -143,11 +145,15 @@ class VirtualHints:
         self._server_idle_at = max(received_at, self._server_idle_at) + self._server_ns
         self._computed_at.append(self._server_idle_at)
 
-    def take(self, frame: int, now: int) -> Samples | None:
+    def take(self, frame: int, now: int) -> list[Hint]:
         # Even a late hint is awaited here, so that the real server does not fall behind without limit.
-        while self._run.hints_received <= frame and self._receive():
-            pass
+        while self._run.hints_received <= frame - self._model.max_age or self._can_have_arrived(now):
+            if not self._receive():
+                break
         return self._buffer.take(frame, now)
+
+    def _can_have_arrived(self, now: int) -> bool:
+        return self._model.on_arrival and bool(self._computed_at) and self._computed_at[0] <= now
 
     def finish(self) -> None:
         if self._stream.ended is None:
@@ -173,9 +179,9 @@ class VirtualHints:
 class RealHints:
     """Hints on the real clock: frames are paced in real time, and the simulated delays are waited for."""
 
-    def __init__(self, delay: int, run: Run, *, uplink: Link, downlink: Link) -> None:
+    def __init__(self, model: ModelConfig, run: Run, *, uplink: Link, downlink: Link) -> None:
         self._run = run
-        self._buffer = HintBuffer(delay)
+        self._buffer = hint_buffer(model)
         self._uplink, self._downlink = uplink, downlink
         self._sent_at: dict[int, int] = {}
         self._in_flight: queue.SimpleQueue[tuple[int, ReceivedHint] | None] = queue.SimpleQueue()
@@ -208,7 +214,7 @@ class RealHints:
             self._sent_at[frame] = now
             self._stream.send(frame, samples.copy())
 
-    def take(self, frame: int, now: int) -> Samples | None:
+    def take(self, frame: int, now: int) -> list[Hint]:
         return self._buffer.take(frame, now)
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from knowledge_boosting.common.files import atomic_file
-from knowledge_boosting.device_client.hints.links import NetworkConditions
+from knowledge_boosting.common.links import NetworkConditions
 from knowledge_boosting.device_client.replay.loop import Run
 from knowledge_boosting.device_client.replay.tally import Tally
 from knowledge_boosting.models.config import ModelConfig
@@ -18,6 +18,7 @@ from knowledge_boosting.models.manifest import UNTRAINED_NOTICE, Manifest
 from knowledge_boosting.models.tasks import TaskName
 
 FrameRange = tuple[int, int]
+_SHARE_AGES_MS = 50, 100, 200
 
 
 class Record(BaseModel):
@@ -77,6 +78,9 @@ class HintReport(Record):
     missing: int = Field(description="hints that had not arrived at the end of the run; zeros were fused instead")
     late_frames: list[FrameRange] = Field(description="first and last frame of each range of late hints")
     missing_frames: list[FrameRange]
+    shares_by_age_ms: dict[str, float] | None = Field(
+        description="hints used on arrival: shares of the frames with a hint of at most this age; null: fixed delay"
+    )
     age_ms: Percentiles = Field(description="time from the capture of a frame to the arrival of its hint")
     age_histogram_ms: dict[str, int] = Field(description="number of hints by age; the key is the upper edge of a class")
     bytes_up: int = Field(description="PCM sent")
@@ -147,8 +151,8 @@ def bundle_report(manifest: Manifest) -> BundleReport:
         task=manifest.model.task,
         untrained=manifest.untrained,
         notice=UNTRAINED_NOTICE if manifest.untrained else None,
-        delay_frames=manifest.model.delay,
-        delay_ms=_delay_ms(manifest.model),
+        delay_frames=manifest.model.max_age,
+        delay_ms=round(manifest.model.max_age_ms, 6),
     )
 
 
@@ -177,8 +181,10 @@ def network_report(
     )
 
 
-def hint_report(run: Run, seconds: float) -> HintReport:
+def hint_report(run: Run, model: ModelConfig, seconds: float) -> HintReport:
     """Create the part about the hints. ``seconds`` is the duration of the audio."""
+    chunk_ms = 1e3 * model.framing.chunk_seconds
+    shares = {str(age): round(run.log.share_younger(int(age / chunk_ms)), 4) for age in _SHARE_AGES_MS}
     on_time, late, missing = run.log.classify(run.ended_at)
     ages = run.log.tally(run.ended_at)
     return HintReport(
@@ -188,6 +194,7 @@ def hint_report(run: Run, seconds: float) -> HintReport:
         missing=int(missing.sum()),
         late_frames=_ranges(late),
         missing_frames=_ranges(missing),
+        shares_by_age_ms=shares if model.on_arrival else None,
         age_ms=Percentiles.of(ages),
         age_histogram_ms=_histogram(ages),
         bytes_up=run.bytes_up,
@@ -235,10 +242,14 @@ def table(report: Report) -> Table:
     if report.network is not None and hints is not None:
         grid.add_row("link", _describe(report.network, report.clock))
         share = f"{100 * hints.on_time / hints.due:.1f} %" if hints.due else "none due"
+        used = "on time" if hints.shares_by_age_ms is None else "used"
         grid.add_row(
-            "hints", f"{hints.on_time} on time ({share}), {hints.late} late, {hints.missing} missing of {hints.due}"
+            "hints", f"{hints.on_time} {used} ({share}), {hints.late} late, {hints.missing} missing of {hints.due}"
         )
         grid.add_row("hint age", f"{_percentiles(hints.age_ms)}; deadline {bundle.delay_ms:g} ms")
+        if hints.shares_by_age_ms is not None:
+            shares = (f"at most {age} ms old in {100 * share:.1f} %" for age, share in hints.shares_by_age_ms.items())
+            grid.add_row("newest hint", f"{', '.join(shares)} of the frames")
         grid.add_row("traffic", f"{hints.kbit_per_second_up:g} kbit/s up, {hints.kbit_per_second_down:g} down")
         if report.server_lost is not None:
             lost = report.server_lost
@@ -289,10 +300,6 @@ def _percentiles(figures: Percentiles) -> str:
     if figures.p50 is None:
         return "none"
     return f"p50 {figures.p50:.2f}, p95 {figures.p95:.2f}, p99 {figures.p99:.2f} ms"
-
-
-def _delay_ms(model: ModelConfig) -> float:
-    return round(model.delay_ms, 6)
 
 
 def _ranges(flags: NDArray[np.bool_]) -> list[FrameRange]:

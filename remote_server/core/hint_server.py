@@ -196,7 +196,7 @@ class HintServer:
             microphones=model.microphones,
             chunk=model.framing.chunk,
             lookahead=model.framing.lookahead,
-            delay=model.delay,
+            delay=model.max_age,
             hint_channels=model.hint_channels,
             hint_bins=model.framing.bins,
             max_chunks_per_message=self._limits.chunks,

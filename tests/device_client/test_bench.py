@@ -2,13 +2,14 @@
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from knowledge_boosting.device_client.commands.bench import bench as run_bench
 from knowledge_boosting.device_client.engines.engine import CheckedEngine
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.protos.codec import Samples
 from tests.processes import command
@@ -40,9 +41,9 @@ def test_the_verdict_follows_from_the_time_per_frame(
     clock = [0]  # advances only while the network runs
     step = CheckedEngine.step
 
-    def slow(engine: CheckedEngine, window: Samples, hint: Samples | None) -> Samples:
+    def slow(engine: CheckedEngine, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
         clock[0] += int(1e6 * milliseconds)
-        return step(engine, window, hint)
+        return step(engine, window, hints)
 
     monkeypatch.setattr(CheckedEngine, "step", slow)
     monkeypatch.setattr("time.perf_counter_ns", lambda: clock[0])

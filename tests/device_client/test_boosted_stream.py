@@ -1,14 +1,17 @@
 """Tests for the frame loop: which samples and which hint the network gets, and what is counted."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
-from knowledge_boosting.models.config import Boosting, Framing, NetworkSize, Pair
+from knowledge_boosting.models.arrivals import Hint
+from knowledge_boosting.models.config import FixedDelay, Framing, NetworkSize, Pair
 from knowledge_boosting.protos.codec import Samples
 
 SMALL = NetworkSize(channels=4, hidden=4, blocks=2)
-PAIR = Pair(task="ss", small=SMALL, large=SMALL, boosting=Boosting(delay=3))
+PAIR = Pair(task="ss", small=SMALL, large=SMALL, boosting=FixedDelay(delay=3))
 
 
 class Network:
@@ -19,8 +22,9 @@ class Network:
     def __init__(self) -> None:
         self.inputs: list[tuple[Samples, float | None]] = []
 
-    def step(self, window: Samples, hint: Samples | None) -> Samples:
-        self.inputs.append((window.copy(), None if hint is None else float(hint[0, 0])))
+    def step(self, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
+        assert len(hints) <= 1
+        self.inputs.append((window.copy(), float(hints[0].values[0, 0]) if hints else None))
         return np.zeros((2, 2, 128), np.float32)
 
 
@@ -34,9 +38,10 @@ class Hints:
         assert frame == len(self.sent)
         self.sent.append(samples.copy())
 
-    def take(self, frame: int, now: int) -> Samples | None:
-        self.requested.append(frame)
-        return None if frame in self.missing else np.full((8, 97), frame, np.float32)
+    def take(self, frame: int, now: int) -> list[Hint]:
+        wanted = frame - PAIR.delay
+        self.requested.append(wanted)
+        return [] if wanted in self.missing else [Hint(PAIR.delay, np.full((8, 97), wanted, np.float32))]
 
 
 def test_a_frame_gets_the_hint_of_the_frame_delay_frames_earlier() -> None:

@@ -6,30 +6,31 @@ import time
 
 import numpy as np
 
-from knowledge_boosting.device_client.hints.buffer import HintBuffer
+from knowledge_boosting.device_client.hints.buffer import FixedDelayBuffer
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 
 HINT = np.ones((4, 97), np.float32)
 
 
 def test_a_hint_is_on_time_up_to_its_deadline_and_not_after() -> None:
-    buffer = HintBuffer(delay=6)
+    buffer = FixedDelayBuffer(delay=6)
     buffer.put(3, HINT, arrived_at=100)
-    assert buffer.take(3, now=99) is None
-    assert buffer.take(3, now=100) is HINT
-    assert buffer.take(2, now=100) is None
-    assert buffer.take(3 + 8, now=100) is None  # another frame in the same slot
+    assert buffer.take(9, now=99) == []
+    (hint,) = buffer.take(9, now=100)
+    assert hint.age == 6
+    assert hint.values is HINT
+    assert buffer.take(8, now=100) == []
+    assert buffer.take(9 + 8, now=100) == []  # another frame in the same slot
 
 
 def test_the_buffer_keeps_all_hints_that_can_wait_at_a_time() -> None:
     for delay in (0, 1, 6):
-        buffer = HintBuffer(delay)
+        buffer = FixedDelayBuffer(delay)
         for frame in range(delay + 1):
             buffer.put(frame, np.full((1, 1), frame, np.float32), arrived_at=0)
         for frame in range(delay + 1):
-            hint = buffer.take(frame, now=0)
-            assert hint is not None
-            assert hint[0, 0] == frame
+            (hint,) = buffer.take(frame + delay, now=0)
+            assert hint.values[0, 0] == frame
 
 
 def test_the_log_distinguishes_on_time_late_and_missing_hints() -> None:
@@ -49,7 +50,7 @@ def test_the_log_distinguishes_on_time_late_and_missing_hints() -> None:
 def test_one_thread_puts_while_another_takes() -> None:
     """Every hint that is taken is complete and belongs to its frame, whenever the threads switch."""
     delay, frames = 3, 3000
-    buffer = HintBuffer(delay)
+    buffer = FixedDelayBuffer(delay)
     captured = threading.Semaphore(0)
     interval = sys.getswitchinterval()
 
@@ -66,8 +67,7 @@ def test_one_thread_puts_while_another_takes() -> None:
         for frame in range(frames):
             captured.release()
             time.sleep(1e-5 * (frame % 3))  # sometimes longer and sometimes shorter than the other thread needs
-            if frame >= delay and (hint := buffer.take(frame - delay, now=0)) is not None:
-                taken.append((frame - delay, hint))
+            taken += [(frame - delay, hint.values) for hint in buffer.take(frame, now=0)]
         thread.join()
     finally:
         sys.setswitchinterval(interval)

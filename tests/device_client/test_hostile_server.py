@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from knowledge_boosting.device_client.engines.loading import load_model
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.hints.stream import Encodings, HintStream
 from knowledge_boosting.device_client.live.loop import LiveLoop
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.manifest import Manifest, read_manifest
 from knowledge_boosting.protos import hints_pb2 as pb
@@ -217,10 +218,10 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
     used: list[bool] = []
 
     class RecordedHints(LiveHints):
-        def take(self, frame: int, now: int) -> Samples | None:
-            hint = super().take(frame, now)
-            used.append(hint is not None)
-            return hint
+        def take(self, frame: int, now: int) -> list[Hint]:
+            hints = super().take(frame, now)
+            used.append(bool(hints))
+            return hints
 
     def slow_to_begin(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
         if frames > 20:  # the backfill at the start of a session
@@ -262,7 +263,7 @@ class Network:
     def __init__(self) -> None:
         self.resets, self.overflowing = 0, False
 
-    def step(self, window: Samples, hint: Samples | None) -> Samples:
+    def step(self, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
         estimate = np.ones((2, 2, 128), np.float32)
         if self.overflowing:
             estimate[1, 0, 5] = np.inf
@@ -279,7 +280,7 @@ def test_an_overflow_is_replaced_by_the_input_without_a_click() -> None:
     played = []
     for overflowing in (False, False, True, True, True, False, False):
         network.overflowing = overflowing
-        played.append(engine.step(window, None))
+        played.append(engine.step(window))
     sound = np.concatenate(played, axis=-1)
     assert np.isfinite(sound).all()
     assert np.abs(np.diff(sound)).max() < 0.05
@@ -296,13 +297,13 @@ def test_a_network_that_overflows_is_reset(name: Any, golden_bundle: Callable[[s
     engine, sound = model.session(None), noise(80)
     windows = [np.ascontiguousarray(sound[:, 128 * frame : 128 * frame + 192]) for frame in range(79)]
     loud = np.full((2, 192), 3e38, np.float32)
-    before = [engine.step(window, None) for window in (*windows[:20], loud)]
+    before = [engine.step(window) for window in (*windows[:20], loud)]
     # It can take some frames until the estimate overflows.
     while engine.overflows == 0:
-        before.append(engine.step(loud, None))
+        before.append(engine.step(loud))
         assert len(before) < 60
-    after = [engine.step(window, None) for window in windows[20:]]
+    after = [engine.step(window) for window in windows[20:]]
     assert np.isfinite(np.stack(before + after)).all()
     fresh = model.session(None)
-    expected = [fresh.step(window, None) for window in windows[20:]]
+    expected = [fresh.step(window) for window in windows[20:]]
     np.testing.assert_array_equal(np.stack(after[1:]), np.stack(expected[1:]))  # the first one is faded in

@@ -108,7 +108,7 @@ def test_invalid_recordings_are_refused(
     shutil.copytree(recording, early)
     lines = log.read_text().splitlines()
     last = max(number for number, line in enumerate(lines) if line.split(",")[1] == "1")
-    lines[1], lines[last] = lines[1].replace("0,0,", "0,1,", 1), lines[last].replace(",1,", ",0,", 1)
+    lines[1], lines[last] = lines[1].replace("0,0,", "0,1,", 1) + "6", lines[last].replace(",1,", ",0,", 1)[:-1]
     (early / "frames.csv").write_text("\n".join(lines) + "\n")
     cases: list[tuple[list[object], str]] = [
         ([source, "--bundle", bundle, "--frame-log", short / "frames.csv"], "does not contain"),

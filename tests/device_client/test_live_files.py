@@ -79,7 +79,7 @@ def assert_complete(folder: Path, min_frames: int) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["in.wav", "out.wav", "recording"]
     rows = (recording / "frames.csv").read_text().splitlines()[1:]
     assert len(rows) >= min_frames
-    assert all(len(row.split(",")) == 5 for row in rows)
+    assert all(len(row.split(",")) == 6 for row in rows)
     played = samples_of(recording / "output.wav")
     assert len(played) == 128 * len(rows)
     assert len(samples_of(recording / "input.wav")) == 128 * len(rows) + 64

@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.hints.stream import Encodings
 from knowledge_boosting.device_client.live.loop import LiveLoop
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.manifest import read_manifest
 from knowledge_boosting.protos.codec import Samples
@@ -66,11 +67,11 @@ class MemoryAudio:
 class Frames:
     """A recorder that keeps all hints and records in memory."""
 
-    hints: list[Samples | None] = field(default_factory=list)
+    hints: list[Sequence[Hint]] = field(default_factory=list)
     records: list[np.void] = field(default_factory=list)
 
-    def put(self, fresh: Samples, played: Samples, hint: Samples | None, record: np.void, play: Play) -> None:
-        self.hints.append(hint)
+    def put(self, fresh: Samples, played: Samples, hints: Sequence[Hint], record: np.void, play: Play) -> None:
+        self.hints.append(hints)
         self.records.append(record)
 
 
@@ -121,14 +122,13 @@ def test_it_fuses_the_hints_of_the_published_computation(
     loop = LiveLoop(model.session(None), config, audio, hints, "1", frames)
     loop.run()
     hints.close()
-    used = [frame for frame, hint in enumerate(frames.hints) if hint is not None]
+    used = [frame for frame, hints in enumerate(frames.hints) if hints]
     assert len(used) == loop.stream.hints_used > 10
     assert min(used) >= config.delay
     assert loop.stream.hints_due == loop.frames - config.delay
     for frame in used:
-        hint = frames.hints[frame]
-        assert hint is not None
-        assert worst(hint, case.hint[0, frame - config.delay]) < TOLERANCE
+        (hint,) = frames.hints[frame]
+        assert worst(hint.values, case.hint[0, frame - config.delay]) < TOLERANCE
         assert frames.records[frame]["age_ms"] > 0
     assert all(np.isnan(frames.records[frame]["age_ms"]) for frame in set(range(loop.frames)) - set(used))
 
@@ -160,7 +160,7 @@ def test_another_server_takes_over_with_a_warm_network(golden: GetGolden, golden
     assert audio.played.shape[1] == 128 * loop.frames
     assert [event.connected for event in hints.events][:3] == [True, False, True]
     resumed = range(seen[second.address] + 2 * 8, loop.frames)  # after the fade-in
-    used = {frame - 6: hint for frame in resumed if (hint := frames.hints[frame]) is not None}
+    used = {frame - 6: frames.hints[frame][0].values for frame in resumed if frames.hints[frame]}
     assert len(used) > 10
     # The hints are those of a network that started half a second earlier, or slightly more.
     large, last = golden(SS).pair.large, max(used)
@@ -234,15 +234,15 @@ def test_a_session_ends_if_its_audio_does_not_get_through(
 
 
 def test_hints_are_faded_in_after_a_long_gap() -> None:
-    ramp, hint = HintRamp(), np.ones((4, 97), np.float32)
+    ramp, hints = HintRamp(), [Hint(6, np.ones((4, 97), np.float32))]
     for _ in range(20):
-        assert ramp.scale(hint) is hint
+        assert ramp.scale(hints) is hints
     for _ in range(10):
-        assert ramp.scale(None) is None
-    assert ramp.scale(hint) is hint
+        assert not ramp.scale([])
+    assert ramp.scale(hints) is hints
     for _ in range(60):
-        assert ramp.scale(None) is None
-    gains = [float(scaled[0, 0]) for _ in range(12) if (scaled := ramp.scale(hint)) is not None]
+        assert not ramp.scale([])
+    gains = [float(ramp.scale(hints)[0].values[0, 0]) for _ in range(12)]
     assert gains[0] > 0
     assert gains[-1] == 1
     assert max(np.diff([0, *gains])) <= 0.125

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from knowledge_boosting.device_client.audio.files import OutputStream, open_audi
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
 from knowledge_boosting.device_client.replay.plot import Spectrogram
 from knowledge_boosting.device_client.replay.tally import Tally
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import Alone, Framing, NetworkSize
 from knowledge_boosting.models.networks import write_bundle
@@ -60,7 +61,7 @@ class Three:
 
     overflows = 0
 
-    def step(self, window: Samples, hint: Samples | None) -> Samples:
+    def step(self, window: Samples, hints: Sequence[Hint] = ()) -> Samples:
         estimate: Samples = np.stack([window, 2 * window, -window])[..., :128]
         return estimate
 

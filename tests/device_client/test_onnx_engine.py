@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.device_client.engines.engine import Engine
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build, read_config
 from knowledge_boosting.models.config import Alone, Framing, Pair
@@ -24,11 +25,12 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 Samples = NDArray[np.float32]
 
 
-def run(engine: Engine, mixture: Samples, hints: list[Samples | None], framing: Framing) -> Samples:
+def run(engine: Engine, mixture: Samples, hints: list[Samples | None], framing: Framing, delay: int) -> Samples:
     """Return the estimate ``[S, M, N]`` of a padded mixture ``[M, N]``, with one hint or None for each frame."""
     starts = [framing.chunk * frame for frame in range(len(hints))]
     windows = [np.ascontiguousarray(mixture[:, start : start + framing.n_fft]) for start in starts]
-    return np.concatenate([engine.step(window, hint) for window, hint in zip(windows, hints, strict=True)], axis=-1)
+    given = [[] if hint is None else [Hint(delay, hint)] for hint in hints]
+    return np.concatenate([engine.step(window, used) for window, used in zip(windows, given, strict=True)], axis=-1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,9 +45,9 @@ def test_the_output_is_that_of_the_published_computation(
         speaker = case.speaker_embedding[item].numpy() if case.speaker_embedding is not None else None
         encoded = list(case.hint[item].numpy())
         late = [None] * delay + encoded[: len(encoded) - delay]
-        boosted = run(model.session(speaker), mixture[item], late, framing)
+        boosted = run(model.session(speaker), mixture[item], late, framing, delay)
         assert worst(boosted[..., :length], case.small_output[item]) < TOLERANCE
-        alone = run(model.session(speaker), mixture[item], [None] * len(encoded), framing)
+        alone = run(model.session(speaker), mixture[item], [None] * len(encoded), framing, delay)
         assert worst(alone[..., :length], case.small_output_without_hints[item]) < TOLERANCE
 
 
@@ -79,7 +81,7 @@ def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None
         present = rng.random(frames) < share
         values[:] = rng.normal(0, 1, values.shape) * present[:, None, None]
         received = [hint if on else None for hint, on in zip(values, present, strict=True)]
-        output = run(model.session(speaker), mixture, received, config.framing)
+        output = run(model.session(speaker), mixture, received, config.framing, config.delay)
         with torch.inference_mode():
             state = small.initial_state(1, torch.from_numpy(speaker)[None] if speaker is not None else None)
             hints = torch.from_numpy(values)[None] if isinstance(config, Pair) else None
@@ -94,21 +96,21 @@ def test_sessions_of_one_model_do_not_affect_each_other(
     framing = model.manifest.model.framing
     chunk, n_fft = framing.chunk, framing.n_fft
     mixture = pad_to_frames(golden("ss_delay1_compression4").mixture, framing).numpy()[0]
-    undisturbed = run(model.session(None), mixture, [None] * 60, framing)
+    undisturbed = run(model.session(None), mixture, [None] * 60, framing, model.manifest.model.delay)
     one, other = model.session(None), model.session(None)
     for start in range(0, 60 * chunk, chunk):
         window = np.ascontiguousarray(mixture[:, start : start + n_fft])
-        np.testing.assert_array_equal(one.step(window, None), undisturbed[..., start : start + chunk])
-        other.step(np.full_like(window, np.nan), None)
+        np.testing.assert_array_equal(one.step(window), undisturbed[..., start : start + chunk])
+        other.step(np.full_like(window, np.nan))
 
 
 def test_a_later_step_does_not_overwrite_an_estimate(golden_bundle: Callable[[str], Path]) -> None:
     model = OnnxModel(Bundle(golden_bundle("ss_delay1_compression4")))
     session = model.session(None)
     window = np.ones((2, model.manifest.model.framing.n_fft), np.float32)
-    first = session.step(window, None)
+    first = session.step(window)
     kept = first.copy()
-    session.step(2 * window, None)
+    session.step(2 * window)
     np.testing.assert_array_equal(first, kept)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from knowledge_boosting.device_client.hints.links import (
+from knowledge_boosting.common.links import (
     PACKET_OVERHEAD,
     PRESETS,
     Link,

@@ -18,8 +18,9 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
+from knowledge_boosting.models.arrival_fusion import NEVER
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Boosting, NetworkSize, Pair
+from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
 from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import BoostedPair, PairOutput
 from tests.golden_cases import TOLERANCE, Golden, worst
@@ -57,8 +58,8 @@ def read_report(folder: Path) -> dict[str, Any]:
 def offline(case: Golden, used: NDArray[np.bool_] | None = None, repeats: int = 1) -> torch.Tensor:
     """Compute the output for the first mixture of a case in one process. Hints that are not used are set to zero."""
     speaker = case.speaker_embedding[:1] if case.speaker_embedding is not None else None
-    mask = torch.from_numpy(used) if used is not None else None
-    output: PairOutput = case.pair(case.mixture[:1].tile(repeats), speaker, mask)
+    ready_at = torch.where(torch.from_numpy(used), 0, NEVER) if used is not None else None
+    output: PairOutput = case.pair(case.mixture[:1].tile(repeats), speaker, ready_at)
     return output.small[0]
 
 
@@ -337,7 +338,7 @@ def test_an_interruption_while_a_call_begins_ends_the_command(
 def test_with_a_running_level_the_output_scales_with_the_input(tmp_path: Path) -> None:
     """The output scales with the input from -60 to -6 dBFS, with hints, and also with an offset or for silence."""
     size = NetworkSize(channels=8, hidden=8, blocks=2, heads=2)
-    config = Pair(task="ss", small=size, large=size, boosting=Boosting(delay=6), running_level=True)
+    config = Pair(task="ss", small=size, large=size, boosting=FixedDelay(delay=6), running_level=True)
     torch.manual_seed(0)
     pair = build(config)
     assert isinstance(pair, BoostedPair)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import MODEL, Boosting, Framing, NetworkSize, Pair
+from knowledge_boosting.models.config import MODEL, FixedDelay, Framing, NetworkSize, Pair
 from knowledge_boosting.models.framing import Stft, pad_to_frames
 from knowledge_boosting.models.level import RunningLevel
 from knowledge_boosting.models.manifest import bundle_id
@@ -22,7 +23,7 @@ CONFIG = Pair(
     task="ss",
     small=NetworkSize(channels=8, hidden=8),
     large=NetworkSize(channels=8, hidden=8, heads=2, self_attention=True),
-    boosting=Boosting(delay=3),
+    boosting=FixedDelay(delay=3),
     running_level=True,
 )
 SECOND = CONFIG.framing.sample_rate
@@ -77,7 +78,9 @@ def by_graph(pair: BoostedPair, samples: Tensor) -> Tensor:
     output = []
     for frame in range(framing.frames(samples.shape[-1])):
         window = padded[:, frame * framing.chunk : frame * framing.chunk + framing.n_fft]
-        output.append(stream.step(np.ascontiguousarray(window), hints[frame - delay] if frame >= delay else None))
+        output.append(
+            stream.step(np.ascontiguousarray(window), [Hint(delay, hints[frame - delay])] if frame >= delay else [])
+        )
     return torch.from_numpy(np.concatenate(output, axis=-1))[None, ..., : samples.shape[-1]]
 
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
+from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build
-from knowledge_boosting.models.config import Alone, Boosting, ModelConfig, NetworkSize, Pair
+from knowledge_boosting.models.config import Alone, FixedDelay, ModelConfig, NetworkSize, Pair
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.manifest import GRAPH_FILE, MANIFEST_FILE, file_digest
 from knowledge_boosting.models.networks import write_bundle
@@ -61,12 +62,12 @@ def speaker_inputs(network: SmallModel, speaker: torch.Tensor | None) -> dict[st
     }
 
 
-@pytest.mark.parametrize("boosting", [None, Boosting(delay=2)], ids=["alone", "with fusion"])
+@pytest.mark.parametrize("boosting", [None, FixedDelay(delay=2)], ids=["alone", "with fusion"])
 @pytest.mark.parametrize("running_level", [False, True])
 @pytest.mark.parametrize("task", ["ss", "tse"])
 @torch.inference_mode()
 def test_self_attention_over_more_frames_than_its_window(
-    task: Literal["ss", "tse"], running_level: bool, boosting: Boosting | None
+    task: Literal["ss", "tse"], running_level: bool, boosting: FixedDelay | None
 ) -> None:
     config: ModelConfig = Alone(task=task, network=TINY, running_level=running_level)
     if boosting is not None:
@@ -80,7 +81,8 @@ def test_self_attention_over_more_frames_than_its_window(
     stream = OnnxStream(load_graph(frame_graph(network)), config, speaker_inputs(network, speaker))
     # The second run follows a reset, which must clear the rings.
     for _ in range(2):
-        estimates = [stream.step(window, hint) for window, hint in zip(windows(mixture, config), hints, strict=True)]
+        used = [[Hint(config.delay, hint)] for hint in hints]
+        estimates = [stream.step(window, each) for window, each in zip(windows(mixture, config), used, strict=True)]
         assert worst(np.concatenate(estimates, axis=-1), expected) < TOLERANCE * float(expected.abs().max())
         stream.reset()
 
@@ -107,7 +109,7 @@ def test_a_large_network_alone_gives_what_the_published_computation_gives(
         engine = onnx.session(None if case.speaker_embedding is None else case.speaker_embedding[item].numpy())
         frames = windows(mixture, onnx.manifest.model)
         assert len(frames) > onnx.manifest.model.on_device.window
-        estimate = np.concatenate([engine.step(window, None) for window in frames], axis=-1)
+        estimate = np.concatenate([engine.step(window) for window in frames], axis=-1)
         assert worst(estimate[..., :length], case.large_output[item]) < TOLERANCE
 
 

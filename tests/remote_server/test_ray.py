@@ -102,7 +102,7 @@ class Live:
             for _ in range(BURST):
                 samples = np.zeros((model.microphones, chunk if frame else chunk + lookahead), np.float32)
                 self._hints.send(frame, samples, time.perf_counter_ns())
-                if self._hints.take(max(0, frame - BURST), time.perf_counter_ns()) is not None:
+                if self._hints.take(frame, time.perf_counter_ns()):
                     self.hint_times.append(time.monotonic())
                 frame += 1
 

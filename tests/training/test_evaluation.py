@@ -26,6 +26,7 @@ from torchmetrics.functional.audio import (
     signal_noise_ratio,
 )
 
+from knowledge_boosting.models.arrival_fusion import NEVER
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import Alone, NetworkSize
@@ -35,6 +36,7 @@ from knowledge_boosting.models.pair import BoostedPair, delay_hints
 from knowledge_boosting.training.config import FolderData, TrainingConfig
 from knowledge_boosting.training.evaluation.files import RESULT_FILES
 from knowledge_boosting.training.evaluation.results import RESAMPLES, Figure, Results, bootstrap
+from tests.arrivals import arrival_pair
 from tests.golden_cases import Golden
 from tests.processes import call_here
 
@@ -151,7 +153,7 @@ def expected_outputs(pair: BoostedPair, mixture: Tensor, other: Tensor) -> dict[
     """Compute the outputs of the systems of a pair for a mixture ``[M, N]``, with wrong hints from ``other``."""
     output = pair(mixture[None])
     steps = output.hints.shape[1]
-    alone = pair(mixture[None], None, torch.zeros(steps))
+    alone = pair(mixture[None], None, torch.full((steps,), NEVER))
     # The small network processes this mixture, and the large network the other one.
     padded = torch.nn.functional.pad(mixture, (0, steps * 128 + 64 - mixture.shape[-1]))
     delayed = delay_hints(pair(other[None]).hints, pair.config.delay)
@@ -610,3 +612,48 @@ def test_fewer_items_than_requested_give_a_warning(dataset: Path, tmp_path: Path
     outcome = evaluate(tmp_path / "lone", *arguments, output=tmp_path / "out")
     assert outcome.stderr == f"warning: {dataset / 'test'}: has 4 items, fewer than --items 9\n"
     assert json.loads((outcome.folder / "results.json").read_text())["data"]["items"] == ITEMS
+
+
+def test_pairs_are_measured_over_simulated_networks(
+    dataset: Path, golden: Callable[[str], Golden], golden_bundle: Made, tmp_path: Path
+) -> None:
+    pair = arrival_pair(window=20)
+    write_bundle(tmp_path / "arrival", pair, pair.config, untrained=True, source="random", configuration="test")
+    networks = ["delay=36", "delay=52", "delay=500"]
+    flags = ("--data", dataset, "--items", 2, "--metrics", "si_sdri", "--streaming", "--networks", ",".join(networks))
+    outcome = evaluate(tmp_path / "arrival", golden_bundle(DELAY6), *flags, "--delays", 9, output=tmp_path / "out")
+    figures = {
+        (row["model"], row["system"], row["delay_ms"] or row["network"]): float(row["si_sdri"])
+        for row in outcome.table("items.csv")
+        if row["item"] == "0"
+    }
+    assert outcome.results.streaming is not None
+    assert outcome.results.streaming.largest_difference_db < 1e-3
+    sources = read_item(dataset, 0)
+    frames = torch.arange(-(-LENGTH // 128))
+
+    def expected(of: BoostedPair, ready_at: Tensor) -> float:
+        with torch.inference_mode():
+            estimate = of(sources.sum(0)[None], None, ready_at).small[0]
+        return expected_figures(estimate, sources, sources.sum(0), slow=False)["si_sdri"]
+
+    # The server adds 4 ms. A hint that arrives between two frames is used from the second one on.
+    fixed, never = golden(DELAY6).pair, torch.full_like(frames, NEVER)
+    for of, name, where, ready_at in (
+        (pair, "arrival", "delay=36", frames + 5),
+        (pair, "arrival", "delay=52", frames + 7),
+        (pair, "arrival", "delay=500", never),
+        (pair, "arrival", "72.0", frames + 9),
+        (pair, "arrival", "48.0", frames + 6),
+        (fixed, DELAY6, "delay=36", frames),
+        (fixed, DELAY6, "delay=52", never),
+    ):
+        assert figures[name, "boosted", where] == pytest.approx(expected(of, ready_at), abs=1e-3), (name, where)
+    assert figures["arrival", "small_without_hints", ""] == pytest.approx(expected(pair, never), abs=1e-3)
+    assert len({round(value, 2) for key, value in figures.items() if key[:2] == ("arrival", "boosted")}) == 5
+
+
+@pytest.mark.parametrize("network", ["wlan", "delay", "delay=-1", "loss=1", "bandwidth=3", "delay=1+", "jitter=nan"])
+def test_unknown_networks_are_refused(network: str, dataset: Path, golden_bundle: Made, tmp_path: Path) -> None:
+    line = refusal(golden_bundle(DELAY6), "--data", dataset, "--networks", f"wifi,{network}", output=tmp_path / "out")
+    assert line.startswith(f"network '{network}': give one of lan, wifi")

@@ -84,15 +84,20 @@ def batch_of(examples: Examples, indices: list[int]) -> Batch:
     return render(cast("Batch", {"names": [example["names"] for example in found], **batch}))
 
 
-@pytest.mark.parametrize("task", ["ss", "tse"])
-def test_a_step_learns_the_same_from_stored_hints(folder: Path, stored: Path, task: str) -> None:
-    root, live = stored, settings(folder, task)
+@pytest.mark.parametrize(
+    ("task", "policy"), [("ss", {"delay": 2}), ("tse", {"delay": 2}), ("ss", {"policy": "arrival"})]
+)
+def test_a_step_learns_the_same_from_stored_hints(
+    folder: Path, stored: Path, task: str, policy: dict[str, object]
+) -> None:
+    model = {**settings(folder, task).model.model_dump(mode="json"), "boosting": policy}
+    root, live = stored, settings(folder, task, model=model)
     indices = [3, 33]
     if task == "tse":
         root = folder / "tse"
         store_hints(live, root, 4)
         indices = [1]
-    config = from_stored(folder, root, task)
+    config = from_stored(folder, root, task, model=model)
     module, examples = opened(config)
     assert examples.speakers == {path.name.split("-")[0] for path in SPEECH.iterdir() if path.suffix == ".ogg"}
     other = TrainingModule(live)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.arrival_fusion import NEVER
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build, read_checkpoint
 from knowledge_boosting.models.config import MODEL, Alone
@@ -303,7 +304,7 @@ def test_dropped_hints_are_no_hints(dataset: Path, tmp_path: Path) -> None:
             )  # its initial value is almost zero
         losses[dropout] = float(module.training_step(batch, 0).detach())
         for kept in (1.0, 0.0):
-            estimate = module.model(batch["mixture"], None, torch.full((1, 1), kept)).small
+            estimate = module.model(batch["mixture"], None, torch.full((1, 1), 0 if kept else NEVER)).small
             expected = -permuted_si_sdr(estimate, batch["sources"], "joint").mean()
             assert (losses[dropout] == pytest.approx(float(expected.detach()), abs=1e-4)) == (dropout == 1 - kept)
     assert losses[0.0] != losses[1.0]
@@ -386,7 +387,7 @@ def test_hints_of_a_fitted_large_network_help_the_small_one(tmp_path: Path) -> N
     assert isinstance(model, BoostedPair)
     assert isinstance(other, SmallModel)
     with torch.inference_mode():
-        with_hints, without = model(mixture), model(mixture, hint_mask=torch.zeros(63))
+        with_hints, without = model(mixture), model(mixture, ready_at=torch.full((63,), NEVER))
         unaided, _ = other(pad_to_frames(mixture, settings.model.framing), other.initial_state(4))
     assert figure(with_hints.large) > 8
     assert figure(with_hints.small) > figure(unaided)

@@ -7,6 +7,7 @@ import typer
 
 from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.links import parse_conditions
 from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
 
 app = cli.Application()
@@ -28,6 +29,14 @@ def evaluate(
         typer.Option(
             "--delays",
             help="In frames, such as 0,1,3: run every pair also at these delays, which it was not trained for.",
+        ),
+    ] = None,
+    networks: Annotated[
+        str | None,
+        typer.Option(
+            "--networks",
+            help="Such as wifi,lte,delay=48+jitter=20+loss=0.01: run every pair also with hints that arrive over these "
+            "simulated networks.",
         ),
     ] = None,
     items: Annotated[int | None, typer.Option("--items", min=1, help="Use only the first items.")] = None,
@@ -52,6 +61,9 @@ def evaluate(
     To compare delays, give several bundles, each trained for its delay. --delays runs each of them also at others.
     """
     retimed = _parse_delays(delays) if delays is not None else []
+    over = [name.strip() for name in networks.split(",")] if networks is not None else []
+    for name in over:
+        parse_conditions(name)
     wanted = _parse_metrics(metrics)
     packages = [package for metric in wanted if (package := METRICS[metric].package) is not None]
     cli.check_installed("torchmetrics", "matplotlib", *packages)
@@ -71,6 +83,7 @@ def evaluate(
         split=split,
         items=items,
         delays=retimed,
+        networks=over,
         metrics=wanted,
         streaming=streaming,
         workers=workers,

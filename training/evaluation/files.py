@@ -66,6 +66,7 @@ def _system_cells(row: Row) -> dict[str, object]:
         "untrained": str(row.untrained).lower(),
         "delay_frames": _blank(row.delay_frames),
         "delay_ms": _blank(row.delay_ms),
+        "network": row.network or "",
         "trained_delay": "" if row.trained_delay is None else str(row.trained_delay).lower(),
     }
 
@@ -116,7 +117,7 @@ def record_in_bundles(results: Results) -> None:
         lines = ["| system | " + " | ".join(METRICS[metric].heading for metric in results.metrics) + " |"]
         lines.append("|---" * (1 + len(results.metrics)) + "|")
         for row in results.rows:
-            if row.model != model.name or row.trained_delay is False:
+            if row.model != model.name or row.delay_frames not in (None, model.delay_frames) or row.network is not None:
                 continue
             cells = []
             for metric, figure in row.figures.items():
@@ -131,6 +132,7 @@ def record_in_bundles(results: Results) -> None:
             f"({gain.si_sdri.low:+.2f}…{gain.si_sdri.high:+.2f}) |" + " |" * (len(results.metrics) - 1)
             for gain in results.comparisons
             if gain.model == model.name and gain.si_sdri.low is not None
+            if gain.delay_frames in (None, model.delay_frames) and gain.network is None
         ]
         lines += ["", f"On {data}, with {100 * results.bootstrap.confidence:g} % bootstrap intervals."]
         record_quality(Bundle(model.given), quality, "\n".join(lines))

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.links import NetworkConditions, parse_conditions
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.device import pick_device
@@ -47,6 +48,7 @@ class Options:
     split: str
     items: int | None
     delays: list[int]
+    networks: list[str]
     metrics: list[MetricName]
     streaming: bool
     workers: int | None
@@ -71,6 +73,9 @@ def measure(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
     models = load_models(options.models)
     if options.delays and all(model.large is None for model in models):
         raise InputError("--delays: is for pairs, but every given model is one network alone; leave out --delays")
+    if options.networks and all(model.large is None for model in models):
+        raise InputError("--networks: is for pairs, but every given model is one network alone; leave out --networks")
+    networks = {name: parse_conditions(name) for name in options.networks}
     data = _open_data(options.data, options.split, options.items, models[0].config)
     for model in models:
         refuse_shared_speakers(model.training_speakers, options.data / options.split)
@@ -86,7 +91,7 @@ def measure(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
         # Networks and workers share the cores. More threads than cores would make both slower.
         torch.set_num_threads(max(1, cores - workers))
     with closing(Scores(options.metrics, names, workers)) as scores:
-        worst = _measure_all(models, data, options.delays, device, scores, streaming=options.streaming)
+        worst = _measure_all(models, data, options.delays, networks, device, scores, streaming=options.streaming)
 
     by_name: dict[str | None, Model] = {model.record.name: model for model in models}
     figures = [
@@ -152,6 +157,7 @@ def _measure_all(
     models: Sequence[Model],
     data: MixtureFolder,
     delays: Sequence[int],
+    networks: Mapping[str, NetworkConditions],
     device: torch.device,
     scores: Scores,
     *,
@@ -167,8 +173,8 @@ def _measure_all(
         for model in models:
             own = model.record.delay_frames
             wanted = [] if own is None else sorted({own, *delays})
-            measured = run_systems(model, data, wanted, device, streaming=streaming)
-            whole = run_systems(model, data, wanted, device, streaming=False) if streaming else repeat(None)
+            measured = run_systems(model, data, wanted, networks, device, streaming=streaming)
+            whole = run_systems(model, data, wanted, networks, device, streaming=False) if streaming else repeat(None)
             for index, ((item, estimates), offline) in enumerate(zip(measured, whole, strict=False)):
                 if model is models[0]:
                     scores.add(MIXTURE, index, item.mixture[:, None].expand_as(item.sources), item)
@@ -208,9 +214,14 @@ def _row(key: Key, models: Mapping[str | None, Model], figures: dict[MetricName,
         untrained=model is not None and model.record.untrained,
         delay_frames=key.delay,
         delay_ms=milliseconds(model.config, key.delay) if model is not None and key.delay is not None else None,
-        trained_delay=key.delay == model.config.delay if model is not None and key.delay is not None else None,
+        trained_delay=_is_trained(model.config, key.delay) if model is not None and key.delay is not None else None,
+        network=key.network,
         figures=figures,
     )
+
+
+def _is_trained(config: ModelConfig, delay: int) -> bool:
+    return config.on_arrival or delay == config.delay
 
 
 def _notice(models: Sequence[ModelRecord]) -> str | None:

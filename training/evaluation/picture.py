@@ -63,7 +63,7 @@ def _draw_systems(axis: Any, results: Results) -> None:
         headings.append(labels[name])
         for row in rows:
             line -= 1
-            delay = f", {row.delay_label}" if row.delay_ms is not None else ""
+            delay = f", {row.delay_label}" if row.delay_label else ""
             ticks.append((line, SYSTEMS[row.system] + delay))
             figure = row.figures["si_sdri"]
             _draw_point(axis, row, line, horizontal=True)
@@ -110,7 +110,7 @@ def _draw_point(axis: Any, row: Row, place: float, *, horizontal: bool, label: s
 def _draw_delays(axis: Any, results: Results) -> None:
     """Draw every system at the delay of its model, and boosted systems also at delays they were not trained for."""
     trained = {model.name: model.delay_ms for model in results.models if model.delay_ms is not None}
-    rows = [row for row in results.rows if row.model in trained]
+    rows = [row for row in results.rows if row.model in trained and row.network is None]
     places = {id(row): trained[row.model or ""] if row.delay_ms is None else row.delay_ms for row in rows}
     step = 0.012 * max(places.values())  # systems stand side by side, so that their intervals do not overlap
     shift = {system: step * (number - 2) for number, system in enumerate(list(SYSTEMS)[1:])}

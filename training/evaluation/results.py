@@ -47,13 +47,14 @@ class Row(Strict):
     delay_frames: int | None = Field(description="delay of the hints, frames; null if no hints are used")
     delay_ms: float | None
     trained_delay: bool | None = Field(description="whether the weights were trained for that delay")
+    network: str | None = Field(default=None, description="simulated network over which the hints arrive")
     figures: dict[MetricName, Figure]
 
     @property
     def delay_label(self) -> str:
-        """The delay of the hints, for tables. A star marks weights that were trained for another delay."""
+        """The delay or the network of the hints, for tables. A star marks weights trained for another delay."""
         if self.delay_ms is None:
-            return ""
+            return self.network or ""
         return f"{self.delay_ms:g} ms" + ("" if self.trained_delay else "*")
 
 
@@ -108,6 +109,7 @@ class Comparison(Strict):
     model: str
     system: System
     delay_frames: int | None
+    network: str | None = None
     over: str = Field(description="name of the network alone")
     si_sdri: Figure = Field(description="difference in dB; the interval is that of the paired differences")
 
@@ -171,6 +173,7 @@ def compare(figures: Sequence[ItemFigures], seed: int) -> list[Comparison]:
             model=row.model,
             system=row.system,
             delay_frames=row.delay_frames,
+            network=row.network,
             over=base.row.model,
             si_sdri=bootstrap(values["si_sdri"] - base.values["si_sdri"], seed),
         )

@@ -7,20 +7,22 @@ A model is a bundle or the checkpoint of a run. If it is one network alone, it h
 If it is a pair, it has these systems:
 
 - ``small_without_hints``: the small network with zeros for every hint, as when all hints are late or lost.
-- ``boosted``: the small network with every hint on time, at the delay of the pair and at those of ``--delays``.
+- ``boosted``: the small network with every hint on time, at the delay of the pair and at those of ``--delays``. With
+  ``--networks`` also with hints that arrive over simulated networks.
 - ``boosted_wrong_hints``: the small network with the hints of another mixture, that of the next item. A gain with wrong
   hints does not come from information about this mixture.
 - ``large``: the large network itself.
 
 All systems are measured on the same mixtures. ``mixture`` is the mixture itself, which improvements are relative to.
 
-The delay is a property of a pair. Its small network holds back the features of every frame for ``delay`` frames, until
-the hint arrives. An earlier hint changes nothing, and a later one is lost. So quality by delay is measured with several
-pairs, each trained for its delay. ``--delays`` answers another question. No weight depends on the delay, so a pair can
-also run with a delay that it was not trained for, and the difference shows what that costs.
+A pair that uses hints on arrival can run at any delay. Otherwise the delay is a property of a pair. Its small network
+holds back the features of every frame for ``delay`` frames, until the hint arrives. An earlier hint changes nothing,
+and a later one is lost. So quality by delay is measured with several pairs, each trained for its delay. ``--delays``
+answers another question. No weight depends on the delay, so a pair can also run with a delay that it was not trained
+for, and the difference shows what that costs.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
@@ -29,14 +31,25 @@ import torch
 from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.links import NetworkConditions
+from knowledge_boosting.models.arrival_fusion import NEVER, ArrivedHints
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
 from knowledge_boosting.models.config import ModelConfig, Pair
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.manifest import MANIFEST_FILE, file_digest
 from knowledge_boosting.models.networks import load_large, load_small
-from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel, delay_hints
+from knowledge_boosting.models.pair import (
+    USUAL_DELAY,
+    BoostedPair,
+    LargeModel,
+    SmallModel,
+    delay_hints,
+    part_of,
+    small_hints,
+)
 from knowledge_boosting.training.config import read_training_config
+from knowledge_boosting.training.data.hint_arrivals import simulate_arrivals
 from knowledge_boosting.training.data.mixture_folder import MixtureFolder
 from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE
 from knowledge_boosting.training.evaluation.results import ModelRecord, System
@@ -44,11 +57,12 @@ from knowledge_boosting.training.weights import best_checkpoint
 
 
 class Key(NamedTuple):
-    """A system of a model at a delay in frames."""
+    """A system of a model, at a delay in frames or over a simulated network."""
 
     model: str | None
     system: System
     delay: int | None
+    network: str | None = None
 
 
 MIXTURE = Key(None, "mixture", None)
@@ -131,7 +145,7 @@ def _record(
     *,
     untrained: bool,
 ) -> ModelRecord:
-    boosting = config.boosting if isinstance(config, Pair) else None
+    delay = usual_delay(config) if isinstance(config, Pair) else None
     return ModelRecord(
         name=name,
         given=given,
@@ -139,10 +153,15 @@ def _record(
         id=identity,
         checkpoint=checkpoint,
         untrained=untrained,
-        delay_frames=boosting.delay if boosting else None,
-        delay_ms=milliseconds(config, boosting.delay) if boosting else None,
-        compression=boosting.compression if boosting else None,
+        delay_frames=delay,
+        delay_ms=milliseconds(config, delay) if delay is not None else None,
+        compression=config.boosting.compression if isinstance(config, Pair) else None,
     )
+
+
+def usual_delay(config: ModelConfig) -> int:
+    """Return the delay at which a pair is compared with others, frames: that of its training, if it has one."""
+    return USUAL_DELAY if config.on_arrival else config.delay
 
 
 def milliseconds(config: ModelConfig, frames: int) -> float:
@@ -163,7 +182,13 @@ class EvaluationItem:
 
 
 def run_systems(
-    model: Model, data: MixtureFolder, delays: Sequence[int], device: torch.device, *, streaming: bool
+    model: Model,
+    data: MixtureFolder,
+    delays: Sequence[int],
+    networks: Mapping[str, NetworkConditions],
+    device: torch.device,
+    *,
+    streaming: bool,
 ) -> Iterator[tuple[EvaluationItem, dict[Key, Tensor]]]:
     """Yield every item in order, with the estimates ``[1, S, M, N]`` of each system of the model.
 
@@ -171,6 +196,7 @@ def run_systems(
         model: the model.
         data: the items.
         delays: the delays of boosted systems, frames; empty for one network alone.
+        networks: the networks of boosted systems by name. The index of an item is the seed of its losses.
         device: the device that the networks run on.
         streaming: whether the networks run frame by frame, or over all frames at once.
     """
@@ -179,6 +205,8 @@ def run_systems(
     large = model.large.to(device) if model.large is not None else None
     small = {config.delay: model.small.to(device)}
     for delay in delays:
+        if isinstance(config, Pair) and config.on_arrival:
+            small[delay] = small[config.delay]
         if delay not in small:
             assert isinstance(config, Pair)
             boosting = config.boosting.model_copy(update={"delay": delay})
@@ -211,33 +239,48 @@ def run_systems(
             estimate = large.estimate(torch.cat(embeddings, dim=1))[..., : mixture.shape[-1]].cpu()
         return EvaluationItem(mixture, example["sources"][None], samples, speaker, hints, estimate)
 
-    def run_small(network: SmallModel, item: EvaluationItem, hints: Tensor | None) -> Tensor:
+    def delayed(hints: Tensor, delay: int | None) -> Tensor | ArrivedHints:
+        """Return the hints for the small network, at a delay in frames. None: no hint arrives."""
+        assert isinstance(config, Pair)
+        frames = torch.arange(hints.shape[1], device=hints.device)
+        if not config.on_arrival:
+            return torch.zeros_like(hints) if delay is None else delay_hints(hints, delay)
+        never = torch.full_like(frames, NEVER)
+        return small_hints(config, hints, never if delay is None else frames + max(delay, config.delay))
+
+    def run_small(network: SmallModel, item: EvaluationItem, hints: Tensor | ArrivedHints | None) -> Tensor:
         state = network.initial_state(1, item.speaker)
         estimates = []
         for frames, stretch in calls(item.samples):
-            estimate, state = network(stretch, state, hints[:, frames] if hints is not None else None)
+            estimate, state = network(
+                stretch, state, None if hints is None else part_of(hints, frames.start, frames.stop)
+            )
             estimates.append(estimate)
         return torch.cat(estimates, dim=-1)[..., : item.mixture.shape[-1]].cpu()
 
     @torch.inference_mode()
-    def run_all(item: EvaluationItem, other: EvaluationItem | None) -> dict[Key, Tensor]:
+    def run_all(index: int, item: EvaluationItem, other: EvaluationItem | None) -> dict[Key, Tensor]:
         """Run all systems of the model. ``other`` is the item that provides the wrong hints."""
-        own, hints = config.delay, item.hints
-        if hints is None or item.large is None:
-            return {Key(name, "alone", None): run_small(small[own], item, None)}
-        outputs = {Key(name, "small_without_hints", None): run_small(small[own], item, torch.zeros_like(hints))}
+        own, hints, alone = usual_delay(config), item.hints, small[config.delay]
+        if hints is None or item.large is None or not isinstance(config, Pair):
+            return {Key(name, "alone", None): run_small(alone, item, None)}
+        outputs = {Key(name, "small_without_hints", None): run_small(alone, item, delayed(hints, None))}
         for delay in delays:
-            outputs[Key(name, "boosted", delay)] = run_small(small[delay], item, delay_hints(hints, delay))
+            outputs[Key(name, "boosted", delay)] = run_small(small[delay], item, delayed(hints, delay))
+        for network, conditions in networks.items():
+            ready_at = simulate_arrivals(conditions, index, hints.shape[1], config)
+            arriving = small_hints(config, hints, ready_at.to(device))
+            outputs[Key(name, "boosted", None, network)] = run_small(alone, item, arriving)
         if other is not None and other.hints is not None:
             wrong_hints = torch.zeros_like(hints)
             shared = min(hints.shape[1], other.hints.shape[1])
             wrong_hints[:, :shared] = other.hints[:, :shared]
-            outputs[Key(name, "boosted_wrong_hints", own)] = run_small(small[own], item, delay_hints(wrong_hints, own))
+            outputs[Key(name, "boosted_wrong_hints", own)] = run_small(alone, item, delayed(wrong_hints, own))
         outputs[Key(name, "large", None)] = item.large
         return outputs
 
     first = current = run_large(0)
     for index in range(len(data)):
         following = run_large(index + 1) if index + 1 < len(data) else first
-        yield current, run_all(current, following if len(data) > 1 else None)
+        yield current, run_all(index, current, following if len(data) > 1 else None)
         current = following

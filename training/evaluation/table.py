@@ -43,7 +43,8 @@ def _comparisons(results: Results) -> list[RenderableType]:
     for number in range(3):
         grid.add_column(justify="right" if number == 2 else "left", no_wrap=True)
     for comparison in results.comparisons:
-        name = SYSTEMS[comparison.system] + (f" over {comparison.over}" if several else "")
+        where = f", {comparison.network}" if comparison.network is not None else ""
+        name = SYSTEMS[comparison.system] + where + (f" over {comparison.over}" if several else "")
         gain = comparison.si_sdri
         cell = Text("-" if gain.mean is None else f"{gain.mean:+.2f}")
         if gain.low is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from knowledge_boosting.models.framing import Stft, pad_to_frames
-from knowledge_boosting.models.layers import HintFusion, prelu
+from knowledge_boosting.models.layers import Fusion, prelu
 from knowledge_boosting.models.pair import SmallModel
 
 # The scale of a large network's output is arbitrary. Trained ones were found to give about 4 times the source spectra.
@@ -54,7 +54,7 @@ class Guidance(nn.Module):
         self._features: list[Tensor] = []
         guided = list(network.fusion) or list(network.blocks)[1:]
         for module in guided:
-            if isinstance(module, HintFusion):
+            if isinstance(module, Fusion):
                 module.merge.register_forward_hook(partial(self._record_fusion, module))
             else:
                 module.register_forward_hook(lambda m, _, output: self._record_features(m, output[0]))
@@ -62,7 +62,7 @@ class Guidance(nn.Module):
             nn.Linear(config.on_device.channels, config.sources * config.microphones) for _ in guided
         )
 
-    def _record_fusion(self, fusion: HintFusion, merge: nn.Module, _: Any, merged: Tensor) -> None:
+    def _record_fusion(self, fusion: Fusion, merge: nn.Module, _: Any, merged: Tensor) -> None:
         # This is the input of the normalisation at the end of the fusion.
         self._record_features(merge, prelu(merged, fusion.slope_merge))
 

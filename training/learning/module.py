@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from knowledge_boosting.common.errors import Failure
+from knowledge_boosting.models.arrival_fusion import NEVER
 from knowledge_boosting.models.checkpoint import OUTPUT_GAIN, TRAINING_SPEAKERS
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
 from knowledge_boosting.training.config import StoredData, TrainingConfig
 from knowledge_boosting.training.data.dynamic_mixing import render
+from knowledge_boosting.training.data.hint_arrivals import draw_arrivals
 from knowledge_boosting.training.data.loading import Batch
 from knowledge_boosting.training.data.stored_hints import STORED_LARGE, large_digest
 from knowledge_boosting.training.evaluation.metrics import METRICS, si_sdr_improvement
@@ -86,16 +88,16 @@ class TrainingModule(lightning.LightningModule):
             assert isinstance(part, SmallModel | LargeModel)
             self.whitening.compensate(part.network)
 
-    def estimates(self, batch: Batch, hint_mask: Tensor | None = None) -> dict[str, Tensor]:
+    def estimates(self, batch: Batch, ready_at: Tensor | None = None) -> dict[str, Tensor]:
         """Return the estimates ``[B, S, M, N]`` of the trained network, ``small``, and for a pair also ``large``.
 
         Args:
             batch: a rendered batch.
-            hint_mask: ``[B, T]`` or a shape that broadcasts to it; 0 for hints that are withheld.
+            ready_at: when hints are ready for use, see :meth:`BoostedPair.forward`.
         """
         mixture, speaker = batch["mixture"], batch.get("speaker_embedding")
         if isinstance(self.model, BoostedPair):
-            output = self.model(mixture, speaker, hint_mask)
+            output = self.model(mixture, speaker, ready_at)
             return {"small": output.small, "large": output.large}
         samples = pad_to_frames(mixture, self.config.model.framing)
         estimate, _ = self._small(samples, self._small.initial_state(len(mixture), speaker))
@@ -112,10 +114,10 @@ class TrainingModule(lightning.LightningModule):
         return rendered
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        mask = self._hint_mask(len(batch["mixture"]))
+        ready_at = self._ready_at(batch["mixture"])
         if self.guidance is not None:
             self.guidance.reset()
-        estimate = self._small_estimate(batch, mask)
+        estimate = self._small_estimate(batch, ready_at)
         loss = negative_si_sdr(estimate.float(), batch["sources"], self.config.permutation)
         if not torch.isfinite(loss):
             raise Failure(
@@ -135,16 +137,16 @@ class TrainingModule(lightning.LightningModule):
             loss = loss + self.config.guidance * guidance
         return loss
 
-    def _small_estimate(self, batch: Batch, mask: Tensor | None) -> Tensor:
+    def _small_estimate(self, batch: Batch, ready_at: Tensor | None) -> Tensor:
         """Return the estimate of the trained network. The large network runs only if its hints are needed."""
         if self.config.ideal_hints:
             embedding = self._ideal_embedding(batch)
         elif "embedding" in batch:
             embedding = batch["embedding"]
         else:
-            return self.estimates(batch, mask)["small"]
+            return self.estimates(batch, ready_at)["small"]
         hints = self.pair.large.encode(embedding)
-        return self.pair.estimate_small(batch["mixture"], hints, batch.get("speaker_embedding"), mask)
+        return self.pair.estimate_small(batch["mixture"], hints, batch.get("speaker_embedding"), ready_at)
 
     def _ideal_embedding(self, batch: Batch) -> Tensor:
         """Return the spectral estimate of a perfect large network."""
@@ -171,12 +173,17 @@ class TrainingModule(lightning.LightningModule):
         """
         return np.random.default_rng([self.config.seed, self.global_step, self.global_rank, *what])
 
-    def _hint_mask(self, batch: int) -> Tensor | None:
-        """Draw the examples that have hints, ``[B, 1]``; None if all have."""
-        if not self.config.hint_dropout:
+    def _ready_at(self, mixture: Tensor) -> Tensor | None:
+        """Draw when the hints of each example are ready, ``[B, T]``. None if all are in time for a fixed delay."""
+        model, rng = self.config.model, self._rng()
+        if not self.config.hint_dropout and not model.on_arrival:
             return None
-        kept = self._rng().random((batch, 1)) >= self.config.hint_dropout
-        return torch.from_numpy(kept.astype(np.float32)).to(self.device)
+        batch, frames = len(mixture), model.framing.frames(mixture.shape[-1])
+        lost = torch.from_numpy(rng.random((batch, 1)) < self.config.hint_dropout)
+        ready_at = torch.zeros(batch, frames, dtype=torch.long)
+        if model.on_arrival:
+            ready_at = torch.stack([draw_arrivals(rng, frames, model) for _ in range(batch)])
+        return ready_at.masked_fill(lost, NEVER).to(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         estimates = self.estimates(batch)

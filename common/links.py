@@ -37,6 +37,33 @@ PRESETS = {
 }
 
 
+_SETTINGS = {"delay": "delay_ms", "jitter": "jitter_ms", "loss": "loss"}
+
+
+def parse_conditions(text: str) -> NetworkConditions:
+    """Return the network conditions that a text describes: a preset, or settings such as ``delay=48+loss=0.01``.
+
+    Raises:
+        InputError: There is no such preset or setting, or a value is impossible.
+    """
+    if text in PRESETS:
+        return PRESETS[text]
+    values: dict[str, float] = {}
+    for part in text.split("+"):
+        name, _, value = part.partition("=")
+        try:
+            number = float(value)
+            if name not in _SETTINGS or not 0 <= number < (1 if name == "loss" else 60_000):
+                raise ValueError
+        except ValueError:
+            raise InputError(
+                f"network {text!r}: give one of {', '.join(PRESETS)}, or delay and jitter in ms and loss below 1, "
+                "such as delay=48+jitter=20+loss=0.01"
+            ) from None
+        values[_SETTINGS[name]] = number
+    return NetworkConditions(**values)
+
+
 class Link:
     """One direction of the connection. Call :meth:`arrival` once for each packet, in the order of sending."""
 
