@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from knowledge_boosting.models.arrivals import RAMP
+from knowledge_boosting.models.arrivals import MASKED, RAMP
 from knowledge_boosting.models.layers import Fusion, channels_of_heads, prelu
 
-NEVER = 1 << 30  # when a hint arrives that does not arrive
+NEVER = 1 << 30  # the frame at which a hint is merged that is never merged
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ArrivalState:
 class ArrivalPlan:
     """The positions and masks of a call; the same for all fusions of a network.
 
-    The *line* of a call has the W frames before it and its own T frames. Queries are processed in Q blocks, as in
-    :func:`models.layers.window_of`.
+    The *line* of a call has the W frames before it and its own T frames. Queries are processed in blocks of Q = W, or
+    in one block of Q = T, as in :func:`models.layers.window_of`.
     """
 
     hints: ArrivedHints
@@ -129,8 +129,8 @@ class ArrivalFusion(Fusion):
         query = functional.pad(self.queries(x) * key.shape[-1] ** -0.5, fill).unflatten(2, (blocks, block))
         scores = query @ _spans(keys, blocks, block, size).transpose(-1, -2)
         scores = scores + self.age_bias[:, plan.ages - 1].unsqueeze(1)
-        # Not minus infinity, because the result must be finite even if nothing is visible. It is then multiplied by 0.
-        scores = scores.masked_fill(~plan.visible[:, None], -1e30)
+        # Where nothing is visible, the result is arbitrary, and its strength is 0.
+        scores = scores.masked_fill(~plan.visible[:, None], MASKED)
         attended = (scores.softmax(-1) @ _spans(values, blocks, block, size)).flatten(2, 3)[:, :, :steps]
 
         added = self.norm_merge(prelu(self.merge(channels_of_heads(attended, self.bins)), self.slope_merge))

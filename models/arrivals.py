@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 RAMP = 8  # merged frames in the window with which fusion has its full strength; with fewer it fades in or out
 MERGES = 2  # hints that are merged at each frame, at most
+# The score of a key that is not visible. It is finite, so that the result is too, even if no key is visible.
+MASKED = -1e30
 
 
 class Hint(NamedTuple):

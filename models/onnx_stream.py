@@ -13,12 +13,11 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, reason
-from knowledge_boosting.models.arrivals import MERGES, RAMP, Hint
+from knowledge_boosting.models.arrivals import MASKED, MERGES, RAMP, Hint
 from knowledge_boosting.models.config import ModelConfig
 
 Samples = NDArray[np.float32]
 _MAX_VALUES = 2**24  # in an input or output
-MASKED = -1e30  # the mask of a key that is not visible; finite, so that the result is too, even if no key is visible
 
 
 def load_graph(source: Path | bytes) -> onnxruntime.InferenceSession:
