@@ -39,7 +39,7 @@ def drawn_times(seed: int) -> Tensor:
     return torch.from_numpy(times)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @torch.inference_mode()
 def test_any_division_into_calls_gives_the_same_samples(pair: BoostedPair, seed: int) -> None:
     torch.manual_seed(seed)
@@ -68,10 +68,9 @@ def test_without_hints_it_is_exactly_the_small_network_alone(pair: BoostedPair) 
     assert torch.equal(boosted, alone(mixture, alone.initial_state(STREAMS))[0])
 
 
-@pytest.mark.parametrize("seed", range(3))
 @torch.inference_mode()
-def test_the_graph_gives_the_samples_of_torch(pair: BoostedPair, seed: int) -> None:
-    config, small, rng = pair.config, pair.small, np.random.default_rng(seed)
+def test_the_graph_gives_the_samples_of_torch(pair: BoostedPair) -> None:
+    config, small, rng = pair.config, pair.small, np.random.default_rng(0)
     graph = frame_graph(small)
     check_graph(graph, small)
     stream = OnnxStream(load_graph(graph), config)
