@@ -53,11 +53,11 @@ def parse_conditions(text: str) -> NetworkConditions:
         name, _, value = part.partition("=")
         try:
             number = float(value)
-            if name not in _SETTINGS or not 0 <= number < (1 if name == "loss" else 60_000):
+            if name not in _SETTINGS or not 0 <= number <= (0.5 if name == "loss" else 60_000):
                 raise ValueError
         except ValueError:
             raise InputError(
-                f"network {text!r}: give one of {', '.join(PRESETS)}, or delay and jitter in ms and loss below 1, "
+                f"--networks {text}: give one of {', '.join(PRESETS)}, or delay and jitter in ms and loss up to 0.5, "
                 "such as delay=48+jitter=20+loss=0.01"
             ) from None
         values[_SETTINGS[name]] = number

@@ -218,7 +218,9 @@ class TFGridNet(nn.Module):
         plan = None
         if self.fusion:
             if isinstance(hints, ArrivedHints) != self.on_arrival or hints is None:
-                raise ValueError("this network has fusion: give hints of its policy, or none that arrive, or zeros")
+                raise ValueError(
+                    "this network has fusion: give the hints of its policy; if there are none, zeros or an empty set"
+                )
             if isinstance(hints, ArrivedHints):
                 assert state.arrived is not None
                 plan = plan_arrivals(hints, state.arrived, state.frames, spectrum.shape[1])

@@ -153,6 +153,7 @@ class VirtualHints:
         return self._buffer.take(frame, now)
 
     def _can_have_arrived(self, now: int) -> bool:
+        # The downlink only adds to the time at which the simulated server has computed a hint.
         return self._model.on_arrival and bool(self._computed_at) and self._computed_at[0] <= now
 
     def finish(self) -> None:

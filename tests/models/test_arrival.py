@@ -135,7 +135,7 @@ def test_a_frame_attends_to_the_merged_frames_of_its_window() -> None:
     assert min(strengths) < RAMP < max(strengths)
 
 
-def test_gradients_reach_all_weights_and_are_those_of_the_definition() -> None:
+def test_gradients_reach_all_weights() -> None:
     pair = arrival_pair(WINDOW)
     times = drawn_times(0)
     hints = torch.randn(STREAMS, FRAMES, pair.config.hint_channels, 97)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.links import NetworkConditions
-from knowledge_boosting.models.arrival_fusion import NEVER, ArrivedHints
+from knowledge_boosting.models.arrival_fusion import NEVER
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
 from knowledge_boosting.models.config import ModelConfig, Pair
@@ -44,7 +44,6 @@ from knowledge_boosting.models.pair import (
     BoostedPair,
     LargeModel,
     SmallModel,
-    delay_hints,
     part_of,
     small_hints,
 )
@@ -239,43 +238,44 @@ def run_systems(
             estimate = large.estimate(torch.cat(embeddings, dim=1))[..., : mixture.shape[-1]].cpu()
         return EvaluationItem(mixture, example["sources"][None], samples, speaker, hints, estimate)
 
-    def delayed(hints: Tensor, delay: int | None) -> Tensor | ArrivedHints:
-        """Return the hints for the small network, at a delay in frames. None: no hint arrives."""
-        assert isinstance(config, Pair)
-        frames = torch.arange(hints.shape[1], device=hints.device)
-        if not config.on_arrival:
-            return torch.zeros_like(hints) if delay is None else delay_hints(hints, delay)
-        never = torch.full_like(frames, NEVER)
-        return small_hints(config, hints, never if delay is None else frames + max(delay, config.delay))
-
-    def run_small(network: SmallModel, item: EvaluationItem, hints: Tensor | ArrivedHints | None) -> Tensor:
+    def run_small(
+        network: SmallModel, item: EvaluationItem, hints: Tensor | None = None, ready_at: Tensor | None = None
+    ) -> Tensor:
+        given = None
+        if hints is not None:
+            assert isinstance(network.config, Pair)
+            given = small_hints(network.config, hints, ready_at)
         state = network.initial_state(1, item.speaker)
         estimates = []
         for frames, stretch in calls(item.samples):
-            estimate, state = network(
-                stretch, state, None if hints is None else part_of(hints, frames.start, frames.stop)
-            )
+            part = None if given is None else part_of(given, frames.start, frames.stop)
+            estimate, state = network(stretch, state, part)
             estimates.append(estimate)
         return torch.cat(estimates, dim=-1)[..., : item.mixture.shape[-1]].cpu()
 
     @torch.inference_mode()
     def run_all(index: int, item: EvaluationItem, other: EvaluationItem | None) -> dict[Key, Tensor]:
         """Run all systems of the model. ``other`` is the item that provides the wrong hints."""
-        own, hints, alone = usual_delay(config), item.hints, small[config.delay]
-        if hints is None or item.large is None or not isinstance(config, Pair):
-            return {Key(name, "alone", None): run_small(alone, item, None)}
-        outputs = {Key(name, "small_without_hints", None): run_small(alone, item, delayed(hints, None))}
+        own, hints, trained = usual_delay(config), item.hints, small[config.delay]
+        if hints is None or item.large is None:
+            return {Key(name, "alone", None): run_small(trained, item)}
+        frames = torch.arange(hints.shape[1])
+
+        def run_boosted(network: SmallModel, hints: Tensor, delay: int) -> Tensor:
+            return run_small(network, item, hints, frames + max(delay, network.config.delay))
+
+        never = torch.full_like(frames, NEVER)
+        outputs = {Key(name, "small_without_hints", None): run_small(trained, item, hints, never)}
         for delay in delays:
-            outputs[Key(name, "boosted", delay)] = run_small(small[delay], item, delayed(hints, delay))
+            outputs[Key(name, "boosted", delay)] = run_boosted(small[delay], hints, delay)
         for network, conditions in networks.items():
-            ready_at = simulate_arrivals(conditions, index, hints.shape[1], config)
-            arriving = small_hints(config, hints, ready_at.to(device))
-            outputs[Key(name, "boosted", None, network)] = run_small(alone, item, arriving)
+            ready_at = simulate_arrivals(conditions, index, len(frames), config)
+            outputs[Key(name, "boosted", None, network)] = run_small(trained, item, hints, ready_at)
         if other is not None and other.hints is not None:
             wrong_hints = torch.zeros_like(hints)
             shared = min(hints.shape[1], other.hints.shape[1])
             wrong_hints[:, :shared] = other.hints[:, :shared]
-            outputs[Key(name, "boosted_wrong_hints", own)] = run_small(alone, item, delayed(wrong_hints, own))
+            outputs[Key(name, "boosted_wrong_hints", own)] = run_boosted(trained, wrong_hints, own)
         outputs[Key(name, "large", None)] = item.large
         return outputs
 
