@@ -219,7 +219,7 @@ class TFGridNet(nn.Module):
         if self.fusion:
             if isinstance(hints, ArrivedHints) != self.on_arrival or hints is None:
                 raise ValueError(
-                    "this network has fusion: give the hints of its policy; if there are none, zeros or an empty set"
+                    "this network has fusion: give hints in the form of its policy, even if there are none"
                 )
             if isinstance(hints, ArrivedHints):
                 assert state.arrived is not None
