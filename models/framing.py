@@ -1,7 +1,7 @@
 """The short-time Fourier transform of both networks, and its inverse.
 
-Frame ``t`` covers samples ``[chunk t, chunk t + n_fft)``. The window is a periodic Hamming window, without centring or
-normalisation. So T frames need ``chunk T + lookahead`` samples and yield ``chunk T`` samples.
+Frame ``t`` covers samples ``[chunk t, chunk t + n_fft)``. So T frames need ``chunk T + lookahead`` samples and yield
+``chunk T`` samples.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from knowledge_boosting.models.config import Framing
+from knowledge_boosting.models.transforms import transforms
 
 
 def pad_to_frames(samples: Tensor, framing: Framing) -> Tensor:
@@ -22,11 +23,7 @@ def pad_to_frames(samples: Tensor, framing: Framing) -> Tensor:
 
 
 class Stft(nn.Module):
-    """Analysis and synthesis for one framing.
-
-    The transforms are products with matrices that include the window and the Fourier basis. For such short frames this
-    is faster than a call of an FFT, and every runtime supports it.
-    """
+    """Analysis and synthesis for one framing, as products with the matrices of :mod:`models.transforms`."""
 
     analysis: Tensor  # [n_fft, 2F]: all real parts, then all imaginary parts
     synthesis: Tensor  # [2F, n_fft]: for each bin (real, imaginary)
@@ -37,27 +34,9 @@ class Stft(nn.Module):
         """Make the transforms. With ``remove_offset``, a constant in the samples does not affect their spectrum."""
         super().__init__()
         self.framing = framing
-        window = torch.hamming_window(framing.n_fft, periodic=True, dtype=torch.float64)
-        identity = torch.eye(framing.n_fft, dtype=torch.float64)
-        basis = torch.fft.rfft(identity * window)
-        if remove_offset:
-            # With a Hamming window, a constant appears only in bins 0 and 1, in a fixed proportion.
-            constant = torch.fft.rfft(window)
-            basis[:, 1] -= basis[:, 0] * (constant[1] / constant[0])
-            basis[:, 0] = 0
-        # The inverse transform is linear in (real, imaginary), so the rows of its matrix are its values for unit
-        # spectra.
-        units = torch.eye(2 * framing.bins, dtype=torch.float64).view(-1, framing.bins, 2)
-        inverse = torch.fft.irfft(torch.view_as_complex(units), n=framing.n_fft) * window
-        squared = window.square()
-        overlapping = squared[: framing.lookahead] + squared[framing.chunk :]
-        for name, value in (
-            ("analysis", torch.cat([basis.real, basis.imag], dim=-1)),
-            ("synthesis", inverse),
-            ("head_gain", 1 / overlapping),
-            ("body_gain", 1 / squared[framing.lookahead : framing.chunk]),
-        ):
-            self.register_buffer(name, value.float(), persistent=False)
+        for name, value in vars(transforms(framing, remove_offset=remove_offset)).items():
+            # Copies to the default device, which can be the meta device.
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32), persistent=False)
 
     def analyse(self, samples: Tensor) -> Tensor:
         """Transform samples ``[B, M, chunk T + lookahead]``.

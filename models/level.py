@@ -6,22 +6,13 @@ from -60 dBFS to full scale, and no initial estimate of the level is needed. The
 only on the samples up to that frame, so they are the same on device and server.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from knowledge_boosting.models.config import Framing
-
-REFERENCE = 0.1  # RMS of the loudest frame at the input of the networks, full scale 1
-FADING_DB = 10.0  # a second
-FLOOR = 1e-10  # power, -100 dBFS; quieter signals are not amplified
-# The output for frames this far below the running level, such as digital silence, comes only from the biases of the
-# network. It is faded out.
-SILENCE = 1e-6  # power, -60 dB
-# Power, -120 dBFS, far below the noise of 16 bits. Rounding leaves this much of silence with a DC offset.
-INAUDIBLE = 1e-12
+from knowledge_boosting.models.transforms import FLOOR, INAUDIBLE, REFERENCE, SILENCE, level_fading, level_unit
 
 
 @dataclass(frozen=True)
@@ -39,13 +30,7 @@ class RunningLevel(nn.Module):
 
     def __init__(self, framing: Framing, microphones: int) -> None:
         super().__init__()
-        # The window is on the CPU, because its sum must be available even if the model is built on the meta device.
-        window = torch.hamming_window(framing.n_fft, periodic=True, dtype=torch.float64, device="cpu")
-        # Converts the sum of the squared spectrum, of which half is stored, to the power of the samples of a frame.
-        self.unit = 2 / (framing.n_fft * float(window.square().sum()) * microphones)
-        self.fading = (
-            FADING_DB / 10 * math.log(10) * framing.chunk_seconds
-        )  # of the logarithm of the power in each frame
+        self.unit, self.fading = level_unit(framing, microphones), level_fading(framing)
 
     @torch.no_grad()
     def forward(self, spectrum: Tensor, past: Tensor) -> Levels:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from knowledge_boosting.models.arrival_fusion import ArrivalFusion
 from knowledge_boosting.models.arrivals import MERGES
 from knowledge_boosting.models.layers import Fusion, HintFusion, SelfAttention
-from knowledge_boosting.models.level import FLOOR, INAUDIBLE, REFERENCE, SILENCE, RunningLevel
+from knowledge_boosting.models.level import RunningLevel
 from knowledge_boosting.models.tfgridnet import GridNetBlock
+from knowledge_boosting.models.transforms import FLOOR, INAUDIBLE, REFERENCE, SILENCE
 
 OPSET = 20
 _IR_VERSION = 10
