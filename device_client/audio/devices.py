@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
-import soxr
 
 from knowledge_boosting.common.errors import Failure, InputError, reason
 from knowledge_boosting.device_client.audio.files import resample
+from knowledge_boosting.device_client.audio.resampler import LowDelayResampler
 from knowledge_boosting.device_client.audio.rings import SampleRing, WakeEvent
 from knowledge_boosting.models.config import Framing
 from knowledge_boosting.protos.codec import ENROLLMENT_RATE, Samples
@@ -143,27 +143,6 @@ def record_speech(name: str | None, seconds: float) -> Samples:
     return resample(captured[:, 0], device.rate, ENROLLMENT_RATE)
 
 
-class Resampler:
-    """Resample a stream with low delay. If both rates are equal, the samples pass through unchanged."""
-
-    def __init__(self, rate: int, target: int, channels: int) -> None:
-        """Start a stream from ``rate`` to ``target``, both in Hz."""
-        # soxr's variable-rate filter works sample by sample. Its other filters work on blocks of tens of milliseconds.
-        self._stream = soxr.ResampleStream(rate, target, channels, vr=True) if rate != target else None
-        self.delay = 0.0  # seconds
-        if self._stream is not None:
-            # After it is filled with silence, every block gives an output of the corresponding length.
-            silence = np.zeros((rate, channels), np.float32)
-            self.delay = 1 - len(self._stream.resample_chunk(silence)) / target
-
-    def __call__(self, samples: Samples) -> Samples:
-        """Resample the next samples ``[n, channels]``. Return those that are available, ``[m, channels]``."""
-        if self._stream is None:
-            return samples
-        converted: Samples = self._stream.resample_chunk(samples)
-        return converted
-
-
 class DeviceAudio:
     """Live audio from a full-duplex stream of a sound card."""
 
@@ -210,8 +189,8 @@ class DeviceAudio:
         self._block = np.zeros((block, channels[0]), np.float32)
         self._resampled = SampleRing(round(_RING_SECONDS * framing.sample_rate), channels[0])
         self._chunk = np.zeros((framing.n_fft, channels[0]), np.float32)
-        self._input_resampler = Resampler(self.rate, framing.sample_rate, channels[0])
-        self._output_resampler = Resampler(framing.sample_rate, self.rate, channels[1])
+        self._input_resampler = LowDelayResampler(self.rate, framing.sample_rate, channels[0])
+        self._output_resampler = LowDelayResampler(framing.sample_rate, self.rate, channels[1])
         # Playback begins with silence: the blocks until the first frame is ready, and the buffered audio.
         blocks = math.ceil(framing.n_fft / framing.chunk)
         self._initial_silence = block * blocks + round(buffer_ms * self.rate / 1e3)

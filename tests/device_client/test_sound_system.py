@@ -16,7 +16,6 @@ import soundfile
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.device_client.audio.devices import Resampler
 from tests.processes import PATIENCE, command, environment, refusal, run
 
 SS = "ss_delay6_compression2"
@@ -24,34 +23,6 @@ RATE = 16000
 ATTEMPTS = 3  # another program can use the processor for longer than the duration of a buffer
 MAX_INSERTED = RATE // 100  # samples
 Samples = NDArray[np.float32]
-
-
-@pytest.mark.parametrize("rate", [8000, 44100, 48000, 96000])
-def test_resampling_keeps_the_signal_and_has_the_stated_delay(rate: int) -> None:
-    block = round(rate / 125)
-    sine = np.sin(2 * np.pi * 440 * np.arange(rate) / rate, dtype=np.float32)
-    impulse = np.zeros(rate, np.float32)
-    impulse[rate // 4] = 1
-    outputs = []
-    for signal_in in (sine, impulse):
-        down, up = Resampler(rate, 16000, 1), Resampler(16000, rate, 1)
-        pieces = [up(down(signal_in[start : start + block, None])) for start in range(0, rate, block)]
-        assert all(abs(len(piece) - block) < 12 for piece in pieces[:-1])  # no bursts
-        outputs.append(np.concatenate(pieces)[:, 0])
-    delay = np.abs(outputs[1]).argmax() - rate // 4
-    assert delay / rate == pytest.approx(down.delay + up.delay, abs=3e-4)
-    steady = np.arange(rate // 2, rate * 3 // 4)
-    waves = np.stack([np.sin(2 * np.pi * 440 * steady / rate), np.cos(2 * np.pi * 440 * steady / rate)], axis=1)
-    part = np.linalg.lstsq(waves, outputs[0][steady], rcond=None)[0]
-    assert np.hypot(*part) == pytest.approx(1, abs=1e-3)
-    assert np.abs(waves @ part - outputs[0][steady]).max() < 2e-4
-
-
-def test_an_equal_rate_passes_through() -> None:
-    samples = np.random.default_rng(0).normal(size=(128, 2)).astype(np.float32)
-    resampler = Resampler(16000, 16000, 2)
-    assert resampler.delay == 0
-    np.testing.assert_array_equal(resampler(samples), samples)
 
 
 @pytest.fixture(scope="module")
