@@ -62,7 +62,7 @@ class Enhancer:
         server: str | Sequence[str] | None = None,
         speaker: Speaker | None = None,
         credentials: Credentials = _NO_CREDENTIALS,
-        engine: EngineName = "onnx",
+        engine: EngineName = "auto",
     ) -> None:
         """Load a bundle and connect to its server, if one is given.
 
@@ -75,7 +75,7 @@ class Enhancer:
             speaker: For target speech extraction, the speaker to extract: an embedding ``[256]``, the path of an
                 ``.npy`` file with an embedding, or the name of an enrolled speaker.
             credentials: The credentials for the server.
-            engine: The engine that runs the small network, ``onnx`` or ``torch``.
+            engine: The engine that runs the small network: ``auto``, ``compiled``, ``onnx`` or ``torch``.
 
         Raises:
             InputError: The bundle, the speaker or an address cannot be used, or server and device do not accept each
@@ -248,7 +248,7 @@ def enhance(
     bundle: str | PathLike[str] | Bundle = DEFAULT_BUNDLE,
     *,
     speaker: Speaker | None = None,
-    engine: EngineName = "onnx",
+    engine: EngineName = "auto",
 ) -> Samples:
     """Enhance a whole signal with the small network of a bundle, without a server.
 
@@ -259,7 +259,7 @@ def enhance(
             bundle's rate.
         bundle: An opened bundle, the name of a shipped bundle, or the path of a bundle.
         speaker: For target speech extraction, the speaker to extract, as for :class:`Enhancer`.
-        engine: The engine that runs the small network, ``onnx`` or ``torch``.
+        engine: The engine that runs the small network: ``auto``, ``compiled``, ``onnx`` or ``torch``.
 
     Returns:
         Samples ``[S, M, N]`` of the S speakers.

@@ -6,10 +6,13 @@ longer than usual, even if many hints arrive together after a stall.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from knowledge_boosting.models.config import ModelConfig
 
 RAMP = 8  # merged frames in the window with which fusion has its full strength; with fewer it fades in or out
 MERGES = 2  # hints that are merged at each frame, at most
@@ -22,6 +25,18 @@ class Hint(NamedTuple):
 
     age: int  # frames since the frame of the hint
     values: NDArray[np.float32]  # [hint channels, F]
+
+
+def check_hints(config: ModelConfig, hints: Sequence[Hint]) -> None:
+    """Check that a network can use these hints at one frame.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not config.on_arrival and (len(hints) > 1 or any(hint.age != config.delay for hint in hints)):
+        raise ValueError(f"hints must have the age {config.delay}")
+    if config.on_arrival and (len(hints) > MERGES or any(not 1 <= hint.age <= config.max_age for hint in hints)):
+        raise ValueError(f"at most {MERGES} hints with ages from 1 to {config.max_age} can be used at a frame")
 
 
 class MergeQueue:

@@ -1,4 +1,4 @@
-"""Compiles the C++ library for training on a CPU when it is first needed, and keeps it in the user's cache folder.
+"""Compiles the C++ libraries for a CPU when they are first needed, and keeps them in the user's cache folder.
 
 The compiler is ``$CXX``, or ``c++`` by default. ``$CXXFLAGS`` are added to its flags, so ``CXXFLAGS=-march=x86-64-v3``
 builds for AVX2.
@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,18 +25,40 @@ from knowledge_boosting.common.files import atomic_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_lstm.cpp", "cpu_attention.cpp", "vectors.h"))
+
+@dataclass(frozen=True)
+class Library:
+    """A library and its C++ sources."""
+
+    name: str
+    sources: tuple[str, ...]
+    without: str  # what happens without it
+
+
+TRAINING = Library(
+    "training", ("cpu_lstm.cpp", "cpu_attention.cpp"), "training on this CPU takes two to four times as long"
+)
+STEP = Library("step", ("cpu_step.cpp",), "the large network takes several times as long on this CPU")
+_HEADER = "vectors.h"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 
 
-def library() -> ctypes.CDLL | None:
-    """Return the library, or None, after one warning, if it cannot be compiled or loaded."""
-    return _library(os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", ""))
+def library(wanted: Library = TRAINING, *, quiet: bool = False) -> ctypes.CDLL | None:
+    """Return a library, or None if it cannot be compiled or loaded.
+
+    Unless ``quiet``, the first call without a library prints a warning.
+    """
+    found = _library(wanted, os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", ""))
+    if isinstance(found, ctypes.CDLL):
+        return found
+    if not quiet:
+        _warn_once(f"{wanted.without} without its C++ library: {found}")
+    return None
 
 
-def required_library() -> ctypes.CDLL:
-    """Return the library, which must be available."""
-    found = library()
+def required_library(wanted: Library = TRAINING) -> ctypes.CDLL:
+    """Return a library, which must be available."""
+    found = library(wanted)
     assert found is not None
     return found
 
@@ -50,28 +73,32 @@ def pointer(tensor: "Tensor | None") -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
+_warn_once = functools.cache(warn)
+
+
 @functools.cache
-def _library(compiler: str, more_flags: str) -> ctypes.CDLL | None:
+def _library(wanted: Library, compiler: str, more_flags: str) -> ctypes.CDLL | str:
+    """Return a library, or what is wrong."""
     try:
         flags = [*_FLAGS, *shlex.split(more_flags)]
         # The macros identify the compiler and the processor, because both affect the result.
         macros = _output([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-        parts = (macros, shlex.join(flags).encode(), *(source.read_bytes() for source in _SOURCES))
+        units = [Path(__file__).with_name(name) for name in wanted.sources]
+        sources = [*units, Path(__file__).with_name(_HEADER)]
+        parts = (macros, shlex.join(flags).encode(), *(source.read_bytes() for source in sources))
         digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         with _folder() as folder:
-            path = folder / f"training-{digest}.so"
+            path = folder / f"{wanted.name}-{digest}.so"
             if not _is_safe(path):
                 path.unlink(missing_ok=True)  # without this, writing the file would follow a link
                 with atomic_file(path) as temporary:
-                    units = [str(source) for source in _SOURCES if source.suffix == ".cpp"]
-                    _output([compiler, *flags, *units, "-o", str(temporary)])
+                    _output([compiler, *flags, *map(str, units), "-o", str(temporary)])
                 path.chmod(0o600)
             found = ctypes.CDLL(str(path))
         found.instructions.restype = ctypes.c_char_p
         return found
     except (OSError, ValueError, RuntimeError, InputError) as error:
-        warn(f"training on this CPU takes two to four times as long without its C++ library: {reason(error)}")
-        return None
+        return reason(error)
 
 
 def _output(call: list[str]) -> bytes:

@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError, reason
-from knowledge_boosting.models.arrivals import MASKED, MERGES, RAMP, Hint
+from knowledge_boosting.models.arrivals import MASKED, MERGES, RAMP, Hint, check_hints
 from knowledge_boosting.models.config import ModelConfig
 
 Samples = NDArray[np.float32]
@@ -64,7 +64,7 @@ class OnnxStream:
             model: the configuration of the network in the graph.
             speaker: for TSE, the inputs ``speaker_weight_j`` and ``speaker_bias_j``.
         """
-        self._graph = graph
+        self._graph, self._model = graph, model
         self._chunk, self._lookahead = model.framing.chunk, model.framing.lookahead
         self._signals = model.sources, model.microphones
         self._window = model.on_device.window
@@ -138,6 +138,7 @@ class OnnxStream:
         Returns:
             Samples of the estimate, ``[S, M, chunk]``.
         """
+        check_hints(self._model, hints)
         buffers, chunk, lookahead = self._buffers, self._chunk, self._lookahead
         row = self._number % self._window
         buffers["window"][:] = window
@@ -180,8 +181,6 @@ class _DelayedHints:
 
     def before(self, number: int, hints: Sequence[Hint]) -> None:
         """Fill the inputs of a frame."""
-        if len(hints) > 1 or any(hint.age != self._delay for hint in hints):
-            raise ValueError(f"hints must have the age {self._delay}")
         self._hint[:] = hints[0].values if hints else 0
         for waiting, delayed in zip(self._waiting, self._delayed, strict=False):
             delayed[:] = waiting[number % self._delay]
@@ -228,8 +227,6 @@ class _ArrivedHints:
     def before(self, number: int, hints: Sequence[Hint]) -> None:
         """Fill the inputs of a frame."""
         window, mask, ages = self._window, self._mask, self._ages
-        if len(hints) > MERGES or any(not 1 <= hint.age <= window for hint in hints):
-            raise ValueError(f"at most {MERGES} hints with ages from 1 to {window} can be used at a frame")
         first = -number % window
         ages[:window] = self._cycle[first : first + window]
         mask[window:] = MASKED

@@ -140,8 +140,8 @@ class LargeModel(nn.Module):
         frozen = not self.network.output_conv.conv.weight.requires_grad
         spectrum, gain, level = _apply_running_level(self.level, self.stft.analyse(samples), state.level)
         with torch.no_grad() if frozen else nullcontext():
-            embedding, network = self.network(spectrum, state.network)
-        return embedding, gain, replace(state, network=network, level=level)
+            embedding, network = self.network(spectrum.to(self.network.dtype), state.network)
+        return embedding.float(), gain, replace(state, network=network, level=level)
 
     def embed(self, mixture: Tensor, speaker_embedding: Tensor | None = None) -> Tensor:
         """Compute the input of the hint encoder, ``[B, T, F, 2S']``, for mixtures ``[B, M, N]`` from their start."""

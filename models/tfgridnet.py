@@ -171,6 +171,11 @@ class TFGridNet(nn.Module):
         )
         self.output_conv = CausalConv2d(size.channels, spectrum_channels)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights and features."""
+        return self.input_norm.weight.dtype
+
     def initial_state(self, batch: int, speaker_embedding: Tensor | None = None) -> NetworkState:
         """Return the state at the start of ``batch`` streams.
 
@@ -183,7 +188,7 @@ class TFGridNet(nn.Module):
         for layer in self.speaker:
             if speaker_embedding is None:
                 raise ValueError("target speech extraction needs a speaker embedding")
-            modulation = layer(speaker_embedding).view(batch, 2, 1, self.bins, self.channels)
+            modulation = layer(speaker_embedding.to(self.dtype)).view(batch, 2, 1, self.bins, self.channels)
             speaker.append(SpeakerModulation(modulation[:, 0], modulation[:, 1]))
         return NetworkState(
             frames=torch.zeros(batch, dtype=torch.long, device=weight.device),

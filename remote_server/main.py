@@ -33,6 +33,9 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 selects a free port and prints it.")] = 50051,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="float32, or on a GPU also tf32, float16 or bfloat16.")
+    ] = "float32",
     max_sessions: Annotated[
         str,
         typer.Option(
@@ -110,7 +113,7 @@ def serve(
 
         raise typer.Exit(run_workers(workers, host, port, sys.argv[1:]))
 
-    from knowledge_boosting.models.device import pick_device
+    from knowledge_boosting.models.device import pick_device, pick_precision
     from knowledge_boosting.models.manifest import UNTRAINED_NOTICE
     from knowledge_boosting.remote_server.core.bundles import Bundles
     from knowledge_boosting.remote_server.core.hint_server import HintServer
@@ -136,8 +139,11 @@ def serve(
         reflection=reflection,
     )
     target = pick_device(device)
+    kind = pick_precision(precision, target)
     metrics = Metrics()
-    bundles = Bundles(bundle, target, max_sessions=session_count, max_wait=max_wait_ms / 1e3, metrics=metrics)
+    bundles = Bundles(
+        bundle, target, dtype=kind, max_sessions=session_count, max_wait=max_wait_ms / 1e3, metrics=metrics
+    )
     if any(served.manifest.untrained for served in bundles.served):
         warn(UNTRAINED_NOTICE)
     if metrics_port is not None:

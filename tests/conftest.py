@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from knowledge_boosting.models.device import pick_device, pick_precision
 from knowledge_boosting.models.networks import write_bundle
 from tests.certificates import TOKENS_FILE, Certificates, make_certificates, write_private
 from tests.golden_cases import Golden, load
@@ -17,6 +18,18 @@ from tests.processes import Server, running_server
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the large network in tests that can use a GPU")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device of tests that can use a GPU."""
+    chosen = pick_device(request.config.getoption("--device"))
+    pick_precision("float32", chosen)
+    return chosen
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,7 +20,8 @@ ALLOWED = {
     "training": {"common", "models"},
 }
 # What of models a device may import without torch, and the client's only module that needs torch.
-FREE = "arrivals", "bundle", "config", "manifest", "onnx_stream", "tasks"
+FREE = {"arrivals", "bundle", "compiled", "config", "cpu_step", "manifest", "onnx_stream"}
+FREE |= {"packed_network", "tasks", "transforms"}
 TORCH_FREE = {f"{PACKAGE}.models.{name}" for name in FREE}
 NEEDS_TORCH = f"{PACKAGE}.device_client.engines.torch_engine"
 
@@ -119,7 +120,7 @@ def test_nothing_is_compared_with_the_name_of_a_task() -> None:
 
 
 def test_there_is_one_frame_loop() -> None:
-    """What runs a network on a window and a hint is called by the loop alone, and by a bundle's check of its graph."""
+    """What runs a network on a window and hints is called by the loop alone, and by the checks of engines."""
     elsewhere = [*ROOT.glob("benchmarks/*.py"), *modules("device_client").values()]
     callers = {
         path.relative_to(ROOT).as_posix()
@@ -128,7 +129,7 @@ def test_there_is_one_frame_loop() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step"
         if len(node.args) == 2
     }
-    engines = {"device_client/engines/engine.py", "device_client/engines/onnx_engine.py"}
+    engines = {f"device_client/engines/{name}.py" for name in ("engine", "compiled_engine", "onnx_engine")}
     assert callers == {"device_client/boosted_stream.py"} | engines
 
 
@@ -142,7 +143,7 @@ def test_the_core_of_the_server_knows_no_transport() -> None:
 
 def test_the_rooms_are_all_there_is() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages - {"tests", PACKAGE} == ROOMS
+    assert packages - {"benchmarks", "tests", PACKAGE} == ROOMS
     links = {path.name for path in (ROOT / PACKAGE).iterdir() if path.is_symlink()}
     assert links == ROOMS
     assert all((ROOT / PACKAGE / room).samefile(ROOT / room) for room in ROOMS)

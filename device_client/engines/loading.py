@@ -8,22 +8,30 @@ from knowledge_boosting.common.errors import Failure, InputError
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.models.bundle import Bundle
 
-EngineName = Literal["onnx", "torch"]
+EngineName = Literal["auto", "compiled", "onnx", "torch"]
 
 
 def load_model(bundle: Bundle, engine: EngineName) -> Model:
     """Load the small network of a bundle.
 
+    The engine ``auto`` is ``compiled`` if that is available here and much faster than ``onnx``, otherwise ``onnx``.
+
     Raises:
         InputError: The bundle cannot be used, or there is no such engine.
-        Failure: The engine is not installed.
+        Failure: The engine is not installed, or the network cannot be compiled.
     """
     if engine not in get_args(EngineName):
-        raise InputError(f"engine {engine!r}: must be {' or '.join(get_args(EngineName))}")
-    if engine == "onnx":
+        raise InputError(f"engine {engine!r}: must be one of {', '.join(get_args(EngineName))}")
+    if engine == "compiled":
+        from knowledge_boosting.device_client.engines.compiled_engine import CompiledModel
+
+        return CompiledModel(bundle)
+    if engine != "torch":
+        from knowledge_boosting.device_client.engines.compiled_engine import faster_model
         from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 
-        return OnnxModel(bundle)
+        model = OnnxModel(bundle)
+        return faster_model(model, bundle) if engine == "auto" else model
     with needs_torch("--engine torch"):
         from knowledge_boosting.device_client.engines.torch_engine import TorchModel
     return TorchModel(bundle)

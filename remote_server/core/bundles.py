@@ -48,6 +48,7 @@ class Bundles:
         names: Sequence[str] | None,
         device: torch.device,
         *,
+        dtype: torch.dtype = torch.float32,
         max_sessions: int | None,
         max_wait: float,
         metrics: Metrics,
@@ -58,6 +59,7 @@ class Bundles:
             names: Names or paths of bundles, or folders with bundles. None: all shipped bundles. Then the default
                 bundle is loaded at once, and each other one when a device first requests it.
             device: The device for the networks.
+            dtype: The type of their weights and features.
             max_sessions: The maximum number of open sessions of each bundle. None: it is measured on the device.
             max_wait: The time that a step waits for the audio of other sessions, seconds.
             metrics: The metrics of the server.
@@ -68,7 +70,7 @@ class Bundles:
         # The matrices of a frame are too small to share among threads. With --workers, processes use more cores.
         torch.set_num_threads(1)
         self._names, self._on_demand = names or [DEFAULT_BUNDLE, str(PRETRAINED)], not names
-        self._device, self._max_sessions = device, max_sessions
+        self._device, self._dtype, self._max_sessions = device, dtype, max_sessions
         self._max_wait, self._metrics = max_wait, metrics
         self._served: dict[str, ServedBundle] = {}
         self._scanning = False  # a scan can include retired bundles again, so that none is released during it
@@ -210,6 +212,7 @@ class Bundles:
         if manifest.id != bundle.manifest.id:
             text = f"{bundle.path}: contains another bundle than before; send SIGHUP to the server, or restart it"
             raise InputError(text)
+        model.network.to(self._dtype)  # the hint encoder keeps its precision
         try:
             slots = self._max_sessions or measure_capacity(model, self._device)
             observe = partial(self._metrics.observe_step, manifest.name)

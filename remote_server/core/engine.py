@@ -303,9 +303,8 @@ class HintEngine:
                     self._ready.remove(session)
         started = time.perf_counter_ns()
         try:
-            indexes = slots.to(self._device)
             samples = torch.from_numpy(windows).view(len(sessions), -1, microphones).transpose(1, 2)
-            values = self._states.step(samples.to(self._device), indexes).cpu().numpy()
+            values = self._states.step(samples, slots).numpy()
         except Exception as error:  # a fault of memory or device ends these sessions, but not the engine
             _log.exception("a step failed")
             self._failure = error

@@ -83,7 +83,7 @@ def test_a_replay_gives_the_samples_of_one_process(
     down[150] = 1000.5  # one that is longer than the window
     rows = [f"{a:.6f},{b:.6f}" for a, b in zip(up, down, strict=True)]
     (tmp_path / "trace.csv").write_text("\n".join(["up_ms,down_ms", *rows]) + "\n")
-    for engine in ("onnx", "torch"):
+    for engine in ("compiled", "onnx", "torch"):
         result = run(
             *("kb-client", "replay", mixture, "--bundle", bundle, "--server", server.address),
             *("--trace", tmp_path / "trace.csv", "-o", tmp_path / "out.wav", "--output-format", "float"),

@@ -132,7 +132,7 @@ def test_invalid_arguments_are_refused(golden_bundle: GetBundle) -> None:
         (lambda: kb.enhance(["a", "b"], 16000, ALONE), "the samples are of type <U1"),  # type: ignore[arg-type,unused-ignore]
         (lambda: kb.enhance([[0.0, 1.0], [0.0]], 16000, ALONE), "cannot be converted to an array"),
         (lambda: kb.Enhancer(golden_bundle(TSE), speaker=["a"] * 256), "256 finite numbers"),
-        (lambda: kb.Enhancer(ALONE, engine="other"), "must be onnx or torch"),  # type: ignore[arg-type]
+        (lambda: kb.Enhancer(ALONE, engine="other"), "must be one of auto, compiled, onnx, torch"),  # type: ignore[arg-type]
         (lambda: kb.enhance(np.zeros((3, 1000)), 16000, ALONE), r"got samples of shape \[3, 1000\]"),
         (lambda: kb.enhance(np.zeros((2, 0)), 16000, ALONE), "N at least 1"),
         (lambda: kb.enhance(np.zeros(1000), 0, ALONE), "the rate is 0 Hz"),

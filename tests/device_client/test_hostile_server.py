@@ -290,7 +290,7 @@ def test_an_overflow_is_replaced_by_the_input_without_a_click() -> None:
     assert (engine.overflows, network.resets) == (3, 3)
 
 
-@pytest.mark.parametrize("name", ["onnx", "torch"])
+@pytest.mark.parametrize("name", ["compiled", "onnx", "torch"])
 def test_a_network_that_overflows_is_reset(name: Any, golden_bundle: Callable[[str], Path]) -> None:
     """After the overflow, the estimates are those of a new session."""
     model = load_model(Bundle(golden_bundle(SS)), name)

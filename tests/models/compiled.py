@@ -1,4 +1,4 @@
-"""Builds the C++ library of training for every instruction set of this processor, for tests."""
+"""Builds the C++ libraries for every instruction set of this processor, for tests."""
 
 import platform
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from knowledge_boosting.models.compiled import library
+from knowledge_boosting.models.compiled import TRAINING, Library, library
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="no usable C++ compiler, torch is used instead")
 
@@ -26,10 +26,10 @@ def builds() -> dict[str, str]:
     return found
 
 
-def set_build(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def set_build(instructions: str, monkeypatch: pytest.MonkeyPatch, wanted: Library = TRAINING) -> None:
     """Use the library that is compiled for these instructions."""
     monkeypatch.setenv("CXXFLAGS", f"-march={builds()[instructions]}")
-    compiled = library()
+    compiled = library(wanted)
     assert compiled is not None
     assert compiled.instructions().decode() == instructions
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -17,6 +18,15 @@ from tests.golden_cases import TOLERANCE, Golden, worst
 @pytest.fixture(scope="module", params=["ss_delay6_compression2", "tse_delay6"])
 def large(request: pytest.FixtureRequest, golden: Callable[[str], Golden]) -> LargeModel:
     return golden(request.param).pair.large
+
+
+NewEngine = Callable[..., HintEngine]
+
+
+@pytest.fixture
+def new_engine(device: torch.device) -> NewEngine:
+    """Make an engine for a copy of a model, on the device of this test run."""
+    return lambda model, **options: HintEngine(deepcopy(model), device, **options)
 
 
 def noise(model: LargeModel, frames: int, seed: int) -> tuple[Samples, Samples | None]:
@@ -76,7 +86,7 @@ class Stream:
         self._done.set()
 
 
-def test_thirty_two_sessions_get_the_hints_of_separate_sessions(large: LargeModel) -> None:
+def test_thirty_two_sessions_get_the_hints_of_separate_sessions(large: LargeModel, new_engine: NewEngine) -> None:
     rng = random.Random(7)
     steps: list[Step] = []
     # There are more streams than slots, so that later streams use slots again.
@@ -99,7 +109,7 @@ def test_thirty_two_sessions_get_the_hints_of_separate_sessions(large: LargeMode
         await stream.end()
 
     async def run_all() -> list[Stream]:
-        engine = HintEngine(large, torch.device("cpu"), slots=32, max_wait=0.01, observe=steps.append)
+        engine = new_engine(large, slots=32, max_wait=0.01, observe=steps.append)
         free_slots = asyncio.Semaphore(32)
         streams = [Stream(engine, large, length, seed) for seed, length in enumerate(lengths)]
         await asyncio.gather(*(run(stream, free_slots) for stream in streams))
@@ -113,11 +123,11 @@ def test_thirty_two_sessions_get_the_hints_of_separate_sessions(large: LargeMode
     assert sum(step.frames for step in steps) == sum(lengths)
 
 
-def test_frames_that_arrive_together_share_a_step(large: LargeModel) -> None:
+def test_frames_that_arrive_together_share_a_step(large: LargeModel, new_engine: NewEngine) -> None:
     steps: list[Step] = []
 
     async def all_at_once() -> list[Stream]:
-        engine = HintEngine(large, torch.device("cpu"), slots=9, max_wait=10.0, observe=steps.append)
+        engine = new_engine(large, slots=9, max_wait=10.0, observe=steps.append)
         streams = [Stream(engine, large, 3, seed) for seed in range(9)]
         for stream in streams:
             await stream.open()
@@ -134,12 +144,12 @@ def test_frames_that_arrive_together_share_a_step(large: LargeModel) -> None:
     assert steps[0].sessions == 9
 
 
-def test_a_reproducible_session_gets_bit_identical_hints_under_load(large: LargeModel) -> None:
+def test_a_reproducible_session_gets_bit_identical_hints_under_load(large: LargeModel, new_engine: NewEngine) -> None:
     """The hints of single frames in an idle engine equal those of bursts in a busy one with other such sessions."""
     frames = 70
 
     async def idle() -> Stream:
-        engine = HintEngine(large, torch.device("cpu"), slots=1)
+        engine = new_engine(large, slots=1)
         stream = Stream(engine, large, frames, seed=1)
         await stream.open(reproducible=True)
         for count in range(1, frames + 1):
@@ -151,7 +161,7 @@ def test_a_reproducible_session_gets_bit_identical_hints_under_load(large: Large
         return stream
 
     async def busy() -> list[Stream]:
-        engine = HintEngine(large, torch.device("cpu"), slots=4)
+        engine = new_engine(large, slots=4)
         others = [Stream(engine, large, frames, seed=seed) for seed in (2, 3)]
         reproducible = [Stream(engine, large, frames, seed=1) for _ in range(2)]
         for stream in others:
@@ -172,9 +182,9 @@ def test_a_reproducible_session_gets_bit_identical_hints_under_load(large: Large
         assert np.stack(stream.hints).tobytes() == expected.tobytes()
 
 
-def test_a_slot_has_no_state_of_its_last_session(large: LargeModel) -> None:
+def test_a_slot_has_no_state_of_its_last_session(large: LargeModel, new_engine: NewEngine) -> None:
     async def reuse() -> Stream:
-        engine = HintEngine(large, torch.device("cpu"), slots=1)
+        engine = new_engine(large, slots=1)
         overflowing = Stream(engine, large, 3, seed=1)
         overflowing.samples[:] = 3e38  # all of its state becomes infinite or NaN
         await overflowing.open()
@@ -192,9 +202,9 @@ def test_a_slot_has_no_state_of_its_last_session(large: LargeModel) -> None:
     assert worst(np.stack(stream.hints), offline(large, stream.samples, stream.speaker)) < TOLERANCE
 
 
-def test_an_engine_continues_after_a_session_that_cannot_be_opened(large: LargeModel) -> None:
+def test_an_engine_continues_after_a_session_that_cannot_be_opened(large: LargeModel, new_engine: NewEngine) -> None:
     async def one_too_many() -> Stream:
-        engine = HintEngine(large, torch.device("cpu"), slots=1)
+        engine = new_engine(large, slots=1)
         first, second = Stream(engine, large, 20, seed=1), Stream(engine, large, 20, seed=2)
         await first.open()
         with pytest.raises(IndexError):
@@ -210,9 +220,9 @@ def test_an_engine_continues_after_a_session_that_cannot_be_opened(large: LargeM
     assert worst(np.stack(stream.hints), offline(large, stream.samples, stream.speaker)) < TOLERANCE
 
 
-def test_a_session_that_overflows_does_not_affect_others_in_its_step(large: LargeModel) -> None:
+def test_a_session_that_overflows_does_not_affect_others_in_its_step(large: LargeModel, new_engine: NewEngine) -> None:
     async def together() -> Stream:
-        engine = HintEngine(large, torch.device("cpu"), slots=2, max_wait=1.0)
+        engine = new_engine(large, slots=2, max_wait=1.0)
         overflowing, normal = Stream(engine, large, 20, seed=1), Stream(engine, large, 20, seed=2)
         overflowing.samples[:] = 3e38
         for stream in (overflowing, normal):
@@ -229,12 +239,12 @@ def test_a_session_that_overflows_does_not_affect_others_in_its_step(large: Larg
     assert worst(np.stack(stream.hints), offline(large, stream.samples, stream.speaker)) < TOLERANCE
 
 
-def test_a_backlog_does_not_delay_a_live_session(large: LargeModel) -> None:
+def test_a_backlog_does_not_delay_a_live_session(large: LargeModel, new_engine: NewEngine) -> None:
     """Between two frames of the live session, the long backlog of the other session gets only one step."""
     order: list[int] = []
 
     async def side_by_side() -> None:
-        engine = HintEngine(large, torch.device("cpu"), slots=2, observe=lambda step: order.append(step.frames))
+        engine = new_engine(large, slots=2, observe=lambda step: order.append(step.frames))
         behind, live = Stream(engine, large, 480, seed=1), Stream(engine, large, 4, seed=2)
         await behind.open()
         await live.open()

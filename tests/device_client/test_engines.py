@@ -1,4 +1,4 @@
-"""Tests for the ONNX engine against the published computation, and against torch at full size."""
+"""Tests for the engines without torch against the published computation, and against torch at full size."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError
-from knowledge_boosting.device_client.engines.engine import Engine
+from knowledge_boosting.device_client.engines.compiled_engine import CompiledModel
+from knowledge_boosting.device_client.engines.engine import Engine, Model
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
 from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
@@ -33,11 +34,15 @@ def run(engine: Engine, mixture: Samples, hints: list[Samples | None], framing: 
     return np.concatenate([engine.step(window, used) for window, used in zip(windows, given, strict=True)], axis=-1)
 
 
+ENGINES = pytest.mark.parametrize("engine", [OnnxModel, CompiledModel])
+
+
+@ENGINES
 @pytest.mark.parametrize("name", NAMES)
 def test_the_output_is_that_of_the_published_computation(
-    name: str, golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
+    name: str, engine: Callable[[Bundle], Model], golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
 ) -> None:
-    case, model = golden(name), OnnxModel(Bundle(golden_bundle(name)))
+    case, model = golden(name), engine(Bundle(golden_bundle(name)))
     framing = case.pair.config.framing
     mixture = pad_to_frames(case.mixture, framing).numpy()
     delay, length = case.pair.config.delay, case.mixture.shape[-1]
@@ -51,6 +56,7 @@ def test_the_output_is_that_of_the_published_computation(
         assert worst(alone[..., :length], case.small_output_without_hints[item]) < TOLERANCE
 
 
+@ENGINES
 @pytest.mark.parametrize(
     "name",
     [
@@ -58,7 +64,7 @@ def test_the_output_is_that_of_the_published_computation(
         *(pytest.param(f"baselines/{name}", marks=pytest.mark.long) for name in ("BM-BS-500", "BM-TSE-500")),
     ],
 )
-def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None:
+def test_ten_seconds_at_full_size_equal_torch(name: str, engine: Callable[[Bundle], Model], tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = read_config(CONFIGS / f"{name}.json")
     # The large network does not run in this test, and a tiny one is written faster.
@@ -68,7 +74,7 @@ def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None
     for weight in network.parameters():
         weight.add_(0.05 * torch.randn_like(weight))  # so that initially equal parameters differ too
     write_bundle(tmp_path / "b", network, config, untrained=True, source="random", configuration=name)
-    small, model = network.get_submodule("small"), OnnxModel(Bundle(tmp_path / "b"))
+    small, model = network.get_submodule("small"), engine(Bundle(tmp_path / "b"))
     assert isinstance(small, SmallModel)
 
     rng = np.random.default_rng(0)
@@ -89,10 +95,11 @@ def test_ten_seconds_at_full_size_equal_torch(name: str, tmp_path: Path) -> None
         assert worst(output, expected) < TOLERANCE * max(1.0, float(expected.abs().max()))
 
 
+@ENGINES
 def test_sessions_of_one_model_do_not_affect_each_other(
-    golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
+    engine: Callable[[Bundle], Model], golden: Callable[[str], Golden], golden_bundle: Callable[[str], Path]
 ) -> None:
-    model = OnnxModel(Bundle(golden_bundle("ss_delay1_compression4")))
+    model = engine(Bundle(golden_bundle("ss_delay1_compression4")))
     framing = model.manifest.model.framing
     chunk, n_fft = framing.chunk, framing.n_fft
     mixture = pad_to_frames(golden("ss_delay1_compression4").mixture, framing).numpy()[0]
@@ -104,8 +111,11 @@ def test_sessions_of_one_model_do_not_affect_each_other(
         other.step(np.full_like(window, np.nan))
 
 
-def test_a_later_step_does_not_overwrite_an_estimate(golden_bundle: Callable[[str], Path]) -> None:
-    model = OnnxModel(Bundle(golden_bundle("ss_delay1_compression4")))
+@ENGINES
+def test_a_later_step_does_not_overwrite_an_estimate(
+    engine: Callable[[Bundle], Model], golden_bundle: Callable[[str], Path]
+) -> None:
+    model = engine(Bundle(golden_bundle("ss_delay1_compression4")))
     session = model.session(None)
     window = np.ones((2, model.manifest.model.framing.n_fft), np.float32)
     first = session.step(window)
