@@ -118,6 +118,27 @@ def test_a_run_leaves_checkpoints_logs_and_its_configuration(
     assert "holds a run already" in line
 
 
+def test_a_run_stops_when_its_time_is_over(whole_run: Path, tmp_path: Path) -> None:
+    call = ["--config", whole_run / "config.json", "--run_dir", tmp_path / "run"]
+    result = run("kb-train", *call, "--minutes", 1e-6)
+    assert result.returncode == 0
+    assert result.stderr.endswith("kb-train: stopped at step 1; --resume continues from there\n")
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_a_device_with_too_little_memory_is_named(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def training_step(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    call = ["--config", whole_run / "config.json", "--run_dir", tmp_path / "run"]
+    line = refusal_here("kb-train", capsys, *call, code=1)
+    expected = "not enough memory on cpu (CUDA out of memory. Tried to allocate 2.00 GiB.); lower batch_size or"
+    assert line.startswith(expected)
+
+
 def test_an_interrupted_run_continues_exactly(whole_run: Path, tmp_path: Path) -> None:
     """SIGTERM can arrive at the start, during an epoch or never; the weights after the same steps are the same."""
     document = json.loads((whole_run / "config.json").read_text()) | {"workers": 1}

@@ -36,6 +36,10 @@ def train(
     ] = None,
     test: Annotated[bool, typer.Option("--test", help="Test instead of training.")] = False,
     frac: Annotated[float, typer.Option("--frac", min=0.0, max=1.0, help="Share of every epoch to use.")] = 1.0,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="Stop after so many minutes of training, as on Ctrl-C; --resume continues."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Root of the rendered dataset; overrides that of the configuration.")
     ] = None,
@@ -55,8 +59,10 @@ def train(
     """Train one network, or a pair for its small network. Figures and sounds are logged to RUN_DIR/tensorboard."""
     if frac == 0:
         raise InputError("--frac: must be more than 0")
-    if test and resume:
-        raise InputError("--test and --resume: give only one of them")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise InputError("--minutes: must be more than 0")
+    if test and (resume or minutes is not None):
+        raise InputError("--test: leave out --resume and --minutes, which are for training")
     last = run_dir / "last.ckpt"
     # Only the first process checks the folder. Processes that it or torchrun started later find the folder in use.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -83,7 +89,9 @@ def train(
         run_test(settings, run_dir, ckpt, machines, frac=frac, skip_broken=skip_broken)
     else:
         start = ckpt or (last if resume else None)
-        run_training(settings, run_dir, start, machines, frac=frac, skip_broken=skip_broken, wandb=wandb)
+        run_training(
+            settings, run_dir, start, machines, frac=frac, minutes=minutes, skip_broken=skip_broken, wandb=wandb
+        )
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ _SERVER_NS = 4_000_000  # time of the server for a frame
 _DELAY_FRAMES = 1.0, 16.0  # of the round trip; every ratio is equally likely
 _JITTER_MS = 40.0  # upper limit of the mean jitter; small values are more likely
 _LOSS = 0.05  # upper limit; small values are more likely
+_EVERY_SECOND = 0.25  # share of examples in which only every second frame has a hint
 _OUTAGES = 0.3  # share of examples with an outage
 _OUTAGE_SECONDS = 0.2, 2.0
 
@@ -37,7 +38,8 @@ def draw_arrivals(rng: np.random.Generator, frames: int, model: ModelConfig) -> 
     if rng.random() < _OUTAGES:
         first = int(rng.integers(-round(frames_per_second), frames))
         outage = range(first, first + round(float(rng.uniform(*_OUTAGE_SECONDS)) * frames_per_second))
-    return simulate_arrivals(conditions, int(rng.integers(2**31)), frames, model, outage)
+    unheard = set(outage) | set(range(1, frames, 2) if rng.random() < _EVERY_SECOND else ())
+    return simulate_arrivals(conditions, int(rng.integers(2**31)), frames, model, unheard)
 
 
 def simulate_arrivals(
@@ -50,7 +52,7 @@ def simulate_arrivals(
         seed: the seed of jitter and loss.
         frames: T.
         model: the pair.
-        unheard: the frames whose audio does not reach a server.
+        unheard: the frames that have no hint, for example because their audio does not reach a server.
     """
     chunk_ns = round(1e9 * model.framing.chunk_seconds)
     uplink, downlink = make_links(conditions, spacing_ns=chunk_ns, seed=seed)

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 
-from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.errors import Failure, InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.models.checkpoint import read_checkpoint
 from knowledge_boosting.models.config import Alone
@@ -98,6 +98,7 @@ def run_training(
     devices: Devices,
     *,
     frac: float,
+    minutes: float | None,
     skip_broken: bool,
     wandb: bool,
 ) -> None:
@@ -109,15 +110,18 @@ def run_training(
         start: the checkpoint to continue from, or None.
         devices: the devices to train on.
         frac: the share of every epoch to use.
+        minutes: the time of training after which the run stops and saves, as on an interruption; None for no limit.
         skip_broken: whether broken items are skipped.
         wandb: whether to log to Weights & Biases too.
 
     Raises:
         InputError: the configuration, the data or the checkpoint cannot be used.
-        Failure: the loss is not finite.
+        Failure: the loss is not finite, or the device has not enough memory.
     """
     silence_lightning()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32, as for LSTMs and convolutions by default
+    else:
         keep_freed_memory()
     lightning.seed_everything(settings.seed, verbose=False)
     done = _steps_of(start, settings) if start is not None else 0
@@ -140,7 +144,7 @@ def run_training(
     except OSError as error:
         raise InputError(f"{run_dir}: cannot make the folder ({reason(error)})") from None
 
-    interruption = Interruption(run_dir / LAST)
+    interruption = Interruption(run_dir / LAST, minutes)
     trainer = make_trainer(
         settings,
         run_dir,
@@ -180,14 +184,18 @@ def run_training(
         len(train), batch_size, seed=settings.seed, shuffle=True, rank=trainer.global_rank, devices=trainer.world_size
     )
     order.first_batch = done % max(int(len(order) * frac), 1)
-    trainer.fit(
-        module,
-        Loader(train, order, settings.workers),
-        _evaluation_loader(validation, settings, trainer),
-        ckpt_path=start,
-        weights_only=True,
-    )
-    if interruption.signal_number is not None:
+    try:
+        trainer.fit(
+            module,
+            Loader(train, order, settings.workers),
+            _evaluation_loader(validation, settings, trainer),
+            ckpt_path=start,
+            weights_only=True,
+        )
+    except torch.OutOfMemoryError as error:
+        text = f"not enough memory on {module.device} ({str(error).splitlines()[0]})"
+        raise Failure(f"{text}; lower batch_size or train.seconds") from None
+    if interruption.stopped:
         print(f"kb-train: stopped at step {trainer.global_step}; --resume continues from there", file=sys.stderr)
     else:
         trainer.save_checkpoint(run_dir / LAST)

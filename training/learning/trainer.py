@@ -1,8 +1,10 @@
 """The Lightning trainer of a run: its devices, its logs, atomic checkpoints, and a clean end on signals."""
 
 import logging
+import math
 import signal
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,22 +109,30 @@ class _AtomicCheckpoints(TorchCheckpointIO):
 
 
 class Interruption(Callback):
-    """Ends a run on SIGTERM, SIGHUP or Ctrl-C: finishes the step and saves. A second signal ends it at once."""
+    """Ends a run on SIGTERM, SIGHUP or Ctrl-C, or after some minutes: finishes the step and saves.
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.signal_number: int | None = None
-        self._checkpoint = checkpoint
+    A second signal ends the run at once.
+    """
+
+    def __init__(self, checkpoint: Path, minutes: float | None) -> None:
+        """Save to ``checkpoint``. ``minutes`` is the time after the start of training, or None for no limit."""
+        self.stopped = False
+        self._checkpoint, self._minutes = checkpoint, minutes
+        self._deadline = math.inf
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._minutes is not None:
+            self._deadline = time.monotonic() + 60 * self._minutes
         self._handlers = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, *termination_signals())
         }
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
         # Every process must stop at the same step.
-        if trainer.strategy.reduce_boolean_decision(self.signal_number is not None, all=False):
-            self.signal_number = self.signal_number or int(signal.SIGTERM)
+        wanted = self.stopped or time.monotonic() >= self._deadline
+        if trainer.strategy.reduce_boolean_decision(wanted, all=False):
+            self.stopped = True
             trainer.save_checkpoint(self._checkpoint)
             trainer.should_stop = True
             trainer.limit_val_batches = 0
@@ -132,7 +142,7 @@ class Interruption(Callback):
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
+        self.stopped = True
         signal.signal(number, self._handlers[number])
 
 
