@@ -129,7 +129,7 @@ def live(options: LiveOptions) -> None:
         finally:
             session.end()
         now = session.figures()
-        line = json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else view.log_line(now)
+        line = json.dumps({"event": "ended", **asdict(now)}) if options.json_lines else session.log_line(now)
         print(line, file=text_output)
         if (warning := view.load_warning(now)) is not None:
             warn(warning)
@@ -168,6 +168,9 @@ class _Session:
     def figures(self) -> view.Figures:
         return view.figures(self.loop, self.hints, self.audio, self.manifest.model.framing.chunk_seconds)
 
+    def log_line(self, now: view.Figures) -> str:
+        return view.log_line(now, on_arrival=self.manifest.model.on_arrival)
+
     def new_events(self) -> Iterator[ServerEvent]:
         """Yield the server events since the last call."""
         while self.hints is not None and self.hints.events:
@@ -196,7 +199,7 @@ def _show_lines(session: _Session, as_json: bool, file: TextIO) -> None:
         if time.monotonic() >= next_line:
             next_line += interval
             now = session.figures()
-            line = json.dumps({"event": "figures", **asdict(now)}) if as_json else view.log_line(now)
+            line = json.dumps({"event": "figures", **asdict(now)}) if as_json else session.log_line(now)
             print(line, file=file, flush=True)
 
 
@@ -209,7 +212,9 @@ def _show_view(session: _Session) -> None:
         resampling = f", {audio.resampling_ms:.1f} of it resampling from {audio.rate} Hz" if audio.resampling_ms else ""
         latency = f"{audio.latency_ms:.0f} ms from microphone to loudspeaker{resampling}"
     deadline_ms = model.max_age_ms if session.hints is not None else None
-    layout = view.Layout(f"kb-client live   {session.manifest.label}", latency, deadline_ms, loop.choices)
+    layout = view.Layout(
+        f"kb-client live   {session.manifest.label}", latency, deadline_ms, loop.choices, model.on_arrival
+    )
     last_choice: Play = loop.play if loop.play != "bypass" else "1"
     last_event = ""
     with view.keyboard() as key, Live(console=console(), screen=True, auto_refresh=False) as screen:

@@ -70,6 +70,11 @@ class ArrivalBuffer:
 HintBuffer = FixedDelayBuffer | ArrivalBuffer
 
 
+def hint_words(*, on_arrival: bool) -> tuple[str, str]:
+    """Return what users read of hints that were used, and of hints that came but could not be used."""
+    return ("used", "too old") if on_arrival else ("on time", "late")
+
+
 def hint_buffer(model: ModelConfig) -> HintBuffer:
     """Create the buffer for the hints of a model."""
     return ArrivalBuffer(model.max_age) if model.on_arrival else FixedDelayBuffer(model.delay)

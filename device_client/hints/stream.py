@@ -26,7 +26,8 @@ from knowledge_boosting.protos.codec import (
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 
 _CONNECT_TIMEOUT = 5.0  # seconds
-_ANSWER_TIMEOUT = 60.0  # seconds, for a session or an embedding; the server loads the bundle or the encoder if needed
+_ANSWER_TIMEOUT = 60.0  # seconds until a session starts; the server loads the bundle if needed
+_ENROLL_TIMEOUT = 180.0  # seconds; on a busy machine, loading the speaker encoder alone can take a minute
 _NO_CREDENTIALS = Credentials()
 
 
@@ -235,7 +236,7 @@ def enroll(server: str, speech: Samples, credentials: Credentials = _NO_CREDENTI
     with connect(server, credentials, _CONNECT_TIMEOUT) as channel:
         try:
             stub = HintServiceStub(channel)
-            response = stub.Enroll(request, timeout=_ANSWER_TIMEOUT, metadata=credentials.metadata)
+            response = stub.Enroll(request, timeout=_ENROLL_TIMEOUT, metadata=credentials.metadata)
         except grpc.RpcError as error:
             if isinstance(error, grpc.Call):
                 raise call_failed(server, "cannot enroll", error) from None

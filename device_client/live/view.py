@@ -17,6 +17,7 @@ from rich.text import Text
 
 from knowledge_boosting.device_client.audio.live_audio import LiveAudio
 from knowledge_boosting.device_client.audio.mixer import Play
+from knowledge_boosting.device_client.hints.buffer import hint_words
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.live.loop import RECENT_FRAMES, LiveLoop
 
@@ -97,12 +98,13 @@ def _overflowed(frames: int) -> str:
     return f"the network overflowed at {frames} frame{'s' * (frames != 1)}, so that the input was played"
 
 
-def log_line(now: Figures) -> str:
-    """Return the figures as one line for a log."""
+def log_line(now: Figures, *, on_arrival: bool) -> str:
+    """Return the figures as one line for a log. ``on_arrival`` says whether hints are used on arrival."""
+    used, unused = hint_words(on_arrival=on_arrival)
     age = f", {now.hint_age_ms:.1f} ms old" if now.hint_age_ms is not None else ""
     parts = [
         f"{_clock(now.seconds)} in {now.input_db:.0f} dB, out {now.output_db:.0f} dB",
-        f"hints {now.hints_on_time} on time, {now.hints_late} late, {now.hints_missing} missing{age}",
+        f"hints {now.hints_on_time} {used}, {now.hints_late} {unused}, {now.hints_missing} missing{age}",
         f"real-time factor {now.real_time_factor:.2f}",
         _xruns(now),
         f"server {now.server or 'none'}",
@@ -120,6 +122,7 @@ class Layout:
     latency: str
     deadline_ms: float | None  # maximum age of a hint; None if there are no hints
     choices: Sequence[Play]
+    on_arrival: bool = False  # whether hints are used on arrival
 
 
 _PLAYING: dict[Play, str] = {
@@ -141,7 +144,8 @@ def view(now: Figures, layout: Layout, last_event: str) -> RenderableType:
     if layout.deadline_ms is not None:
         due = now.hints_on_time + now.hints_late + now.hints_missing
         share = f" ({100 * now.hints_on_time / due:.1f} %)" if due else ""
-        counts = f"{now.hints_on_time} on time{share}, {now.hints_late} late, {now.hints_missing} missing"
+        used, unused = hint_words(on_arrival=layout.on_arrival)
+        counts = f"{now.hints_on_time} {used}{share}, {now.hints_late} {unused}, {now.hints_missing} missing"
         grid.add_row("hints", Text(counts) if now.hints else Text(f"OFF; {counts}", style="yellow"))
         age = f"{now.hint_age_ms:.1f} ms" if now.hint_age_ms is not None else "none came"
         grid.add_row("hint age", f"{age}; deadline {layout.deadline_ms:g} ms")

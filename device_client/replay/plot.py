@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.common.pictures import literal_text
+from knowledge_boosting.device_client.hints.buffer import hint_words
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.protos.codec import Samples
 
@@ -40,6 +41,8 @@ def plot_replay(
     log: HintLog | None,
     ended_at: int,
     deadline_ms: float,
+    *,
+    on_arrival: bool,
 ) -> None:
     """Draw the figure and write it to a file. After an error there is no file.
 
@@ -50,6 +53,7 @@ def plot_replay(
         log: The log of the hints. None for one network alone.
         ended_at: The stream time at which the run ended, ns.
         deadline_ms: The maximum age of a hint, ms.
+        on_arrival: Whether hints are used on arrival.
 
     Raises:
         InputError: The file cannot be written.
@@ -64,7 +68,7 @@ def plot_replay(
         image = draw_spectrogram(axis, name, level, extent, top)
     figure.colorbar(image, ax=axes[: len(signals), 0].tolist(), label="dB", aspect=30, pad=0.01)
     if log is not None:
-        _plot_ages(axes[-1, 0], log, ended_at, deadline_ms)
+        _plot_ages(axes[-1, 0], log, ended_at, deadline_ms, hint_words(on_arrival=on_arrival))
     axes[-1, 0].set_xlabel("time, s")
     figure.suptitle(title, fontsize=11)
     with atomic_file(path) as temporary:
@@ -76,12 +80,13 @@ def plot_replay(
             plt.close(figure)
 
 
-def _plot_ages(axis: Any, log: HintLog, ended_at: int, deadline_ms: float) -> None:
+def _plot_ages(axis: Any, log: HintLog, ended_at: int, deadline_ms: float, words: tuple[str, str]) -> None:
     seconds = log.captured_at / 1e9
     ages = log.ages_ms(ended_at)
-    on_time, late, missing = (np.flatnonzero(flags) for flags in log.classify(ended_at))
-    axis.plot(seconds[on_time], ages[on_time], ".", markersize=2, color="tab:green", label=f"on time ({len(on_time)})")
-    axis.plot(seconds[late], ages[late], ".", markersize=4, color="tab:orange", label=f"late ({len(late)})")
+    used, unused, missing = (np.flatnonzero(flags) for flags in log.classify(ended_at))
+    for frames, word, size, colour in ((used, words[0], 2, "tab:green"), (unused, words[1], 4, "tab:orange")):
+        label = f"{word} ({len(frames)})"
+        axis.plot(seconds[frames], ages[frames], ".", markersize=size, color=colour, label=label)
     # A missing hint has no age, and is marked on the zero line.
     zero = np.zeros(len(missing))
     axis.plot(seconds[missing], zero, "|", markersize=8, color="tab:red", label=f"missing ({len(missing)})")
@@ -90,13 +95,13 @@ def _plot_ages(axis: Any, log: HintLog, ended_at: int, deadline_ms: float) -> No
     # The deadline is the edge of an area, which hints that arrive exactly then do not hide.
     axis.axhspan(deadline_ms, top, color="tab:orange", alpha=0.12, linewidth=0, zorder=0)
     axis.annotate(
-        f"too late: after the deadline of {deadline_ms:g} ms",
+        f"{words[1]}: after the deadline of {deadline_ms:g} ms",
         (0, deadline_ms),
         (4, 4),
         textcoords="offset points",
         fontsize=8,
     )
-    axis.set_title("Did the hints arrive in time? Their age on arrival", loc="left", fontsize=10)
+    axis.set_title("The age of the hints on arrival", loc="left", fontsize=10)
     axis.set_ylabel("ms")
     axis.set_ylim(0, top)
     axis.legend(loc="upper right", ncols=3, fontsize=8)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.common.links import NetworkConditions
+from knowledge_boosting.device_client.hints.buffer import hint_words
 from knowledge_boosting.device_client.replay.loop import Run
 from knowledge_boosting.device_client.replay.tally import Tally
 from knowledge_boosting.models.config import ModelConfig
@@ -231,6 +232,20 @@ def timing(run: Run, model: ModelConfig, *, server: str, wall_seconds: float) ->
     )
 
 
+def settings(report: Report) -> dict[str, str]:
+    """Return the settings and the most important figures of a run, as texts by their names."""
+    texts = {"Bundle": f"{report.bundle.name} ({report.bundle.id[:12]})", "Duration": f"{report.seconds:.1f} s"}
+    if report.network is not None and report.hints is not None:
+        hints = report.hints
+        texts["Network"] = _describe(report.network, report.clock)
+        texts["Hints"] = (
+            f"{hints.on_time} of {hints.due} {hint_words(on_arrival=hints.shares_by_age_ms is not None)[0]}"
+        )
+        texts["Traffic"] = f"{hints.kbit_per_second_up:g} kbit/s up, {hints.kbit_per_second_down:g} down"
+    texts["Device"] = f"compute {_percentiles(report.timing.compute_ms)}"
+    return texts
+
+
 def table(report: Report) -> Table:
     """Return the report as a table for the terminal."""
     bundle, hints, times = report.bundle, report.hints, report.timing
@@ -242,9 +257,9 @@ def table(report: Report) -> Table:
     if report.network is not None and hints is not None:
         grid.add_row("link", _describe(report.network, report.clock))
         share = f"{100 * hints.on_time / hints.due:.1f} %" if hints.due else "none due"
-        used = "on time" if hints.shares_by_age_ms is None else "used"
+        used, unused = hint_words(on_arrival=hints.shares_by_age_ms is not None)
         grid.add_row(
-            "hints", f"{hints.on_time} {used} ({share}), {hints.late} late, {hints.missing} missing of {hints.due}"
+            "hints", f"{hints.on_time} {used} ({share}), {hints.late} {unused}, {hints.missing} missing of {hints.due}"
         )
         grid.add_row("hint age", f"{_percentiles(hints.age_ms)}; deadline {bundle.delay_ms:g} ms")
         if hints.shares_by_age_ms is not None:

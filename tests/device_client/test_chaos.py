@@ -1,5 +1,6 @@
 """Tests for a live session in real time whose server is killed, restarted and frozen."""
 
+import csv
 import json
 import os
 import shutil
@@ -17,9 +18,22 @@ import numpy as np
 import pytest
 import soundfile
 
+from knowledge_boosting.models.arrivals import RAMP
+from knowledge_boosting.models.networks import write_bundle
+from tests.arrivals import arrival_pair
 from tests.processes import PATIENCE, Server, command, environment, free_port, memory_mib, run, running_server, threads
 
-SS = "ss_delay6_compression2"
+GAP = 50  # frames without hints; after such a gap, fusion fades in
+
+
+@pytest.fixture(params=["fixed", pytest.param("arrival", marks=pytest.mark.slow)])
+def bundle(request: pytest.FixtureRequest, golden_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A bundle of each policy for the use of hints."""
+    if request.param == "fixed":
+        return golden_bundle("ss_delay6_compression2")
+    pair = arrival_pair(GAP)
+    write_bundle(tmp_path / "arrival", pair, pair.config, untrained=False, source="random", configuration="none")
+    return tmp_path / "arrival"
 
 
 class Live:
@@ -88,6 +102,22 @@ class Live:
         assert result.returncode == 0, result.stderr
         np.testing.assert_array_equal(played, soundfile.read(self.folder / "again.wav", dtype="float32")[0])
 
+    def check_returns(self, count: int) -> None:
+        """Check that hints that are used on arrival were at full strength within 100 ms, each time they returned.
+
+        They must have returned at least ``count`` times.
+        """
+        with (self.folder / "recording" / "frames.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        used = [int(row["hint"]) for row in rows]
+        returns = [frame for frame in range(GAP, len(used) - 12) if used[frame] and not any(used[frame - GAP : frame])]
+        assert len(returns) >= count
+        for frame in returns:
+            age = 8 * int(rows[frame]["ages"].split()[0])  # at its first use, ms
+            since = age - float(rows[frame]["age_ms"])  # its arrival
+            full = next(more for more in range(len(used)) if sum(used[frame : frame + more + 1]) >= RAMP)
+            assert since + 8 * full < 100
+
 
 @contextmanager
 def live(folder: Path, bundle: Path, seconds: int, servers: list[str]) -> Iterator[Live]:
@@ -99,15 +129,12 @@ def live(folder: Path, bundle: Path, seconds: int, servers: list[str]) -> Iterat
         session.process.wait()
 
 
-def test_the_client_moves_from_a_draining_server_to_the_next_one(
-    golden_bundle: Callable[[str], Path], ss_server: Server, tmp_path: Path
-) -> None:
-    bundle, silent = golden_bundle(SS), socket.create_server(("127.0.0.1", 0))
+def test_the_client_moves_from_a_draining_server_to_the_next_one(bundle: Path, tmp_path: Path) -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
     silent_server = f"127.0.0.1:{silent.getsockname()[1]}"  # accepts connections and never sends anything
-    with silent, running_server(bundle) as first:
-        servers = [silent_server, first.address, ss_server.address]
-        with live(tmp_path, bundle, 300, servers) as session:
-            check_move(session, first, ss_server)
+    with silent, running_server(bundle) as first, running_server(bundle) as second:
+        with live(tmp_path, bundle, 300, [silent_server, first.address, second.address]) as session:
+            check_move(session, first, second)
         session.check_output(bundle)
 
 
@@ -160,10 +187,7 @@ def host() -> Iterator[Host]:
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_host_is_noticed_at_once_and_its_return_too(
-    golden_bundle: Callable[[str], Path], host: Host, tmp_path: Path
-) -> None:
-    bundle = golden_bundle(SS)
+def test_the_loss_of_a_host_is_noticed_at_once_and_its_return_too(bundle: Path, host: Host, tmp_path: Path) -> None:
     serve = command(
         *("kb-server", "--host", host.address, "--insecure"),
         *("--port", 50051, "--bundle", bundle, "--until-stdin-ends"),
@@ -188,6 +212,8 @@ def test_the_loss_of_a_host_is_noticed_at_once_and_its_return_too(
             session.wait_for_hints()
             session.end()
         session.check_output(bundle)
+        if bundle.name == "arrival":
+            session.check_returns(2)
     finally:
         server.kill()
         server.wait()
@@ -196,8 +222,8 @@ def test_the_loss_of_a_host_is_noticed_at_once_and_its_return_too(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="counts threads in /proc")
-def test_the_server_is_killed_restarted_and_frozen(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    bundle, port = golden_bundle(SS), free_port()
+def test_the_server_is_killed_restarted_and_frozen(bundle: Path, tmp_path: Path) -> None:
+    port = free_port()
     address = f"127.0.0.1:{port}"
     with live(tmp_path, bundle, 600, [address]) as session:
         session.wait_for_event(False, 0)  # at first there is no server
@@ -228,3 +254,5 @@ def test_the_server_is_killed_restarted_and_frozen(golden_bundle: Callable[[str]
             assert memory_mib(session.process.pid) < before[1] + 24
             session.end()
         session.check_output(bundle)
+        if bundle.name == "arrival":
+            session.check_returns(5)

@@ -60,7 +60,17 @@ def test_everything_is_in_the_view(width: int) -> None:
         *("space bypass", "h hints", "q quit"),
     ):
         assert words in text
-    assert len(log_line(NOW).splitlines()) == 1
+    line = log_line(NOW, on_arrival=False)
+    assert "900 on time, 70 late, 30 missing" in line
+    assert len(line.splitlines()) == 1
+
+
+def test_hints_that_are_used_on_arrival_are_not_called_late() -> None:
+    layout = replace(LAYOUT, on_arrival=True)
+    for text in (shown(NOW, layout), log_line(NOW, on_arrival=True)):
+        assert "900 used" in text
+        assert "70 too old" in text
+        assert "late," not in text
 
 
 def test_missing_parts_are_not_shown() -> None:
