@@ -13,10 +13,10 @@ demo: $(VENV)/.runtime
 	mkdir -p out/demo-ss out/demo-tse
 	$(BIN)/kb-client replay samples/mixture.flac --output out/separated.wav --delay-ms 48 \
 		--reference samples/source1.flac --reference samples/source2.flac --alone ss-alone --with-large \
-		--compare out/demo-ss --report out/demo-ss/report.json --plot out/demo-ss/hints.png
+		--page out/demo-ss/page.html --compare out/demo-ss --report out/demo-ss/report.json --plot out/demo-ss/hints.png
 	$(BIN)/kb-client replay samples/mixture.flac --bundle tse-48ms-compact --enrollment samples/enrollment.npy \
 		--output out/extracted.wav --delay-ms 48 --reference samples/source1.flac --alone tse-alone --with-large \
-		--compare out/demo-tse --report out/demo-tse/report.json --plot out/demo-tse/hints.png
+		--page out/demo-tse/page.html --compare out/demo-tse --report out/demo-tse/report.json --plot out/demo-tse/hints.png
 
 # The same mixtures on every machine: voices, rooms and seed are fixed.
 VALIDATION := $(BIN)/kb-make-dataset --seed 2026 --anechoic 0.25 --sofa samples/hrtf/mit_kemar_normal_pinna.sofa

@@ -23,6 +23,8 @@ class Clock(StrEnum):
 class EngineChoice(StrEnum):
     """The engine that runs the small network."""
 
+    AUTO = "auto"
+    COMPILED = "compiled"
     ONNX = "onnx"
     TORCH = "torch"
 
@@ -78,8 +80,11 @@ def replay(
     ],
     bundle: Annotated[str, typer.Option("--bundle", help="Name or path of the bundle.")] = DEFAULT_BUNDLE,
     engine: Annotated[
-        EngineChoice, typer.Option("--engine", help="Engine for the small network. torch must be installed separately.")
-    ] = EngineChoice.ONNX,
+        EngineChoice,
+        typer.Option(
+            "--engine", help="Engine for the small network. auto takes the faster of compiled and onnx; torch is extra."
+        ),
+    ] = EngineChoice.AUTO,
     server: Annotated[
         str | None,
         typer.Option("--server", metavar="HOST:PORT", help="A running kb-server. [default: start one on this machine]"),
@@ -96,10 +101,10 @@ def replay(
         list[Path] | None,
         typer.Option("--reference", help="The true source, for quality figures. For SS, give it twice."),
     ] = None,
-    with_large: Annotated[bool, typer.Option("--with-large", help="Measure the large network too.")] = False,
+    with_large: Annotated[bool, typer.Option("--with-large", help="Run the large network too.")] = False,
     alone: Annotated[
         str | None,
-        typer.Option("--alone", metavar="BUNDLE", help="Measure this bundle of one network alone too (same task)."),
+        typer.Option("--alone", metavar="BUNDLE", help="Run this bundle of one network alone too (same task)."),
     ] = None,
     compare: Annotated[
         Path | None,
@@ -157,6 +162,10 @@ def replay(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Draw spectrograms and hint ages to this file (.png, .pdf, .svg).")
     ] = None,
+    page_file: Annotated[
+        Path | None,
+        typer.Option("--page", help="Write a page to hear and compare mixture and outputs to this file (.html)."),
+    ] = None,
     tls: Tls = False,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
@@ -206,6 +215,7 @@ def replay(
             output_format=output_format.value,
             report=report_file,
             plot=plot_file,
+            page=page_file,
         )
     )
 
@@ -258,7 +268,7 @@ def live(
     json_lines: Annotated[
         bool, typer.Option("--json-lines", help="Print figures and events as JSON, one object per line, for scripts.")
     ] = False,
-    engine: Annotated[EngineChoice, typer.Option("--engine", help="Engine for the small network.")] = EngineChoice.ONNX,
+    engine: Annotated[EngineChoice, typer.Option("--engine", help="Engine for the small network.")] = EngineChoice.AUTO,
     pcm_encoding: PcmFlag = PcmEncoding.F32,
     hint_encoding: HintFlag = HintEncoding.F32,
     tls: Tls = False,
@@ -351,7 +361,7 @@ def bench(
         list[str] | None,
         typer.Option("--bundle", help="Name or path of a bundle. Can be repeated. [default: all installed bundles]"),
     ] = None,
-    engine: Annotated[EngineChoice, typer.Option("--engine", help="Engine for the small network.")] = EngineChoice.ONNX,
+    engine: Annotated[EngineChoice, typer.Option("--engine", help="Engine for the small network.")] = EngineChoice.AUTO,
     frames: Annotated[
         int, typer.Option("--frames", min=100, max=1_000_000, help="Number of frames to measure. A second has 125.")
     ] = 2000,

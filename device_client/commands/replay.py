@@ -35,6 +35,7 @@ from knowledge_boosting.device_client.commands.replay_call import (
     check_frame_log_call,
     output_paths,
 )
+from knowledge_boosting.device_client.commands.replay_outputs import compare, plot, write_page
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.device_client.engines.loading import EngineName, load_model, needs_torch
 from knowledge_boosting.device_client.hints.local_server import local_server
@@ -43,7 +44,7 @@ from knowledge_boosting.device_client.live.recording import replay_recording
 from knowledge_boosting.device_client.replay import report as reporting
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.device_client.replay.loop import Hints, RealHints, Run, VirtualHints, run_frames
-from knowledge_boosting.device_client.replay.quality import Measured, match_sources, qualities
+from knowledge_boosting.device_client.replay.quality import Measured, qualities
 from knowledge_boosting.device_client.speakers import read_embedding
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig, Pair
@@ -82,7 +83,12 @@ def replay_file(options: ReplayOptions) -> None:
         source = stack.enter_context(open_audio(options.input_file))
         if (warning := check_channels(source, config.microphones)) is not None:
             warn(warning)
+        if options.page is not None:
+            from knowledge_boosting.device_client.replay.page import check_page
+
+            check_page(options.page, source.length / source.rate)
         measured = _read_measured(options, source, config) if options.references else None
+        keeps_estimates = measured is not None or options.page is not None
         enrollment = _read_enrollment(options.enrollment) if options.enrollment is not None else None
         model = load_model(bundle, options.engine)
         baseline = _load_baseline(options.alone, options.engine, config) if options.alone is not None else None
@@ -115,7 +121,7 @@ def replay_file(options: ReplayOptions) -> None:
                     writer.write(samples)
                 for picture, samples in zip(pictures[1:], estimate, strict=False):
                     picture.add(samples[0])
-                if measured is not None:
+                if keeps_estimates:
                     parts.setdefault(system, []).append(estimate)
 
             with ExitStack() as session:
@@ -132,8 +138,10 @@ def replay_file(options: ReplayOptions) -> None:
         if clipped:
             warn(f"{clipped} samples exceed full scale and were clipped; give --output-format float to keep them")
 
-        if measured is not None:
-            others = {"without hints": ("small_without_hints", model)} if server is not None else {}
+        if keeps_estimates:
+            others = {}
+            if measured is not None and server is not None:
+                others["without hints"] = "small_without_hints", model
             if baseline is not None:
                 others["alone"] = "alone", baseline
             for label, (name, other) in others.items():
@@ -143,6 +151,7 @@ def replay_file(options: ReplayOptions) -> None:
                 parts["large"] = _large_estimate(bundle, source, config, embedding)
         estimates = {name: np.concatenate(blocks, axis=-1) for name, blocks in parts.items()}
         parts.clear()
+        mixture = _microphones(source, config.microphones) if options.page is not None else None
         if pictures:
             for block in source.blocks():
                 pictures[0].add(block[0])
@@ -180,10 +189,12 @@ def replay_file(options: ReplayOptions) -> None:
     if options.report is not None:
         reporting.write_report(options.report, report)
     if options.compare is not None and measured is not None:
-        _compare(options, manifest, source.rate, measured, estimates, report.quality)
+        compare(options, manifest, source.rate, measured, estimates, report.quality)
+    if options.page is not None and mixture is not None:
+        write_page(options, manifest, source.rate, mixture, measured, estimates, report, run)
     if options.plot is not None:
-        _plot(options.plot, options.input_file, manifest, pictures, run)
-    written = (*outputs, options.report, options.plot)
+        plot(options.plot, options.input_file, manifest, pictures, run)
+    written = (*outputs, options.report, options.plot, options.page)
     uses_standard_output = any(path is not None and is_standard_output(path) for path in written)
     console(stderr=uses_standard_output).print(reporting.table(report))
 
@@ -363,37 +374,3 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield advance
     finally:
         bar.stop()
-
-
-def _compare(
-    options: ReplayOptions,
-    manifest: Manifest,
-    rate: int,
-    measured: Measured,
-    estimates: dict[str, Samples],
-    quality: dict[str, reporting.Quality],
-) -> None:
-    from knowledge_boosting.device_client.replay.comparison import Comparison, System, write_comparison
-
-    assert options.compare is not None
-    systems: dict[System, Samples] = {}
-    for name in ("alone", "boosted", "large"):
-        if name in estimates:
-            # The order of separated speakers is arbitrary. The comparison uses the order of the references.
-            systems[name] = estimates[name][list(match_sources(estimates[name], measured.references))]
-    gains = {name: quality[name].si_sdri for name in systems}
-    systems["reference"] = measured.references
-    title = f"{printable(options.input_file.name)}, bundle {manifest.label}"
-    comparison = Comparison(measured.mixture, systems, gains, rate, title)
-    write_comparison(options.compare, comparison)
-
-
-def _plot(path: Path, input_file: Path, manifest: Manifest, pictures: "list[Spectrogram]", run: Run) -> None:
-    from knowledge_boosting.device_client.replay.plot import plot_replay
-
-    names = [f"output, speaker {number}" for number in range(1, len(pictures))] if len(pictures) > 2 else ["output"]
-    shown = dict(zip(["mixture", *names], pictures, strict=True))
-    notice = " - UNTRAINED, random weights" if manifest.untrained else ""
-    title = f"{printable(input_file.name)}, bundle {manifest.name}{notice}"
-    log = run.log if isinstance(manifest.model, Pair) else None
-    plot_replay(path, title, shown, log, run.ended_at, manifest.model.max_age_ms)

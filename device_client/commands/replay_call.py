@@ -45,6 +45,7 @@ class ReplayOptions:
     output_format: SampleFormat
     report: Path | None
     plot: Path | None
+    page: Path | None
 
 
 def check_call(options: ReplayOptions, manifest: Manifest) -> None:
@@ -58,10 +59,11 @@ def check_call(options: ReplayOptions, manifest: Manifest) -> None:
         raise InputError(f"{name}: extracts a target speaker; give --enrollment FILE with speech or an embedding")
     if not needs_speaker and options.enrollment is not None:
         raise InputError(f"{name}: separates all speakers; leave out --enrollment")
-    comparisons = {"--with-large": options.with_large, "--alone": options.alone, "--compare": options.compare}
-    for flag, value in comparisons.items():
-        if value and not options.references:
-            raise InputError(f"{flag}: needs the true sources; give --reference too")
+    if options.compare is not None and not options.references:
+        raise InputError("--compare: needs the true sources; give --reference too")
+    for flag, value in {"--with-large": options.with_large, "--alone": options.alone}.items():
+        if value and not options.references and options.page is None:
+            raise InputError(f"{flag}: has no use without the true sources or a page; give --reference or --page too")
     conditions = (options.network, options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit)
     simulated = options.trace is not None or any(condition is not None for condition in conditions)
     if not isinstance(manifest.model, Pair) and (
@@ -86,7 +88,7 @@ def check_frame_log_call(options: ReplayOptions) -> None:
     conflicting = (
         *(options.server, options.enrollment, options.alone, options.compare, options.network, options.trace),
         *(options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit, options.server_ms),
-        *(options.report, options.plot),
+        *(options.report, options.plot, options.page),
     )
     has_conflict = any(value is not None for value in conflicting)
     if has_conflict or options.references or options.with_large or options.real_clock:
@@ -122,7 +124,7 @@ def output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> li
     )
     check_files(
         [path for path in reads if path is not None],
-        [path for path in (*outputs, options.report, options.plot) if path is not None],
+        [path for path in (*outputs, options.report, options.plot, options.page) if path is not None],
         folders,
     )
     return outputs
