@@ -1,28 +1,36 @@
-"""Measures the time per frame of the full-size networks on one thread: ``python benchmarks/frame_time.py``.
+"""Measures the time of a frame on one core: ``python -m benchmarks.frame_time``.
 
-Prints a table and writes it as JSON. The networks have the published sizes and random weights, which do not affect the
-time.
+It runs a process for every instruction set of the processor. Each measures a product of matrices, which shows what the
+core can do; the large network with its hint encoder in the server's slots, compiled and in torch; and the device's
+network with fusion in every engine, and in the whole frame loop. All sizes are for separation, with random weights,
+which do not affect the time. ``--published FOLDER`` also times the published code, from a checkout in that folder. It
+prints a table and writes it as JSON.
 """
 
 import argparse
+import importlib.util
 import json
-import platform
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from benchmarks.machine import instruction_sets, processor, run_in_process
 from knowledge_boosting.device_client.boosted_stream import BoostedStream
-from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
-from knowledge_boosting.device_client.engines.torch_engine import TorchModel
+from knowledge_boosting.device_client.engines.loading import EngineName, load_model
 from knowledge_boosting.device_client.hints.buffer import hint_buffer
 from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
@@ -30,26 +38,44 @@ from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
 from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import LargeModel
-from knowledge_boosting.models.slots import StateSlots
+from knowledge_boosting.models.slots import CompiledStep, StateSlots
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import HINT_ENCODINGS, Samples, decode_hint, encode_hints
 
 SMALL = NetworkSize(channels=16, hidden=16)
-TASKS: tuple[Literal["tse", "ss"], ...] = ("tse", "ss")
-LARGE = NetworkSize(channels=64, hidden=64, heads=8, self_attention=True)
+LARGE = {
+    "full size": NetworkSize(channels=64, hidden=64, heads=8, self_attention=True),
+    "compact": NetworkSize(channels=32, hidden=32, heads=4, self_attention=True),
+    "4 channels": NetworkSize(channels=4, hidden=4, blocks=1),
+}
+ENGINES: tuple[EngineName, ...] = ("compiled", "onnx", "torch")
+SESSIONS = 1, 8
+_MATRIX = 1024  # rows and columns
+
+Figures = dict[str, float]
 
 
-def measure(step: Callable[[], object], frames: int) -> dict[str, float]:
+def measure(step: Callable[[], object], frames: int) -> Figures:
     """Return percentiles of the time of a call, ms, after a warm-up."""
-    for _ in range(100):
+    for _ in range(frames // 10):
         step()
     times = []
     for _ in range(frames):
         started = time.perf_counter()
         step()
         times.append(1e3 * (time.perf_counter() - started))
-    names = {"p50": 50, "p95": 95, "p99": 99, "p99.9": 99.9}
-    return {name: round(float(np.percentile(times, value)), 3) for name, value in names.items()}
+    return {f"p{q}": float(np.percentile(times, q)) for q in (50, 95, 99)}
+
+
+def product_gflops() -> float:
+    """Return the GFLOP/s of a product of matrices, the fastest of some."""
+    a, b = torch.randn(_MATRIX, _MATRIX), torch.randn(_MATRIX, _MATRIX)
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return 2e-9 * _MATRIX**3 / min(times)
 
 
 class ImmediateHints:
@@ -69,90 +95,123 @@ class ImmediateHints:
         return self._buffer.take(frame, now)
 
 
-def small_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
-    """Measure the small network with fusion in both engines, and the frame loop of the device with the faster one."""
+def small_network(frames: int) -> dict[str, Figures]:
+    """Measure the device's network in every engine, and the frame loop of the device."""
+    config = Pair(task="ss", small=SMALL, large=SMALL, boosting=FixedDelay(delay=6))
     torch.manual_seed(0)
-    pair_config = config.model_copy(update={"large": config.small})  # the large network is not used, so it is small
-    pair = build(pair_config)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "random"
-        write_bundle(bundle, pair, pair_config, untrained=True, source="random", configuration="none")
-        onnx, in_torch = OnnxModel(Bundle(bundle)), TorchModel(Bundle(bundle))
-    speaker = np.random.default_rng(0).normal(0, 1 / 16, 256).astype(np.float32) if config.needs_speaker else None
-    framing = config.framing
-    window = np.random.default_rng(1).normal(0, 0.1, (config.microphones, framing.n_fft)).astype(np.float32)
-    hint = np.random.default_rng(2).normal(0, 1, (config.hint_channels, framing.bins)).astype(np.float32)
-    engines = {"ONNX Runtime": onnx.session(speaker), "torch": in_torch.session(speaker)}
-    stream = BoostedStream(onnx.session(speaker), config, ImmediateHints(hint, config))
+        write_bundle(bundle, build(config), config, untrained=True, source="random", configuration="none")
+        models = {engine: load_model(Bundle(bundle), engine) for engine in (*ENGINES, "auto")}
+    framing, rng = config.framing, np.random.default_rng(1)
+    window = rng.normal(0, 0.1, (config.microphones, framing.n_fft)).astype(np.float32)
+    hint = rng.normal(0, 1, (config.hint_channels, framing.bins)).astype(np.float32)
+    stream = BoostedStream(models["auto"].session(None), config, ImmediateHints(hint, config))
 
     def loop() -> None:
         """Process a frame as the device does: get the audio, decode a hint, get the hint that is due, run."""
         stream.fresh[:] = window[:, -stream.fresh.shape[1] :]
         stream.step(0)
 
-    figures = {
-        name: measure(partial(engine.step, window, [Hint(config.delay, hint)]), frames)
-        for name, engine in engines.items()
-    }
-    return {
-        f"small with fusion, {name}": row for name, row in {**figures, "the whole loop": measure(loop, frames)}.items()
-    }
+    steps = {engine: partial(models[engine].session(None).step, window, [Hint(6, hint)]) for engine in ENGINES}
+    figures = {f"device, {engine}": measure(step, frames) for engine, step in steps.items()}
+    return {**figures, f"device, the whole loop ({models['auto'].engine})": measure(loop, frames)}
 
 
 @torch.inference_mode()
-def large_network(config: Pair, frames: int) -> dict[str, dict[str, float]]:
-    """Measure the large network with its hint encoder as in the server, with states in slots: the time per session."""
+def large_network(name: str, frames: int, *, compiled: bool) -> dict[str, Figures]:
+    """Measure a large network with its hint encoder as in the server, with states in slots: the time per session."""
+    config = Pair(task="ss", small=SMALL, large=LARGE[name], boosting=FixedDelay(delay=6))
     torch.manual_seed(0)
     large = LargeModel(config).eval()
-    speaker = torch.randn(1, 256) if config.needs_speaker else None
-    states = StateSlots(large, 16, speaker)
-    states.prepare([1])
+    states = StateSlots(large, 16)
+    with mock.patch.object(CompiledStep, "supports", CompiledStep.supports if compiled else lambda _: False):
+        states.prepare([1])
     for slot in range(16):
-        states.put(slot, large.initial_state(1, speaker))
+        states.put(slot, large.initial_state(1))
 
-    def figures(sessions: int) -> dict[str, float]:
+    def figures(sessions: int) -> Figures:
         slots = torch.randperm(16)[:sessions]
         window = torch.randn(sessions, config.microphones, config.framing.n_fft)
-
         times = measure(partial(states.step, window, slots), frames // sessions)
-        return {name: round(value / sessions, 3) for name, value in times.items()}
+        return {percentile: value / sessions for percentile, value in times.items()}
 
-    return {f"large with hint encoder, {count} sessions a step": figures(count) for count in (1, 8)}
+    how = "compiled" if compiled else "torch"
+    return {f"{name}, {count} session{'s' * (count > 1)}, {how}": figures(count) for count in SESSIONS}
 
 
-def benchmark(task: Literal["tse", "ss"], frames: int) -> dict[str, dict[str, float]]:
-    """Measure both networks of a task frame by frame."""
-    config = Pair(task=task, small=SMALL, large=LARGE, boosting=FixedDelay(delay=6))
-    figures = small_network(config, frames) | large_network(config, frames)
-    budget = 1e3 * config.framing.chunk_seconds
-    return {
-        f"{task.upper()} {name}": {**row, "real_time_factor": round(row["p50"] / budget, 4)}
-        for name, row in figures.items()
-    }
+@torch.inference_mode()
+def published_network(folder: Path, frames: int) -> dict[str, Figures]:
+    """Measure the large network of the published code, whose repository lies in ``folder``, frame by frame."""
+    arguments = json.loads((folder / "configs/baselines/BM-BS-500.json").read_text())["pl_module_args"]
+    parameters = arguments["model_params"] | {"use_masked_attention": False}  # which does not support streams
+    sys.path.insert(0, str(folder))
+    if importlib.util.find_spec("espnet2") is None:
+        _replace_espnet()
+    module, _, name = arguments["model"].rpartition(".")
+    network = getattr(importlib.import_module(module), name)(**parameters).eval()
+    window = 0.1 * torch.randn(1, 2, parameters["stft_chunk_size"] + parameters["stft_pad_size"])
+    state: Any = network.init_buffers(1, "cpu")
+
+    def step() -> None:
+        nonlocal state
+        state = network({"mixture": window}, current_state=state, pad=False)["next_state"]
+
+    return {"full size, 1 session, published code": measure(step, frames)}
+
+
+def _replace_espnet() -> None:
+    """Replace the two things that the published code takes from the large package espnet2."""
+    for name in ("enh.separator.abs_separator", "torch_utils.get_layer_from_string"):
+        parts = ["espnet2", *name.split(".")]
+        for end in range(1, len(parts) + 1):
+            whole = ".".join(parts[:end])
+            sys.modules.setdefault(whole, ModuleType(whole))
+    vars(sys.modules["espnet2.enh.separator.abs_separator"])["AbsSeparator"] = nn.Module
+    vars(sys.modules["espnet2.torch_utils.get_layer_from_string"])["get_layer"] = {"prelu": nn.PReLU}.__getitem__
+
+
+def measure_all(frames: int, published: Path | None) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    results: dict[str, Figures] = {}
+    for name in LARGE:
+        for compiled in (True, False):
+            results |= large_network(name, frames, compiled=compiled)
+    results |= small_network(frames)
+    if published is not None:
+        results |= published_network(published, frames // 4)
+    rounded = {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()}
+    return {"product_gflops": round(product_gflops(), 1), "ms": rounded}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--published", type=Path, help="folder with a checkout of the published code")
     parser.add_argument("--json", type=Path, default=Path("out/frame_time.json"))
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    results = {name: row for task in TASKS for name, row in benchmark(task, arguments.frames).items()}
-    table = Table(
-        "network", "p50 ms", "p95", "p99", "p99.9", "real-time factor", title="Time per 8 ms frame, one thread"
-    )
-    for name, row in results.items():
-        table.add_row(name, *(f"{value:.3f}" for value in row.values()))
-    Console().print(table)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.part:
+        print(json.dumps(measure_all(arguments.frames, arguments.published)))
+        return
+    flags: list[object] = ["--part", "--frames", arguments.frames]
+    flags += ["--published", arguments.published.resolve()] if arguments.published is not None else []
+    sets: dict[str, Any] = {name: run_in_process(__file__, *flags, instructions=name) for name in instruction_sets()}
+    table = Table("network", title=f"Time of an 8 ms frame on one core of {processor()}, ms: p50 / p99")
+    for name, part in sets.items():
+        table.add_column(f"{name}\n{part['product_gflops']:g} GFLOP/s", justify="right")
+    for row in next(iter(sets.values()))["ms"]:
+        table.add_row(row, *("{p50:.2f} / {p99:.2f}".format(**part["ms"][row]) for part in sets.values()))
+    Console(width=120).print(table)
     machine = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
         "onnxruntime": version("onnxruntime"),
     }
-    arguments.json.write_text(
-        json.dumps({"machine": machine, "frames": arguments.frames, "ms": results}, indent=2) + "\n"
-    )
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine, "frames": arguments.frames, "instruction_sets": sets}
+    arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

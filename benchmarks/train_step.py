@@ -1,4 +1,4 @@
-"""Measures training on this CPU: ``python benchmarks/train_step.py``.
+"""Measures training on this CPU: ``python -m benchmarks.train_step``.
 
 It runs a process for every instruction set of the processor, and measures our C++ library and torch on one core: the
 GFLOP/s of the residual LSTM, counting only the products of the LSTM; and the seconds of audio that a training step
@@ -10,7 +10,6 @@ alone. It prints tables and writes them as JSON.
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.machine import instruction_sets, processor, run_in_process
 from knowledge_boosting.models import cpu_attention, cpu_lstm
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.compiled import required_library
@@ -41,13 +41,6 @@ NETWORKS = {
     "compact": NetworkSize(channels=32, hidden=32, heads=4, self_attention=True),
     "full size": NetworkSize(channels=64, hidden=64, heads=8, self_attention=True),
 }
-# The values of VARIABLES that limit the compiler, torch, oneDNN and MKL to an instruction set.
-LIMITS = {
-    "AVX-512": ("x86-64-v4", "avx512", "AVX512_CORE", "AVX512"),
-    "AVX2": ("x86-64-v3", "avx2", "AVX2", "AVX2"),
-    "SSE": ("x86-64", "default", "SSE41", "SSE4_2"),
-}
-VARIABLES = ("CXXFLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 BATCH, COMMAND_BATCH, SECONDS = 2, 4, 1
 
 
@@ -192,30 +185,6 @@ def run(call: list[object], *, threads: int = 1) -> None:
         sys.exit(result.stderr)
 
 
-def run_in_process(limits: dict[str, str], *arguments: object) -> dict[str, object]:
-    """Run this script in a process with these environment variables, and return its figures."""
-    call = [sys.executable, __file__, *map(str, arguments)]
-    # kb-train sets this variable too.
-    environment = {"GOMP_SPINCOUNT": "1000", **os.environ, **limits}
-    result = subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    figures: dict[str, object] = json.loads(result.stdout)
-    return figures
-
-
-def instruction_sets() -> list[str]:
-    """Return the instruction sets of the processor, the widest first; only "native" if it is not x86."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return ["native"]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return list(LIMITS)[{"AVX512": 0, "AVX2": 1}.get(capability, 2) :]
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=4, help="number of measurements, of which the fastest is reported")
@@ -231,15 +200,10 @@ def main() -> None:
         print(json.dumps(part))
         return
     sets = [
-        run_in_process(
-            dict(zip(VARIABLES, (f"-march={LIMITS[name][0]}", *LIMITS[name][1:]), strict=True))
-            if name in LIMITS
-            else {},
-            "--part", "measure", "--times", arguments.times,
-        )
+        run_in_process(__file__, "--part", "measure", "--times", arguments.times, instructions=name)
         for name in instruction_sets()
-    ]  # fmt: skip
-    bare = run_in_process({}, "--part", "bare", "--steps", arguments.steps // 2)
+    ]
+    bare = run_in_process(__file__, "--part", "bare", "--steps", arguments.steps // 2)
     command = command_rates(arguments.speech, arguments.steps, 2)
     results: dict[str, object] = {
         "torch": torch.__version__,

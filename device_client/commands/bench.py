@@ -48,15 +48,16 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
     if output is not None:
         check_files([file for bundle in opened.values() for file in bundle.directory.iterdir()], [output])
     models = {name: load_model(bundle, engine) for name, bundle in opened.items()}
-    title = f"Time per frame in ms, {frames} frames, {engine} engine"
-    table = Table("bundle", *(f"p{percentile}" for percentile in _PERCENTILES), "real-time factor", title=title)
+    title = f"Time per frame in ms, {frames} frames"
+    columns = (f"p{percentile}" for percentile in _PERCENTILES)
+    table = Table("bundle", "engine", *columns, "real-time factor", title=title)
     figures, verdicts = {}, []
     for name, model in models.items():
         milliseconds = _times_ms(model, frames)
         chunk_ms = 1e3 * model.manifest.model.framing.chunk_seconds
         values = [float(np.percentile(milliseconds, percentile)) for percentile in _PERCENTILES]
         factor = float(milliseconds.mean()) / chunk_ms
-        table.add_row(model.manifest.label, *(f"{value:.2f}" for value in values), f"{factor:.3f}")
+        table.add_row(model.manifest.label, model.engine, *(f"{value:.2f}" for value in values), f"{factor:.3f}")
         verdicts.append(_verdict(model.manifest.label, factor, values[2] / chunk_ms))
         figures[name] = {
             **{f"p{percentile}_ms": round(value, 4) for percentile, value in zip(_PERCENTILES, values, strict=True)},

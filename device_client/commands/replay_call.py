@@ -59,11 +59,10 @@ def check_call(options: ReplayOptions, manifest: Manifest) -> None:
         raise InputError(f"{name}: extracts a target speaker; give --enrollment FILE with speech or an embedding")
     if not needs_speaker and options.enrollment is not None:
         raise InputError(f"{name}: separates all speakers; leave out --enrollment")
-    if options.compare is not None and not options.references:
-        raise InputError("--compare: needs the true sources; give --reference too")
-    for flag, value in {"--with-large": options.with_large, "--alone": options.alone}.items():
-        if value and not options.references and options.page is None:
-            raise InputError(f"{flag}: has no use without the true sources or a page; give --reference or --page too")
+    others = {"--with-large": options.with_large, "--alone": options.alone} if options.page is None else {}
+    for flag, value in {**others, "--compare": options.compare}.items():
+        if value and not options.references:
+            raise InputError(f"{flag}: needs the true sources; give --reference too")
     conditions = (options.network, options.delay_ms, options.jitter_ms, options.loss, options.bandwidth_mbit)
     simulated = options.trace is not None or any(condition is not None for condition in conditions)
     if not isinstance(manifest.model, Pair) and (

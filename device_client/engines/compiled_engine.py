@@ -22,6 +22,8 @@ _MAX_RELATIVE_TIME = 0.67  # a smaller gain is not worth another engine
 class CompiledModel:
     """The small network of a bundle, which creates sessions."""
 
+    engine = "compiled"
+
     def __init__(self, bundle: Bundle) -> None:
         """Load the weights of a bundle.
 

@@ -79,6 +79,7 @@ class Model(Protocol):
     """The small network of a bundle, which creates sessions."""
 
     manifest: Manifest
+    engine: str  # the name of the engine
 
     def session(self, speaker_embedding: Samples | None) -> Engine:
         """Start a session. ``speaker_embedding`` is ``[256]`` for TSE, otherwise None."""

@@ -15,6 +15,8 @@ from knowledge_boosting.protos.codec import Samples
 class OnnxModel:
     """The small network of a bundle, which creates sessions."""
 
+    engine = "onnx"
+
     def __init__(self, bundle: Bundle) -> None:
         """Load and check the graph of a bundle.
 

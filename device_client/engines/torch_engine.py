@@ -16,6 +16,8 @@ from knowledge_boosting.protos.codec import Samples
 class TorchModel:
     """The small network of a bundle, which creates sessions."""
 
+    engine = "torch"
+
     def __init__(self, bundle: Bundle) -> None:
         """Load the weights of a bundle.
 
