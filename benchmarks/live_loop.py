@@ -33,6 +33,7 @@ class Noise:
     """Live audio that never makes the loop wait, and records the time of each frame."""
 
     underruns = overruns = 0
+    latency_ms = None
 
     def __init__(self, frames: int) -> None:
         self._noise = np.random.default_rng(0).normal(0, 0.1, (2, 16_000)).astype(np.float32)

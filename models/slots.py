@@ -36,7 +36,7 @@ class StateSlots:
         self._stacked = _empty(self._first, count + 1)  # the last slot belongs to no stream and fills up steps
         self._tensors = _tensors(self._stacked)
         self._device = self._tensors[0].device
-        self._compiled: CompiledStep | None = None  # for one frame, on a CPU
+        self._compiled: CompiledStep | None = None  # on a CPU
         self._traces: dict[int, Callable[..., Tensor]] = {}
         self._graphs: dict[tuple[int, int], GraphedStep] = {}  # by number of frames and size
 
@@ -48,18 +48,16 @@ class StateSlots:
     def prepare(self, lengths: Iterable[int]) -> None:
         """Prepare steps of these numbers of frames before the first stream.
 
-        A prepared step runs without Python: on a GPU as a CUDA graph; on a CPU as compiled code if it has one frame,
-        and else as a trace. In Python, it would consist of a hundred small parts, each of which would wait for the
-        interpreter lock.
+        A prepared step runs without Python: on a GPU as a CUDA graph, on a CPU as compiled code or else as a trace. In
+        Python, it would consist of a hundred small parts, each of which would wait for the interpreter lock.
         """
-        lengths = list(lengths)
         if self._device.type == "cuda":
             self._capture(lengths)
         elif self._device.type == "cpu":
-            if 1 in lengths and CompiledStep.supports(self._model) and self._compiled_is_better():
+            if CompiledStep.supports(self._model) and self._compiled_is_better():
                 self._compiled = CompiledStep(self._model, self._stacked)
-                lengths.remove(1)
-            self._trace(lengths)
+            else:
+                self._trace(lengths)
 
     def _compiled_is_better(self) -> bool:
         """Return whether the compiled step gives the hints of torch, and is faster. If it differs, print a warning."""
@@ -142,8 +140,10 @@ class StateSlots:
         graph = self._graphs.get((frames, 1 << (streams - 1).bit_length()))
         if graph is not None:
             return _to_host(graph(samples, slots))
-        if frames == 1 and self._compiled is not None:
-            return self._compiled(samples, slots)
+        if self._compiled is not None:
+            starts = range(0, frames * framing.chunk, framing.chunk)
+            hints = [self._compiled(samples[..., start : start + framing.n_fft], slots) for start in starts]
+            return torch.cat(hints, dim=1)
         fill = step_size(streams) - streams
         if fill:
             samples = functional.pad(samples, (0, 0, 0, 0, 0, fill))
@@ -152,8 +152,8 @@ class StateSlots:
         if trace is not None:
             traced: Tensor = trace(samples, slots)
             return traced[:streams]
-        hints = _step(self._model, self._stacked, samples.to(self._device), slots.to(self._device))
-        return _to_host(hints[:streams])
+        computed = _step(self._model, self._stacked, samples.to(self._device), slots.to(self._device))
+        return _to_host(computed[:streams])
 
 
 def step_size(streams: int) -> int:

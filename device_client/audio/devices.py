@@ -22,6 +22,7 @@ from knowledge_boosting.protos.codec import ENROLLMENT_RATE, Samples
 Direction = Literal["input", "output"]
 _RING_SECONDS = 1.0
 _MAX_RESTARTS = 20
+_SMOOTHING = 0.02  # of the latency of the devices, for each block
 
 
 @dataclass(frozen=True)
@@ -198,13 +199,15 @@ class DeviceAudio:
         self._stopped = False
         self._restarts = 0
         self._silence_debt = 0  # samples that were replaced by silence because they were late
+        self._devices_seconds = 0.0  # from the capture of a block to the playback of the one that it is exchanged for
         self.underruns = 0
         self.overruns = 0
 
     @property
     def latency_ms(self) -> float:
         """Latency from microphone to loudspeaker: frames, buffer, resampling, and the latency of the devices."""
-        devices: float = sum(self._stream.latency)
+        # Before the first block, the best figures are the sizes of the buffers. Later their filling is known.
+        devices: float = self._devices_seconds or sum(self._stream.latency)
         return 1e3 * (self._initial_silence / self.rate + devices) + self.resampling_ms
 
     @property
@@ -265,7 +268,11 @@ class DeviceAudio:
         self._stopped = True
         self._wake.set()
 
-    def _callback(self, captured: Samples, to_play: Samples, frames: int, _time: Any, status: Any) -> None:
+    def _callback(self, captured: Samples, to_play: Samples, frames: int, times: Any, status: Any) -> None:
+        seconds = times.outputBufferDacTime - times.inputBufferAdcTime
+        if 0 < seconds < 1:  # some systems do not report both times
+            before = self._devices_seconds or seconds
+            self._devices_seconds = before + _SMOOTHING * (seconds - before)
         lost = frames - self._captured.write(captured)
         self._wake.set()
         self.overruns += bool(lost or status.input_overflow)

@@ -30,6 +30,11 @@ class LiveAudio(Protocol):
     underruns: int  # number of times that samples for playback came too late
     overruns: int  # number of times that captured samples were lost
 
+    @property
+    def latency_ms(self) -> float | None:
+        """The latency from microphone to loudspeaker, or None if there are no devices."""
+        ...
+
     def start(self) -> None:
         """Start capture and playback."""
         ...
@@ -62,6 +67,10 @@ class FileAudio:
         self.underruns = 0
         self.overruns = 0
         self.error: str | None = None
+
+    @property
+    def latency_ms(self) -> float | None:
+        return None
 
     def start(self) -> None:
         self._started_at = time.perf_counter_ns()

@@ -47,6 +47,7 @@ class Figures:
     hints: bool  # whether hints are fused
     play: Play
     overflows: int = 0  # frames whose estimate was not finite, so that the input was played
+    latency_ms: float | None = None  # from microphone to loudspeaker; None for files
 
 
 def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_seconds: float) -> Figures:
@@ -74,6 +75,7 @@ def figures(loop: LiveLoop, hints: LiveHints | None, audio: LiveAudio, chunk_sec
         hints=loop.stream.hints_on,
         play=loop.play,
         overflows=loop.stream.engine.overflows,
+        latency_ms=None if audio.latency_ms is None else round(audio.latency_ms, 1),
     )
 
 

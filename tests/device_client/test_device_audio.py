@@ -30,6 +30,7 @@ class Card:
         self.open_error: str | None = None
         self.start_error: str | None = None
         self.active = self.closed = False
+        self.seconds = 0.0  # from the capture to the playback of a block
 
     def open(self, *, callback: Callable[..., None], channels: tuple[int, int], **_: Any) -> "Card":
         if self.open_error is not None:
@@ -52,7 +53,8 @@ class Card:
         """Capture one block ``[n, channels]``, and return the block that is played at the same time."""
         played = np.full((len(captured), self.channels[1]), np.nan, np.float32)
         status = SimpleNamespace(input_overflow=False, output_underflow=False)
-        self._callback(captured, played, len(captured), None, status)
+        times = SimpleNamespace(inputBufferAdcTime=5.0, currentTime=5.0, outputBufferDacTime=5.0 + self.seconds)
+        self._callback(captured, played, len(captured), times, status)
         return played
 
 
@@ -105,6 +107,19 @@ def test_captured_audio_is_played_after_a_fixed_time(buffer_ms: float, card: Car
         assert (audio.underruns, audio.overruns) == (0, 0)
         assert audio.latency_ms == pytest.approx(16 + buffer_ms)
     assert card.closed
+
+
+def test_the_latency_includes_what_the_devices_report_of_their_blocks(card: Card) -> None:
+    with open_device_audio(None, None, Framing(), 2, 48000, 8) as audio:
+        audio.start()
+        assert audio.latency_ms == pytest.approx(24 + 1.88, abs=0.01)  # no block has come yet
+        card.seconds = 0.021
+        for _ in range(200):
+            card.block(np.zeros((384, 2), np.float32))
+        assert audio.latency_ms == pytest.approx(24 + 1.88 + 21, abs=0.01)
+        card.seconds = -5.0  # a system without these times
+        card.block(np.zeros((384, 2), np.float32))
+        assert audio.latency_ms == pytest.approx(24 + 1.88 + 21, abs=0.01)
 
 
 def test_a_stall_does_not_change_the_latency(card: Card) -> None:

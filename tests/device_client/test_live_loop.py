@@ -35,6 +35,7 @@ class MemoryAudio:
     """Live audio from samples ``[M, N]``. It calls a function for pacing before every read, and records the output."""
 
     underruns = overruns = 0
+    latency_ms = None
 
     def __init__(self, samples: Samples, pace: Callable[[int], None] = lambda _: None) -> None:
         self._samples, self._pace, self._position, self._reads = samples, pace, 0, 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from knowledge_boosting.models.pair import LargeModel
+from knowledge_boosting.models.slots import CompiledStep
 from knowledge_boosting.protos.codec import Samples
 from knowledge_boosting.remote_server.core.engine import EngineSession, HintEngine, Hints, Step
 from tests.golden_cases import TOLERANCE, Golden, worst
@@ -23,9 +24,11 @@ def large(request: pytest.FixtureRequest, golden: Callable[[str], Golden]) -> La
 NewEngine = Callable[..., HintEngine]
 
 
-@pytest.fixture
-def new_engine(device: torch.device) -> NewEngine:
-    """Make an engine for a copy of a model, on the device of this test run."""
+@pytest.fixture(params=["compiled", "torch"])
+def new_engine(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> NewEngine:
+    """Make an engine for a copy of a model, on the device of this test run, with compiled steps and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(CompiledStep, "supports", lambda _: False)
     return lambda model, **options: HintEngine(deepcopy(model), device, **options)
 
 
