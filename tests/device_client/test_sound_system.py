@@ -16,6 +16,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.device_client.audio.resampler import LowDelayResampler
 from tests.processes import PATIENCE, command, environment, refusal, run
 
 SS = "ss_delay6_compression2"
@@ -25,9 +26,9 @@ MAX_INSERTED = RATE // 100  # samples
 Samples = NDArray[np.float32]
 
 
-@pytest.fixture(scope="module")
-def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A daemon with two null sinks. The monitor of ``room`` is the microphone, and ``ears`` is the loudspeaker."""
+@contextmanager
+def running_sound_server(folder: Path, rate: int) -> Iterator[None]:
+    """Run a daemon with two null sinks. The monitor of ``room`` is the microphone, and ``ears`` is the loudspeaker."""
     for program in ("pulseaudio", "pactl", "pacat", "parec"):
         if shutil.which(program) is None:
             pytest.skip(
@@ -39,10 +40,11 @@ def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         list_devices()
     except InputError as error:
         pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("pulse")
-    sink = f"module-null-sink rate={RATE} channels=2 format=float32le sink_name="
+    sink = f"module-null-sink rate={rate} channels=2 format=float32le sink_name="
     modules = [f"module-native-protocol-unix auth-anonymous=1 socket={folder}/socket", f"{sink}room", f"{sink}ears"]
     with pytest.MonkeyPatch.context() as patch:
+        # The session must not begin by compiling its network.
+        patch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
         for name in ("HOME", "XDG_RUNTIME_DIR", "PULSE_RUNTIME_PATH"):
             patch.setenv(name, str(folder))
         patch.setenv("PULSE_SERVER", f"unix:{folder}/socket")
@@ -58,23 +60,33 @@ def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 if daemon.poll() is not None or time.monotonic() > deadline:
                     pytest.skip("no PulseAudio daemon can run here")
                 time.sleep(0.1)
-            yield folder
+            yield
         finally:
             daemon.kill()
             daemon.communicate()
 
 
-FORMAT = ["--raw", "--rate", str(RATE), "--channels", "2", "--format", "float32le"]
+@pytest.fixture(scope="module")
+def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A sound server at the rate of the bundles."""
+    folder = tmp_path_factory.mktemp("pulse")
+    with running_sound_server(folder, RATE):
+        yield folder
+
+
+def form(rate: int) -> list[str]:
+    """Return the flags of pacat and parec for samples."""
+    return ["--raw", "--rate", str(rate), "--channels", "2", "--format", "float32le"]
 
 
 @contextmanager
-def playing(samples: Samples, sink: str, folder: Path) -> Iterator[None]:
+def playing(samples: Samples, sink: str, folder: Path, rate: int = RATE) -> Iterator[None]:
     """Let another program play samples ``[N, 2]``, with silence before and after."""
-    silence = np.zeros((60 * RATE, 2), np.float32)
-    (folder / "room.raw").write_bytes(np.concatenate([silence[: 6 * RATE], samples, silence]).tobytes())
-    call = ["pacat", "--playback", "--device", sink, *FORMAT, "--latency-msec", "500", str(folder / "room.raw")]
+    silence = np.zeros((60 * rate, 2), np.float32)
+    (folder / "room.raw").write_bytes(np.concatenate([silence[: 6 * rate], samples, silence]).tobytes())
+    call = ["pacat", "--playback", "--device", sink, *form(rate), "--latency-msec", "500", str(folder / "room.raw")]
     # A null sink works in blocks of two seconds unless another program asks for a lower latency.
-    with recording(f"{sink}.monitor", Path(os.devnull)), subprocess.Popen(call) as player:
+    with recording(f"{sink}.monitor", Path(os.devnull), rate), subprocess.Popen(call) as player:
         try:
             yield
         finally:
@@ -82,9 +94,9 @@ def playing(samples: Samples, sink: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def recording(source: str, target: Path) -> Iterator[None]:
+def recording(source: str, target: Path, rate: int = RATE) -> Iterator[None]:
     """Let another program record from a source."""
-    with subprocess.Popen(["parec", "--device", source, *FORMAT, "--latency-msec", "8", str(target)]) as recorder:
+    with subprocess.Popen(["parec", "--device", source, *form(rate), "--latency-msec", "8", str(target)]) as recorder:
         try:
             yield
         finally:
@@ -103,9 +115,9 @@ def position(whole: Samples, part: Samples) -> int:
     return int(np.fft.irfft(spectrum, size)[: len(whole)].argmax())
 
 
-def noise(seconds: int) -> Samples:
+def noise(seconds: int, rate: int = RATE) -> Samples:
     """Return noise ``[N, 2]``, whose position in a recording is unambiguous."""
-    return np.random.default_rng(0).normal(0, 0.1, (seconds * RATE, 2)).astype(np.float32)
+    return np.random.default_rng(0).normal(0, 0.1, (seconds * rate, 2)).astype(np.float32)
 
 
 def live_until(seconds: float, *flags: object) -> tuple[dict[str, object], str]:
@@ -146,6 +158,47 @@ def test_the_enhanced_microphone_signal_is_played_completely(
         expected = soundfile.read(folder / "again.wav", dtype="float32")[0][start : start + len(sound)]
         ears = read_raw(folder / "ears.raw")
         complete = np.array_equal(captured[start : start + len(sound)], sound), inserted(ears, expected) <= MAX_INSERTED
+        if all(complete) and last["underruns"] == last["overruns"] == 0:
+            break
+    assert complete == (True, True)
+    assert (last["underruns"], last["overruns"]) == (0, 0)
+
+
+def is_captured(captured: Samples, sound: Samples, rate: int) -> bool:
+    """Return whether a recording at the bundle's rate holds all of a sound at the devices' rate.
+
+    It is not known which sample of the devices the sound began with, so all near the likely one are tried.
+    """
+    start = position(captured, LowDelayResampler(rate, RATE, 2)(sound))
+    for before in range(start * rate // RATE - 8, start * rate // RATE + 8):
+        stream = np.concatenate([np.zeros((before, 2), np.float32), sound])
+        expected = LowDelayResampler(rate, RATE, 2)(stream)[start : start + len(sound) * RATE // rate]
+        if np.abs(captured[start : start + len(expected)] - expected).max() < 1e-5:
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rate", [44100, 48000])
+def test_nothing_is_lost_at_other_rates(rate: int, golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle, sound = golden_bundle(SS), noise(5, rate)
+    devices = ["--input", "pulse", "--output", "pulse", "--rate", rate, "--buffer-ms", 200]
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        with (
+            running_sound_server(folder, rate),
+            recording("ears.monitor", folder / "ears.raw", rate),
+            playing(sound, "room", folder, rate),
+        ):
+            last, _ = live_until(18, "--bundle", bundle, *devices, "--record", folder / "recording")
+        captured = soundfile.read(folder / "recording" / "input.wav", dtype="float32")[0]
+        played = soundfile.read(folder / "recording" / "output.wav", dtype="float32")[0]
+        start = position(captured, LowDelayResampler(rate, RATE, 2)(sound)) * rate // RATE
+        expected = LowDelayResampler(RATE, rate, 2)(played)[start : start + len(sound)]
+        lost = inserted(read_raw(folder / "ears.raw"), expected)
+        complete = is_captured(captured, sound, rate), lost <= MAX_INSERTED * rate / RATE
         if all(complete) and last["underruns"] == last["overruns"] == 0:
             break
     assert complete == (True, True)
