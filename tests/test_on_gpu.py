@@ -53,7 +53,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_check(tmp_path: Path) -> None:
-    result = run("check", tmp_path / "out", "--device", "cpu", "--minutes", 10)
+    result = run("check", tmp_path / "out", "--device", "cpu", "--minutes", 10, "--small")
     assert result.returncode == 0, result.stderr
     written = results(tmp_path / "out", "check")
     assert written["tests"] == "passed"

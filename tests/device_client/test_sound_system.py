@@ -180,7 +180,7 @@ def is_captured(captured: Samples, sound: Samples, rate: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("rate", [44100, 48000])
+@pytest.mark.parametrize("rate", [pytest.param(44100, marks=pytest.mark.long), 48000])
 def test_nothing_is_lost_at_other_rates(rate: int, golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
     bundle, sound = golden_bundle(SS), noise(5, rate)
     devices = ["--input", "pulse", "--output", "pulse", "--rate", rate, "--buffer-ms", 200]

@@ -10,7 +10,7 @@ import pytest
 FILES = [f"tests/remote_server/{name}.py" for name in ("test_abuse", "test_limits", "test_sessions")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sessions_limits_and_abuse_are_the_same(tmp_path: Path) -> None:
     environment = {**os.environ, "CXX": "/none", "XDG_CACHE_HOME": str(tmp_path)}
     call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses", "2", "--dist", "loadfile"]
