@@ -9,7 +9,8 @@ import argparse
 import csv
 import shutil
 import sys
-from collections.abc import Iterator
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from knowledge_boosting.common.cli import warn
-from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import check_folder
 from knowledge_boosting.training.data.corpus import (
     SAMPLE_RATE,
@@ -34,6 +35,7 @@ from knowledge_boosting.training.data.responses import level_gains, read_bank, r
 
 VALID_SPEECH = Path(__file__).parents[1] / "samples/speech/valid-more"
 RESPONSES_FILE = "responses.npz"
+_FEWEST_ROOMS = 4
 _VALID_ROOMS, _VALID_ITEMS, _VALID_SECONDS = 40, 48, 4
 _LEVEL_DBFS = -26.0
 # libsndfile spreads its compression levels from 0 to 1 over these bits a second for each channel.
@@ -42,6 +44,8 @@ _MOST_BITS, _FEWEST_BITS = 256_000, 6_000
 
 def pack(out: Path, speech: Path, excluded: Path | None, noise: Path, responses: Path, rooms: int, kbit: float) -> None:
     """Write speech, noise and the responses of ``rooms`` rooms to a folder."""
+    if rooms < _FEWEST_ROOMS:
+        raise InputError(f"--rooms: must be at least {_FEWEST_ROOMS}, because a quarter is for validation")
     names = read_speaker_names(excluded) if excluded is not None else frozenset()
     voices = {name: own for name, own in find_speech(speech, skip_broken=False).speakers.items() if name not in names}
     for name, utterances in voices.items():
@@ -64,13 +68,22 @@ def _encode(utterance: Utterance, path: Path, kbit: float) -> None:
 
 
 def unpack(pack_folder: Path, out: Path) -> None:
-    """Make the data for ``kb-train`` from a folder of :func:`pack`."""
-    for name in ("speech", "noise"):
-        shutil.copytree(pack_folder / name, out / name, dirs_exist_ok=True)
-    with np.load(pack_folder / RESPONSES_FILE) as content:
-        responses = content["responses"] * content["scales"].astype(np.float32)[:, None, None, None]
-        listeners = content["listeners"]
-    held_out = min(_VALID_ROOMS, len(responses) // 4)
+    """Make the data for ``kb-train`` from a folder of :func:`pack`.
+
+    Raises:
+        InputError: it is not such a folder, or a file is damaged.
+    """
+    path = pack_folder / RESPONSES_FILE
+    try:
+        with np.load(path) as content:
+            responses = content["responses"] * content["scales"].astype(np.float32)[:, None, None, None]
+            listeners = content["listeners"]
+        for name in ("speech", "noise"):
+            shutil.copytree(pack_folder / name, out / name, dirs_exist_ok=True)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        text = "not a folder that `python -m benchmarks.gpu_data pack` has made, or a damaged one"
+        raise InputError(f"{pack_folder}: {text} ({reason(error)})") from None
+    held_out = min(_VALID_ROOMS, len(responses) // _FEWEST_ROOMS)
     write_bank(out / "responses.safetensors", responses[held_out:], [str(number) for number in listeners[held_out:]])
     _write_validation(out / "valid" / "val", responses[:held_out])
 
@@ -101,10 +114,6 @@ def _write_validation(split: Path, responses: NDArray[np.float32]) -> None:
         table.writerows(rows)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -125,7 +134,7 @@ def main() -> None:
         check_folder(arguments["out"])
         if command == "pack":
             pack(**arguments)
-            size = sum(path.stat().st_size for path in _files(arguments["out"]))
+            size = sum(path.stat().st_size for path in arguments["out"].rglob("*") if path.is_file())
             print(f"{arguments['out']}: {size / 2**20:.1f} MiB")
         else:
             unpack(arguments["pack"], arguments["out"])

@@ -62,8 +62,10 @@ class Part:
         """Start the clock.
 
         Raises:
-            InputError: the device does not exist, or the folder cannot be written.
+            InputError: the device does not exist, the folder cannot be written, or the time is no number.
         """
+        if not 0 <= minutes < float("inf"):
+            raise InputError("--minutes: must be a number of minutes")
         check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.small = out, small

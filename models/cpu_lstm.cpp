@@ -231,15 +231,6 @@ static void backward_rows(const Sizes& sizes, int64_t first, const float* const*
     }
 }
 
-// Calls `block` with `rows`, from 1 to ROWS, as a compile-time constant.
-template <int R = ROWS, typename Block>
-static void with_rows(int64_t rows, Block block) {
-    if (rows == R)
-        block(std::integral_constant<int, R>{});
-    else if constexpr (R > 1)
-        with_rows<R - 1>(rows, block);
-}
-
 extern "C" void lstm_forward(const Sizes* sizes, const Weights* weights, const Kept* kept, const float* x,
                              const float* h0, const float* c0, float* y, float* hn, float* cn) {
     const int64_t N = sizes->sequences, D = sizes->channels, H = sizes->units;

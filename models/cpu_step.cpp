@@ -103,15 +103,6 @@ void store_part(float* to, Vector value, int64_t count) {
     std::memcpy(to, &value, std::min<int64_t>(count, WIDTH) * sizeof(float));
 }
 
-// Calls `block` with `rows`, from 1 to ROWS, as a compile-time constant.
-template <int R = ROWS, typename Block>
-void with_rows(int64_t rows, Block block) {
-    if (rows == R)
-        block(std::integral_constant<int, R>{});
-    else if constexpr (R > 1)
-        with_rows<R - 1>(rows, block);
-}
-
 // Calls `block` for blocks of up to ROWS of `count` rows.
 template <typename Block>
 void for_rows(int64_t count, Block block) {
@@ -132,24 +123,9 @@ void multiply_rows(const float* x, int64_t x_stride, int64_t count, int64_t dept
     });
 }
 
-// Normalises the first `size` of padded(size) values, whose padding is zero.
-void normalise(const float* x, int64_t size, float* normal) {
-    const int64_t whole = padded(size);
-    Vector total{};
-    for (int64_t d = 0; d < whole; d += WIDTH) total += load(x + d);
-    const float mean = sum(total) / size;
-    Vector squares{};
-    for (int64_t d = 0; d < whole; d += WIDTH) {
-        const Vector difference = load(x + d) - mean;
-        squares += difference * difference;
-    }
-    const float variance = (sum(squares) - (whole - size) * mean * mean) / size;
-    const float scale = 1 / std::sqrt(std::max(variance, 0.0f) + EPSILON);
-    for (int64_t d = 0; d < whole; d += WIDTH) store(normal + d, (load(x + d) - mean) * scale);
-}
-
-// Normalises `size` values with an affine part.
-void normalise_affine(const float* x, int64_t size, const float* scale, const float* shift, float* out) {
+// Normalises `size` values. finish(index, normal, count) receives `count` of them, a vector or the rest.
+template <typename Finish>
+void normalise(const float* x, int64_t size, Finish finish) {
     Vector total{};
     for (int64_t d = 0; d < size; d += WIDTH) total += load_part(x + d, size - d);
     const float mean = sum(total) / size;
@@ -160,12 +136,8 @@ void normalise_affine(const float* x, int64_t size, const float* scale, const fl
     }
     const int64_t beyond = padded(size) - size;  // lanes that contain -mean
     const float variance = (sum(squares) - beyond * mean * mean) / size;
-    const float factor = 1 / std::sqrt(std::max(variance, 0.0f) + EPSILON);
-    for (int64_t d = 0; d < size; d += WIDTH) {
-        const int64_t count = size - d;
-        const Vector normal = (load_part(x + d, count) - mean) * factor;
-        store_part(out + d, normal * load_part(scale + d, count) + load_part(shift + d, count), count);
-    }
+    const float scale = 1 / std::sqrt(std::max(variance, 0.0f) + EPSILON);
+    for (int64_t d = 0; d < size; d += WIDTH) finish(d, (load_part(x + d, size - d) - mean) * scale, size - d);
 }
 
 float dot(const float* a, const float* b, int64_t size) {
@@ -325,10 +297,17 @@ class Step {
         const int64_t whole = padded(s_.channels);
         for (int64_t f = 0; f < s_.bins; f++) {
             float* row = x + f * whole;
-            normalise(row, s_.channels, row);
-            for (int64_t d = 0; d < whole; d += WIDTH)
-                store(row + d, load(row + d) * load(w_.input_scale + d) + load(w_.input_shift + d));
+            normalise(row, s_.channels, [&](int64_t d, Vector normal, int64_t) {
+                store(row + d, normal * load(w_.input_scale + d) + load(w_.input_shift + d));
+            });
         }
+    }
+
+    // Normalises the features of a bin into `normal`, without the affine part.
+    void normalise_row(const float* x, int64_t f) {
+        float* const to = t_.normal + f * padded(s_.channels);
+        normalise(x + f * padded(s_.channels), s_.channels,
+                  [&](int64_t d, Vector normal, int64_t) { store(to + d, normal); });
     }
 
     template <int R>
@@ -336,7 +315,7 @@ class Step {
         const int64_t F = s_.bins, D = padded(s_.channels), H = padded(s_.units);
         for (int direction = 0; direction < 2; direction++) {
             for (int r = 0; r < R; r++) {
-                for (int64_t f = 0; f < F; f++) normalise(x(r) + f * D, s_.channels, t_.normal + f * D);
+                for (int64_t f = 0; f < F; f++) normalise_row(x(r), f);
                 multiply_rows(t_.normal, D, F, s_.channels, w.intra_input[direction], 4 * H, t_.gates + r * F * 4 * H,
                               [&](int64_t, int64_t column) { return load(w.intra_bias[direction] + column); });
             }
@@ -417,8 +396,8 @@ class Step {
         for_rows(F, [&](int64_t first, auto rows) {
             const float *inputs[rows], *past[rows], *fresh[rows];
             for (int r = 0; r < rows; r++) {
-                normalise(x + (first + r) * D, s_.channels, t_.normal + r * D);
-                inputs[r] = t_.normal + r * D;
+                normalise_row(x, first + r);
+                inputs[r] = t_.normal + (first + r) * D;
                 past[r] = hidden + (first + r) * units;
                 fresh[r] = t_.hidden + r * H;
             }
@@ -465,7 +444,9 @@ class Step {
     void normalise_head(int64_t columns, int64_t column, int64_t size, const float* scale, const float* shift, float* to) {
         for (int64_t f = 0; f < s_.bins; f++)
             std::memcpy(t_.head + f * size, t_.projected + f * columns + column, size * sizeof(float));
-        normalise_affine(t_.head, s_.bins * size, scale, shift, to);
+        normalise(t_.head, s_.bins * size, [&](int64_t i, Vector normal, int64_t count) {
+            store_part(to + i, normal * load_part(scale + i, count) + load_part(shift + i, count), count);
+        });
     }
 
     // Puts the keys and values of a frame into a row of the rings.

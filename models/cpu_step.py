@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 
 from knowledge_boosting.models.arrivals import MERGES, Hint, check_hints
 from knowledge_boosting.models.compiled import STEP, library, required_library
-from knowledge_boosting.models.config import ModelConfig, NetworkSize, Pair
+from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig, NetworkSize, Pair
 from knowledge_boosting.models.packed_network import Array, PackedNetwork, Weights, structure
+
+# Engines use a compiled step only if it equals theirs up to this error, relative to the largest value or to one, and
+# takes at most this part of their time. A smaller gain is not worth another implementation.
+MAX_ERROR = 1e-4
+MAX_RELATIVE_TIME = 2 / 3
 
 _MAX_SIZE = 512  # of channels and of units; buffers grow with it
 
@@ -86,8 +91,12 @@ class SmallNetwork:
         self.config = config
         self.packed = PackedNetwork(config, config.on_device, weights, device=True)
         between = config.on_device.blocks - 1 if config.needs_speaker else 0
+        values = 2 * config.framing.bins * config.on_device.channels
         self._speaker = [
-            (_float(weights[f"network.speaker.{index}.weight"]), _float(weights[f"network.speaker.{index}.bias"]))
+            (
+                self.packed.get(f"network.speaker.{index}.weight", values, SPEAKER_EMBEDDING_SIZE).astype(np.float32),
+                self.packed.get(f"network.speaker.{index}.bias", values).astype(np.float32),
+            )
             for index in range(between)
         ]
 
@@ -150,9 +159,16 @@ class SmallStep:
             buffer[...] = 0
 
     def step(self, window: Array, hints: Sequence[Hint] = ()) -> Array:
-        """Process the next frame, as :meth:`models.onnx_stream.OnnxStream.step`."""
+        """Process the next frame, as :meth:`models.onnx_stream.OnnxStream.step`.
+
+        Raises:
+            ValueError: the window or a hint has another shape, or a hint cannot be used at this frame.
+        """
         config, packed = self._network.config, self._network.packed
         check_hints(config, hints)
+        _check_shape(window, config.microphones, config.framing.n_fft)
+        for hint in hints:
+            _check_shape(hint.values, config.hint_channels, config.framing.bins)
         # A network that was reset has forgotten the features of the frames before.
         used = [hint for hint in hints if hint.age <= self._frames[0]] if config.on_arrival else hints
         arrays = [np.ascontiguousarray(values, np.float32) for values in (window, *(hint.values for hint in used))]
@@ -171,5 +187,6 @@ def _addresses(arrays: Array) -> tuple[int, ...]:
     return tuple(int(array.ctypes.data) for array in arrays)
 
 
-def _float(values: Array) -> Array:
-    return np.ascontiguousarray(values, np.float32)
+def _check_shape(array: Array, *shape: int) -> None:
+    if array.shape != shape:
+        raise ValueError(f"the shape must be {list(shape)}, not {list(array.shape)}")

@@ -99,23 +99,23 @@ class PackedNetwork:
         norm = "network.input_norm"
         self.weights = _StepWeights(
             self._packed(matrices.analysis),
-            *self._convolution("network.input_conv"),
-            *(self._padded(self._get(f"{norm}.{part}", size.channels)) for part in ("weight", "bias")),
-            *self._convolution("network.output_conv"),
-            *((None, None) if device else self._convolution("encoder")),
+            *self._convolution("network.input_conv", 2 * config.microphones, size.channels),
+            *(self._padded(self.get(f"{norm}.{part}", size.channels)) for part in ("weight", "bias")),
+            *self._convolution("network.output_conv", size.channels, config.spectrum_channels),
+            *((None, None) if device else self._convolution("encoder", config.spectrum_channels, config.hint_channels)),
             self._packed(synthesis) if device else None,
             ctypes.addressof(self._blocks),
         )
 
-    def _get(self, name: str, *shape: int) -> NDArray[np.float64]:
-        """Return a weight in double precision. Without a ``shape``, any will do.
+    def get(self, name: str, *shape: int) -> NDArray[np.float64]:
+        """Return a weight of a shape in double precision.
 
         Raises:
             KeyError: there is no such weight.
             ValueError: its shape is another one.
         """
         value = self._all[name]
-        if shape and value.shape != shape:
+        if value.shape != shape:
             raise ValueError(f"{name} has the shape {list(value.shape)}, expected {list(shape)}")
         return value.astype(np.float64)
 
@@ -142,12 +142,12 @@ class PackedNetwork:
                 column += vectors * self._width
         return self._keep(np.concatenate(parts))
 
-    def _convolution(self, name: str) -> tuple[int, int]:
+    def _convolution(self, name: str, inputs: int, outputs: int) -> tuple[int, int]:
         """Keep a convolution as three matrices ``[3 C_in, C_out]``, one for each frame, and its bias."""
-        weight = self._get(f"{name}.conv.weight")
+        weight = self.get(f"{name}.conv.weight", outputs, inputs, 3, 3)
         by_frame = weight.transpose(2, 3, 1, 0)  # [3 frames, 3 bins, C_in, C_out]
-        matrices = by_frame.reshape(3, -1, weight.shape[0])
-        return self._packed(*matrices), self._padded(self._get(f"{name}.conv.bias", weight.shape[0]))
+        matrices = by_frame.reshape(3, -1, outputs)
+        return self._packed(*matrices), self._padded(self.get(f"{name}.conv.bias", outputs))
 
     def _gates(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
         """Rearrange ``[4 H, depth]`` to ``[depth, gates]``: by group of units, and then by gate."""
@@ -160,26 +160,26 @@ class PackedNetwork:
     def _lstm(self, name: str, norm: str, suffix: str = "") -> tuple[int, int, int]:
         """Keep the weights of the input, of the state, and the bias. They include the affine part of the norm."""
         gates, channels, units = 4 * self._size.hidden, self._size.channels, self._size.hidden
-        from_input = self._get(f"{name}.weight_ih_l0{suffix}", gates, channels)
-        from_hidden = self._get(f"{name}.weight_hh_l0{suffix}", gates, units)
-        bias = sum(self._get(f"{name}.bias_{part}_l0{suffix}", gates) for part in ("ih", "hh"))
-        bias = bias + from_input @ self._get(f"{norm}.bias", channels)
-        from_input = from_input * self._get(f"{norm}.weight", channels)
+        from_input = self.get(f"{name}.weight_ih_l0{suffix}", gates, channels)
+        from_hidden = self.get(f"{name}.weight_hh_l0{suffix}", gates, units)
+        bias = sum(self.get(f"{name}.bias_{part}_l0{suffix}", gates) for part in ("ih", "hh"))
+        bias = bias + from_input @ self.get(f"{norm}.bias", channels)
+        from_input = from_input * self.get(f"{norm}.weight", channels)
         packed = (self._packed(self._gates(weight)) for weight in (from_input, from_hidden))
         return (*packed, self._keep(self._gates(bias[:, None])))  # type: ignore[return-value]
 
     def _linear(self, name: str, *shape: int) -> tuple[int, int]:
-        return self._packed(self._get(f"{name}.weight", *shape).T), self._padded(self._get(f"{name}.bias", shape[0]))
+        return self._packed(self.get(f"{name}.weight", *shape).T), self._padded(self.get(f"{name}.bias", shape[0]))
 
     def _block(self, index: int, *, fused: bool) -> ctypes.Structure:
         name, size = f"network.blocks.{index}", self._size
         intra = [self._lstm(f"{name}.intra_lstm", f"{name}.intra_norm", suffix) for suffix in ("", "_reverse")]
-        linear = self._get(f"{name}.intra_linear.weight", size.channels, 2 * size.hidden)
+        linear = self.get(f"{name}.intra_linear.weight", size.channels, 2 * size.hidden)
         none = [None] * _ATTENTION
         return _BlockWeights(
             *(each for directions in zip(*intra, strict=True) for each in directions),
             *(self._packed(half.T) for half in np.split(linear, 2, axis=1)),
-            self._padded(self._get(f"{name}.intra_linear.bias", size.channels)),
+            self._padded(self.get(f"{name}.intra_linear.bias", size.channels)),
             *self._lstm(f"{name}.inter_lstm", f"{name}.inter_norm"),
             *self._linear(f"{name}.inter_linear", size.channels, size.hidden),
             *(self._self_attention(f"{name}.attention") if size.self_attention else none),
@@ -190,29 +190,33 @@ class PackedNetwork:
         channels, bins = self._size.channels, self._framing.bins
         return (
             *self._linear(f"{name}.merge", channels, channels),
-            self._keep(self._get(f"{name}.slope_merge", 1)),
-            *(self._padded(self._get(f"{name}.norm_merge.{part}", bins, channels)) for part in ("weight", "bias")),
+            self._keep(self.get(f"{name}.slope_merge", 1)),
+            *(self._padded(self.get(f"{name}.norm_merge.{part}", bins, channels)) for part in ("weight", "bias")),
         )
 
     def _self_attention(self, name: str) -> tuple[int, ...]:
-        sizes, channels = self.sizes.attention, self._size.channels
+        sizes, channels, bins = self.sizes.attention, self._size.channels, self._framing.bins
         keys = sizes.heads * sizes.key
-        weight, bias = (
-            self._get(f"{name}.project.weight", 2 * keys + channels, channels),
-            self._get(f"{name}.project.bias"),
-        )
+        weight = self.get(f"{name}.project.weight", 2 * keys + channels, channels)
+        bias = self.get(f"{name}.project.bias", 2 * keys + channels)
         slopes = np.concatenate(
             [
-                np.repeat(self._get(f"{name}.slope_qk", 2 * sizes.heads), sizes.key),
-                np.repeat(self._get(f"{name}.slope_v", sizes.heads), sizes.value),
+                np.repeat(self.get(f"{name}.slope_qk", 2 * sizes.heads), sizes.key),
+                np.repeat(self.get(f"{name}.slope_v", sizes.heads), sizes.value),
             ]
         )
-        scale, shift = (self._get(f"{name}.{part}_qk").reshape(2, sizes.heads, -1) for part in ("scale", "shift"))
+        scale, shift = (
+            self.get(f"{name}.{part}_qk", 2 * sizes.heads, 1, bins * sizes.key).reshape(2, sizes.heads, -1)
+            for part in ("scale", "shift")
+        )
         return (
             *(self._packed(weight[:keys].T), self._padded(bias[:keys]), self._padded(slopes[:keys])),
             *(self._packed(weight[keys:].T), self._padded(bias[keys:]), self._padded(slopes[keys:])),
             *(self._keep(part) for part in (scale[0], shift[0], scale[1], shift[1])),
-            *(self._keep(self._get(f"{name}.{part}_v")) for part in ("scale", "shift")),
+            *(
+                self._keep(self.get(f"{name}.{part}_v", sizes.heads, 1, bins * sizes.value))
+                for part in ("scale", "shift")
+            ),
             *self._merge(name),
         )
 
@@ -221,17 +225,17 @@ class PackedNetwork:
         keys = sizes.heads * sizes.key
 
         def slopes(part: str, count: int) -> NDArray[np.float64]:
-            return np.repeat(self._get(f"{name}.slope_{part}", 1), count)
+            return np.repeat(self.get(f"{name}.slope_{part}", 1), count)
 
         def affine(part: str, values: int) -> list[int]:
             # All heads have the same.
-            parts = (self._get(f"{name}.norm_{part}.{kind}", bins * values) for kind in ("weight", "bias"))
+            parts = (self.get(f"{name}.norm_{part}.{kind}", bins * values) for kind in ("weight", "bias"))
             return [self._keep(np.tile(each, (sizes.heads, 1))) for each in parts]
 
-        weight = self._get(f"{name}.film.weight", 2 * channels, self.sizes.hints).reshape(2, channels, -1)
+        weight = self.get(f"{name}.film.weight", 2 * channels, self.sizes.hints).reshape(2, channels, -1)
         film = np.concatenate([self._pad(half.T) for half in weight], axis=1)
-        bias = np.concatenate([self._pad(half) for half in self._get(f"{name}.film.bias").reshape(2, channels)])
-        arrival = self.sizes.delay < 0
+        bias = self.get(f"{name}.film.bias", 2 * channels).reshape(2, channels)
+        ages = {"age_bias": (sizes.heads, sizes.window), "age_scale": (sizes.window,)} if self.sizes.delay < 0 else {}
         return (
             *self._linear(f"{name}.query", keys, channels),
             self._padded(slopes("query", keys)),
@@ -239,6 +243,6 @@ class PackedNetwork:
             self._padded(np.concatenate([slopes("key", keys), slopes("value", channels)])),
             *(*affine("query", sizes.key), *affine("key", sizes.key), *affine("value", sizes.value)),
             *self._merge(name),
-            *(self._packed(film), self._keep(bias)),
-            *(self._keep(self._get(f"{name}.age_{part}")) for part in (("bias", "scale") if arrival else ())),
+            *(self._packed(film), self._padded(bias)),
+            *(self._keep(self.get(f"{name}.{part}", *shape)) for part, shape in ages.items()),
         )

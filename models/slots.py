@@ -34,7 +34,7 @@ class StateSlots:
         self._model, self._count = model, count
         self._first = model.initial_state(1, speaker_embedding)
         self._stacked = _empty(self._first, count + 1)  # the last slot belongs to no stream and fills up steps
-        self._tensors = _tensors(self._stacked)
+        self._tensors = state_tensors(self._stacked)
         self._device = self._tensors[0].device
         self._compiled: CompiledStep | None = None  # on a CPU
         self._traces: dict[int, Callable[..., Tensor]] = {}
@@ -42,7 +42,7 @@ class StateSlots:
 
     def put(self, slot: int, state: LargeState) -> None:
         """Put the state ``[1, ...]`` of a stream into a slot, and overwrite its old content completely."""
-        for own, new in zip(self._tensors, _tensors(state), strict=True):
+        for own, new in zip(self._tensors, state_tensors(state), strict=True):
             own[slot] = new[0]
 
     def prepare(self, lengths: Iterable[int]) -> None:
@@ -68,7 +68,7 @@ class StateSlots:
         results, seconds = [], []
         with torch.no_grad():
             for compiled in (False, True):
-                stacked = _map(self._first, partial(torch.clone, memory_format=torch.contiguous_format))
+                stacked = map_state(self._first, partial(torch.clone, memory_format=torch.contiguous_format))
                 step: Callable[[Tensor, Tensor], Tensor] = partial(_step, self._model, stacked)
                 if compiled:
                     step = CompiledStep(self._model, stacked)
@@ -81,11 +81,11 @@ class StateSlots:
                 seconds.append(min(times))
         expected, actual = results
         error, loudest = float((actual - expected).abs().max()), float(expected.abs().max())
-        if not error <= _MAX_ERROR * max(loudest, 1):
+        if not error <= cpu_step.MAX_ERROR * max(loudest, 1):
             warn(f"the compiled step differs from torch by {error:.2g} (largest value {loudest:.2g}), so torch is used")
             return False
         # A trace takes somewhat less time than the same operations without one.
-        return seconds[1] < 0.7 * seconds[0]
+        return seconds[1] < cpu_step.MAX_RELATIVE_TIME * seconds[0]
 
     def _capture(self, lengths: Iterable[int]) -> None:
         framing, microphones = self._model.config.framing, self._model.config.microphones
@@ -167,7 +167,6 @@ def step_size(streams: int) -> int:
 
 
 _CHECKED_FRAMES = 6  # with which the compiled step is checked and timed
-_MAX_ERROR = 1e-4  # of the compiled step, relative to the largest value
 _MAX_STEP_SECONDS = 0.1  # a longer step is useless in real time, so no larger steps are prepared
 _MAX_GRAPHED_BACKLOG = 64  # frames of all streams in a step; larger steps for backlogs are rare, and have no graph
 _TRACED_STREAMS = 3  # streams in the example input of a trace; the trace works for any number
@@ -183,12 +182,12 @@ class _Step(nn.Module):
     def __init__(self, model: LargeModel, stacked: LargeState) -> None:
         super().__init__()
         self._model, self._stacked = model, stacked
-        for number, tensor in enumerate(_tensors(stacked)):
+        for number, tensor in enumerate(state_tensors(stacked)):
             self.register_buffer(f"state{number}", tensor)
 
     def forward(self, samples: Tensor, slots: Tensor) -> Tensor:
-        parts = iter([self.get_buffer(f"state{number}") for number in range(len(_tensors(self._stacked)))])
-        return _step(self._model, _map(self._stacked, lambda _: next(parts)), samples, slots)
+        parts = iter([self.get_buffer(f"state{number}") for number in range(len(state_tensors(self._stacked)))])
+        return _step(self._model, map_state(self._stacked, lambda _: next(parts)), samples, slots)
 
 
 class CompiledStep:
@@ -298,28 +297,30 @@ def _step(model: LargeModel, stacked: LargeState, samples: Tensor, slots: Tensor
 
 
 def _empty(like: LargeState, count: int) -> LargeState:
-    return _map(like, lambda tensor: tensor.new_zeros(count, *tensor.shape[1:]))
+    return map_state(like, lambda tensor: tensor.new_zeros(count, *tensor.shape[1:]))
 
 
-def _map(node: Node, function: Any) -> Node:
+def map_state(node: Node, function: Any) -> Node:
+    """Return a state, or a part of one, with ``function`` applied to each of its tensors."""
     if isinstance(node, Tensor):
         return cast("Node", function(node))
     if isinstance(node, tuple):
-        return cast("Node", tuple(_map(item, function) for item in node))
+        return cast("Node", tuple(map_state(item, function) for item in node))
     if is_dataclass(node):
-        parts = {field.name: _map(getattr(node, field.name), function) for field in fields(node)}
+        parts = {field.name: map_state(getattr(node, field.name), function) for field in fields(node)}
         return cast("Node", replace(cast("Any", node), **parts))
     return node
 
 
-def _tensors(node: object) -> list[Tensor]:
+def state_tensors(node: object) -> list[Tensor]:
+    """Return the tensors of a state, in the order of :func:`map_state`."""
     found: list[Tensor] = []
 
     def add(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    _map(node, add)
+    map_state(node, add)
     return found
 
 

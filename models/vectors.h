@@ -101,6 +101,15 @@ class Buffer {
     float* data_;
 };
 
+// Calls `block` with `rows`, from 1 to ROWS, as a compile-time constant.
+template <int R = ROWS, typename Block>
+static inline void with_rows(int64_t rows, Block block) {
+    if (rows == R)
+        block(std::integral_constant<int, R>{});
+    else if constexpr (R > 1)
+        with_rows<R - 1>(rows, block);
+}
+
 // Computes sums[r][z] += sum over k of rows[r][k] * weights[k][z]. The rows of `weights` are `stride` floats apart.
 template <int R, int Z>
 static inline __attribute__((always_inline)) void multiply(const float* const* rows, int64_t depth, const float* weights,

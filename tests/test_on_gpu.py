@@ -116,6 +116,26 @@ def test_what_was_measured_before_the_memory_was_full_is_kept(tmp_path: Path, mo
     assert steps["4"] == "not enough memory"
 
 
+@pytest.mark.parametrize("damage", ["no such folder", "another folder", "damaged responses"])
+def test_a_folder_without_packed_data_is_named(packed: Path, tmp_path: Path, damage: str) -> None:
+    data = tmp_path / "data"
+    if damage == "another folder":
+        data.mkdir()
+    elif damage == "damaged responses":
+        shutil.copytree(packed, data)
+        content = bytearray((data / "responses.npz").read_bytes())
+        content[len(content) // 2] ^= 255
+        (data / "responses.npz").write_bytes(content)
+    for arguments, module in (
+        (("train", tmp_path / "out", "--device", "cpu", "--data", data), None),
+        (("unpack", data, tmp_path / "unpacked"), "benchmarks.gpu_data"),
+    ):
+        result = run(*arguments, module=module)
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"warning: {data}: not a folder that")
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_without_time_for_an_update_training_says_so(packed: Path, tmp_path: Path) -> None:
     part = on_gpu.Part("train", tmp_path, "cpu", 0, small=True)
     with pytest.raises(Failure, match="no update was made"):

@@ -11,12 +11,10 @@ from knowledge_boosting.device_client.engines.engine import CheckedEngine, Engin
 from knowledge_boosting.models.arrivals import Hint
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
-from knowledge_boosting.models.cpu_step import SmallNetwork, SmallStep, supports
+from knowledge_boosting.models.cpu_step import MAX_ERROR, MAX_RELATIVE_TIME, SmallNetwork, SmallStep, supports
 from knowledge_boosting.protos.codec import Samples
 
 _CHECKED_FRAMES = 24
-_MAX_ERROR = 1e-4  # of a sample, relative to the loudest one
-_MAX_RELATIVE_TIME = 0.67  # a smaller gain is not worth another engine
 
 
 class CompiledModel:
@@ -54,10 +52,10 @@ def faster_model(model: Model, bundle: Bundle) -> Model:
     except (InputError, Failure):
         return model
     error, loudest, relative_time = _compare(compiled, model)
-    if not error <= _MAX_ERROR * max(loudest, 1):
+    if not error <= MAX_ERROR * max(loudest, 1):
         warn(f"the compiled network differs by {error:.2g} (loudest sample {loudest:.2g}), so ONNX Runtime is used")
         return model
-    return compiled if relative_time < _MAX_RELATIVE_TIME else model
+    return compiled if relative_time < MAX_RELATIVE_TIME else model
 
 
 def _compare(one: Model, other: Model) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.device_client.engines.compiled_engine import CompiledModel
@@ -18,6 +19,7 @@ from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import build, read_config
 from knowledge_boosting.models.config import Alone, Framing, Pair
 from knowledge_boosting.models.framing import pad_to_frames
+from knowledge_boosting.models.manifest import bundle_id, file_digest
 from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import SmallModel
 from tests.golden_cases import NAMES, TOLERANCE, Golden, worst
@@ -131,6 +133,18 @@ def copied(golden_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
     for file in source.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     return copy
+
+
+def test_weights_of_another_network_are_refused(copied: Path) -> None:
+    weights = load_file(copied / "small.safetensors")
+    weights["network.output_conv.conv.weight"] = weights["network.output_conv.conv.weight"][:2].copy()
+    save_file(weights, copied / "small.safetensors")
+    manifest = json.loads((copied / "bundle.json").read_text())
+    manifest["digests"]["small"] = file_digest(copied / "small.safetensors")
+    manifest["id"] = bundle_id(Bundle(copied).model, manifest["digests"])
+    (copied / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"small\.safetensors: .*output_conv.* export the bundle again"):
+        CompiledModel(Bundle(copied))
 
 
 def test_a_changed_graph_is_refused(copied: Path) -> None:

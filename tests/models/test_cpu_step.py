@@ -55,14 +55,14 @@ def states(model: LargeModel) -> LargeState:
     """Return the states of new streams, and of one more that must not be touched."""
     torch.manual_seed(1)
     initial = model.initial_state(STREAMS + 1, speakers(model, STREAMS + 1))
-    return slots._map(initial, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+    return slots.map_state(initial, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
 
 @torch.inference_mode()
 def check_equal(model: LargeModel) -> None:
     """Compare streams in random groups with whole signals."""
     rng, stacked = random.Random(0), states(model)
-    untouched = [tensor[STREAMS].clone() for tensor in slots._tensors(stacked)]
+    untouched = [tensor[STREAMS].clone() for tensor in slots.state_tensors(stacked)]
     framing = model.config.framing
     samples = 0.1 * torch.randn(STREAMS, 2, FRAMES * framing.chunk + framing.lookahead)
     samples[1] *= 1e-3
@@ -82,7 +82,7 @@ def check_equal(model: LargeModel) -> None:
             done[stream] += 1
     actual = torch.stack([torch.cat(own) for own in hints])
     torch.testing.assert_close(actual, expected, rtol=0, atol=3e-5 * max(1.0, float(expected.abs().max())))
-    for tensor, before in zip(slots._tensors(stacked), untouched, strict=True):
+    for tensor, before in zip(slots.state_tensors(stacked), untouched, strict=True):
         assert torch.equal(tensor[STREAMS], before)
 
 
@@ -172,20 +172,32 @@ def test_several_threads_give_the_same() -> None:
         check_equal(large_model("compact"))
 
 
-def step_once(model: LargeModel) -> tuple[StateSlots, Tensor, Tensor]:
-    """Prepare and run a step, and return the slots, its hints and those of torch."""
+def step_once(model: LargeModel) -> tuple[Tensor, Tensor]:
+    """Prepare and run a step, and return its hints and those of torch."""
     with torch.inference_mode():
         prepared = StateSlots(model, 2)
         prepared.prepare([1])
+        Counting.calls = 0
         prepared.put(0, model.initial_state(1))
         window = 0.1 * torch.randn(1, 2, 192, generator=torch.Generator().manual_seed(3))
         expected = model(window, model.initial_state(1))[0]
-        return prepared, prepared.step(window, torch.tensor([0])), expected
+        return prepared.step(window, torch.tensor([0])), expected
 
 
-def test_a_faster_compiled_step_is_used(capsys: pytest.CaptureFixture[str]) -> None:
-    prepared, hints, expected = step_once(large_model("compact"))
-    assert prepared._compiled is not None
+class Counting(CompiledStep):
+    """A step that counts its calls."""
+
+    calls = 0
+
+    def __call__(self, samples: Tensor, slots: Tensor) -> Tensor:
+        Counting.calls += 1
+        return super().__call__(samples, slots)
+
+
+def test_a_faster_compiled_step_is_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(slots, "CompiledStep", Counting)
+    hints, expected = step_once(large_model("compact"))
+    assert Counting.calls == 1
     torch.testing.assert_close(hints, expected, rtol=0, atol=1e-4)
     assert not capsys.readouterr().err
 
@@ -193,13 +205,13 @@ def test_a_faster_compiled_step_is_used(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_compiled_step_that_differs_is_not_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Wrong(CompiledStep):
+    class Wrong(Counting):
         def __call__(self, samples: Tensor, slots: Tensor) -> Tensor:
             return super().__call__(samples, slots) * 1.01
 
     monkeypatch.setattr(slots, "CompiledStep", Wrong)
-    prepared, hints, expected = step_once(large_model("compact"))
-    assert prepared._compiled is None
+    hints, expected = step_once(large_model("compact"))
+    assert Counting.calls == 0
     torch.testing.assert_close(hints, expected, rtol=0, atol=1e-4)
     line, *more = capsys.readouterr().err.splitlines()
     assert not more
@@ -207,7 +219,7 @@ def test_a_compiled_step_that_differs_is_not_used(
 
 
 def test_a_slower_compiled_step_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow(CompiledStep):
+    class Slow(Counting):
         def __call__(self, samples: Tensor, slots: Tensor) -> Tensor:
             hints = super().__call__(samples, slots)
             for _ in range(300):
@@ -215,21 +227,43 @@ def test_a_slower_compiled_step_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
             return hints
 
     monkeypatch.setattr(slots, "CompiledStep", Slow)
-    prepared, hints, expected = step_once(large_model("compact"))
-    assert prepared._compiled is None
+    hints, expected = step_once(large_model("compact"))
+    assert Counting.calls == 0
     torch.testing.assert_close(hints, expected, rtol=0, atol=1e-4)
 
 
 def test_without_a_compiler_torch_is_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CXX", "/none")
-    prepared, hints, expected = step_once(large_model("tiny"))
-    assert prepared._compiled is None
+    hints, expected = step_once(large_model("tiny"))
     torch.testing.assert_close(hints, expected, rtol=0, atol=1e-4)
     line, *more = capsys.readouterr().err.splitlines()
     assert not more
     assert line.startswith(
         "warning: the large network takes several times as long on this CPU without its C++ library: "
     )
+
+
+@pytest.mark.parametrize("case", ["delayed", "on arrival", "extraction", "alone with self-attention"])
+def test_weights_of_another_shape_are_refused(case: str) -> None:
+    model = small_model(case, 16)
+    weights = {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
+    used = [name for name in weights if not name.startswith("synthesis")]
+    for name in used:
+        with pytest.raises(ValueError, match=name):
+            SmallNetwork(model.config, weights | {name: weights[name][..., :-1]})
+        with pytest.raises(KeyError, match=name):
+            SmallNetwork(model.config, {other: weight for other, weight in weights.items() if other != name})
+
+
+def test_windows_and_hints_of_another_shape_are_refused() -> None:
+    model = small_model("delayed", 16)
+    stream = SmallStep(SmallNetwork(model.config, {k: v.detach().numpy() for k, v in model.state_dict().items()}))
+    window = np.zeros((2, model.config.framing.n_fft), np.float32)
+    hint = np.zeros((model.config.hint_channels, model.config.framing.bins), np.float32)
+    with pytest.raises(ValueError, match="must be"):
+        stream.step(window[:1])
+    with pytest.raises(ValueError, match="must be"):
+        stream.step(window, [Hint(model.config.delay, hint[:, :-1])])
 
 
 def test_other_devices_and_types_are_left_to_torch() -> None:
