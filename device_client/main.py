@@ -82,7 +82,9 @@ def replay(
     engine: Annotated[
         EngineChoice,
         typer.Option(
-            "--engine", help="Engine for the small network. auto takes the faster of compiled and onnx; torch is extra."
+            "--engine",
+            help="Engine for the small network. auto takes the faster of compiled and onnx. "
+            "torch must be installed separately.",
         ),
     ] = EngineChoice.AUTO,
     server: Annotated[

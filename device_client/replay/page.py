@@ -67,7 +67,7 @@ def check_page(path: Path, seconds: float) -> None:
     Raises:
         InputError: The name of the page does not end in .html, or the recording is too long.
     """
-    if path.suffix not in (".html", ".htm"):
+    if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{path}: the name of a page must end in .html")
     if seconds > MAX_SECONDS:
         text = f"a page has at most {MAX_SECONDS:g} s of sound, and the recording has {seconds:.0f} s"
@@ -100,7 +100,6 @@ def write_page(path: Path, page: Page) -> None:
         notice=page.notice,
         settings=page.settings,
         seconds=seconds,
-        rate=page.rate,
         voices=voices,
         tracks=tracks,
         hints=None if page.hints is None else _hint_plot(page.hints, seconds),
@@ -153,7 +152,8 @@ def _hint_plot(figures: HintFigures, seconds: float) -> dict[str, Any]:
     ages = log.ages_ms(figures.ended_at)
     used, unused, missing = (np.flatnonzero(flags) for flags in log.classify(figures.ended_at))
     shown_ages = ages[~np.isnan(ages)]
-    top = 1.25 * max(model.max_age_ms, float(np.percentile(shown_ages, 99)) if shown_ages.size else 0.0)
+    # Hints without delay that all went missing have no age at all.
+    top = 1.25 * max(model.max_age_ms, float(np.percentile(shown_ages, 99)) if shown_ages.size else 0.0) or 1.0
     words = hint_words(on_arrival=model.on_arrival)
 
     def points(frames: NDArray[np.intp]) -> list[tuple[float, float]]:

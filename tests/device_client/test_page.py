@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,21 @@ def test_the_page_needs_nothing_else_and_shows_every_text_literally(page: Path) 
     assert "48 ms &lt;round&gt; trip" in text
     assert "random weights" in text
     assert "+7.2 dB SI-SDRi" in text
-    assert "353 on time" not in text
     counts = [int(value) for value in re.findall(r"</i>(\d+) (?:on time|late|missing)", text)]
     assert counts == [len(hint_figures().log.used) - 6 - 10, 5, 5]
+
+
+def test_hints_without_a_delay_that_never_came_are_counted(tmp_path: Path) -> None:
+    hints = hint_figures()
+    model = hints.model.model_copy(update={"boosting": FixedDelay(delay=0)})
+    hints.log.arrived_at[:] = -1
+    hints.log.used[:] = False
+    page = Page("x", [Track("Mixture", [tone(100, 0.5)])], RATE, replace(hints, model=model), {}, notice=None)
+    write_page(tmp_path / "page.HTML", page)
+    text = (tmp_path / "page.HTML").read_text(encoding="utf-8")
+    counts = [int(value) for value in re.findall(r"</i>(\d+) (?:on time|late|missing)", text)]
+    assert sum(counts) == counts[2] > 300
+    assert not re.search(r"\bnan\b|\binf\b", text.split('id="sounds"')[0], re.IGNORECASE)
 
 
 def test_a_replay_writes_a_page_with_and_without_references(
