@@ -543,7 +543,8 @@ class Step {
         std::memcpy(states.features + row_of(0) * size, x(0), size * sizeof(float));
         const auto age_of = [&](int64_t row) { return (states_.frames[0] - row - 1) % window + 1; };
         const auto visible = [&](int64_t row) {
-            if (row > states_.frames[0]) return false;
+            // A stream that was reset has forgotten the frames before.
+            if (row >= states_.frames[0]) return false;
             for (int64_t i = 0; i < count; i++)
                 if (row == row_of(ages[i])) return true;
             return states_.arrived[row] != 0;

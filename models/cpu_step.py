@@ -169,15 +169,13 @@ class SmallStep:
         _check_shape(window, config.microphones, config.framing.n_fft)
         for hint in hints:
             _check_shape(hint.values, config.hint_channels, config.framing.bins)
-        # A network that was reset has forgotten the features of the frames before.
-        used = [hint for hint in hints if hint.age <= self._frames[0]] if config.on_arrival else hints
-        arrays = [np.ascontiguousarray(values, np.float32) for values in (window, *(hint.values for hint in used))]
-        for index, hint in enumerate(used):
+        arrays = [np.ascontiguousarray(values, np.float32) for values in (window, *(hint.values for hint in hints))]
+        for index, hint in enumerate(hints):
             self._hints[index], self._ages[index] = arrays[index + 1].ctypes.data, hint.age
         estimate = np.empty(self._shape, np.float32)
         self._step(
             *(ctypes.byref(each) for each in (packed.sizes, packed.weights, self._pointers)),
-            *(ctypes.c_void_p(arrays[0].ctypes.data), self._hints, self._ages, ctypes.c_int64(len(used))),
+            *(ctypes.c_void_p(arrays[0].ctypes.data), self._hints, self._ages, ctypes.c_int64(len(hints))),
             ctypes.c_void_p(estimate.ctypes.data),
         )
         return estimate

@@ -157,6 +157,18 @@ def test_the_network_of_the_device_equals_that_of_torch(case: str) -> None:
     check_small(case)
 
 
+def test_hints_of_frames_before_a_reset_are_ignored() -> None:
+    model = small_model("on arrival", 16)
+    config, rng = model.config, np.random.default_rng(0)
+    network = SmallNetwork(config, {name: weight.detach().numpy() for name, weight in model.state_dict().items()})
+    with_hints, without = SmallStep(network), SmallStep(network)
+    for frame in range(config.max_age):
+        window = rng.normal(0, 0.1, (2, config.framing.n_fft)).astype(np.float32)
+        values = rng.normal(0, 1, (config.hint_channels, config.framing.bins)).astype(np.float32)
+        hints = [Hint(age, values) for age in {frame + 1, config.max_age}]
+        np.testing.assert_array_equal(with_hints.step(window, hints), without.step(window))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", builds())
 def test_every_instruction_set_gives_the_same(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:

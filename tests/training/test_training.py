@@ -7,8 +7,9 @@ import shutil
 import signal
 import subprocess
 import time
-from itertools import product
+from itertools import count, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,9 @@ from knowledge_boosting.training.data.loading import Batch
 from knowledge_boosting.training.data.mixture_folder import MixtureFolder
 from knowledge_boosting.training.evaluation.metrics import si_sdr_improvement
 from knowledge_boosting.training.evaluation.si_sdr import permuted_si_sdr, si_sdr
+from knowledge_boosting.training.learning import trainer
 from knowledge_boosting.training.learning.module import TrainingModule
-from tests.processes import PATIENCE, command, environment, refusal, refusal_here, run
+from tests.processes import PATIENCE, call_here, command, environment, refusal, refusal_here, run
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PAIR: dict[str, Any] = {
@@ -118,12 +120,15 @@ def test_a_run_leaves_checkpoints_logs_and_its_configuration(
     assert "holds a run already" in line
 
 
-def test_a_run_stops_when_its_time_is_over(whole_run: Path, tmp_path: Path) -> None:
+def test_a_run_stops_when_its_time_is_over(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # It looks at the time when training starts, and then after every update: 0, 25, 50, ... seconds.
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=count(0, 25).__next__))
     call = ["--config", whole_run / "config.json", "--run_dir", tmp_path / "run"]
-    result = run("kb-train", *call, "--minutes", 1e-6)
-    assert result.returncode == 0
-    assert result.stderr.endswith("kb-train: stopped at step 1; --resume continues from there\n")
-    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 1
+    assert call_here("kb-train", *call, "--minutes", 2) == 0
+    assert capsys.readouterr().err.endswith("kb-train: stopped at step 5; --resume continues from there\n")
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 5
 
 
 def test_a_device_with_too_little_memory_is_named(
