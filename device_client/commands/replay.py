@@ -42,6 +42,7 @@ from knowledge_boosting.device_client.hints.local_server import local_server
 from knowledge_boosting.device_client.hints.stream import Encodings, HintStream, enroll
 from knowledge_boosting.device_client.live.recording import replay_recording
 from knowledge_boosting.device_client.replay import report as reporting
+from knowledge_boosting.device_client.replay.delay_curve import DELAYS_MS, KeptHints
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.device_client.replay.loop import Hints, RealHints, Run, VirtualHints, run_frames
 from knowledge_boosting.device_client.replay.quality import Measured, qualities
@@ -98,6 +99,8 @@ def replay_file(options: ReplayOptions) -> None:
         embedding = _speaker_embedding(enrollment, server, options.credentials)
 
         run = _new_run(source, config)
+        if options.page is not None and measured is not None and config.on_arrival:
+            run.kept = {}
         pictures = _pictures(options, source, config)
         parts: dict[str, list[Samples]] = {}  # the blocks of each system's estimate
         system = "boosted" if server is not None else "small_without_hints"
@@ -151,6 +154,9 @@ def replay_file(options: ReplayOptions) -> None:
                 parts["large"] = _large_estimate(bundle, source, config, embedding)
         estimates = {name: np.concatenate(blocks, axis=-1) for name, blocks in parts.items()}
         parts.clear()
+        gains = {}
+        if run.kept and measured is not None:
+            gains = _gains_by_delay(model, source, embedding, run.kept, measured)
         mixture = _microphones(source, config.microphones) if options.page is not None else None
         if pictures:
             for block in source.blocks():
@@ -179,6 +185,7 @@ def replay_file(options: ReplayOptions) -> None:
         hints=reporting.hint_report(run, config, seconds) if server is not None else None,
         server_lost=reporting.lost_report(run),
         quality=qualities(measured, estimates) if measured is not None else {},
+        si_sdri_by_delay_ms=gains or None,
         timing=reporting.timing(
             run,
             config,
@@ -222,6 +229,19 @@ def _load_baseline(bundle: str, engine: EngineName, model: ModelConfig) -> Model
         text = f"{bundle}: differs from --bundle in task, microphones or framing; give --alone a bundle that matches"
         raise InputError(text)
     return load_model(opened, engine)
+
+
+def _gains_by_delay(
+    model: Model, source: AudioFile, embedding: Samples | None, hints: dict[int, Samples], measured: Measured
+) -> dict[str, float]:
+    """Return the SI-SDRi in dB with the same hints at each delay in milliseconds."""
+    config, gains = model.manifest.model, dict[str, float]()
+    for delay in DELAYS_MS:
+        blocks: list[Samples] = []
+        kept = KeptHints(config, hints, delay)
+        _run_frames(f"hints after {delay} ms", model, source, embedding, kept, _new_run(source, config), blocks.append)
+        gains[str(delay)] = qualities(measured, {"boosted": np.concatenate(blocks, axis=-1)})["boosted"].si_sdri
+    return gains
 
 
 def _large_estimate(bundle: Bundle, source: AudioFile, config: ModelConfig, embedding: Samples | None) -> list[Samples]:

@@ -52,7 +52,7 @@ def write_page(
     run: Run,
 ) -> None:
     """Write the page, for ``--page``."""
-    from knowledge_boosting.device_client.replay.page import HintFigures, Page, Track
+    from knowledge_boosting.device_client.replay.page import DelayCurve, HintFigures, Page, Track
     from knowledge_boosting.device_client.replay.page import write_page as write
 
     names = {
@@ -70,7 +70,12 @@ def write_page(
             tracks.append(Track(name, voices, report.quality[system].si_sdri if measured is not None else None))
     if measured is not None:
         tracks.append(Track("Reference: the true voices", list(measured.references)))
-    model = manifest.model
+    model, curve = manifest.model, None
+    if report.si_sdri_by_delay_ms is not None:
+        gains = {float(delay): gain for delay, gain in report.si_sdri_by_delay_ms.items()}
+        without = "alone" if "alone" in estimates else "small_without_hints"
+        levels = {without: "Without hints", "large": "Large network"}
+        curve = DelayCurve(gains, {levels[name]: report.quality[name].si_sdri for name in levels if name in estimates})
     page = Page(
         title=f"{printable(options.input_file.name)}, bundle {manifest.label}",
         tracks=tracks,
@@ -78,6 +83,7 @@ def write_page(
         hints=HintFigures(run.log, run.ended_at, model) if isinstance(model, Pair) else None,
         settings=reporting.settings(report),
         notice=report.bundle.notice,
+        curve=curve,
     )
     assert options.page is not None
     write(options.page, page)

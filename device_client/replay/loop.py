@@ -35,12 +35,15 @@ class Run:
     bytes_down: int = 0
     overflows: int = 0  # frames whose estimate was not finite, so that the output is the input
     lost: StreamEnd | None = None  # why the session ended before the audio; None if it did not
+    kept: dict[int, Samples] | None = None  # the hints by frame, if they are kept
 
     def count_hint(self, hint: ReceivedHint) -> None:
         """Add a received hint to the figures."""
         self.hints_received += 1
         self.server_queue.add(hint.queue_us)
         self.server_compute.add(hint.compute_us)
+        if self.kept is not None and hint.hint is not None:
+            self.kept[hint.frame] = hint.hint
 
 
 class Hints(HintSource, Protocol):

@@ -50,6 +50,14 @@ class HintFigures:
 
 
 @dataclass(frozen=True)
+class DelayCurve:
+    """SI-SDRi in dB with the same hints at other delays, beside that of systems that do not depend on the delay."""
+
+    gains: Mapping[float, float]  # by delay, ms
+    levels: Mapping[str, float]  # by name of the system
+
+
+@dataclass(frozen=True)
 class Page:
     """The content of a page."""
 
@@ -59,6 +67,7 @@ class Page:
     hints: HintFigures | None
     settings: Mapping[str, str]
     notice: str | None
+    curve: DelayCurve | None = None
 
 
 def check_page(path: Path, seconds: float) -> None:
@@ -103,6 +112,7 @@ def write_page(path: Path, page: Page) -> None:
         voices=voices,
         tracks=tracks,
         hints=None if page.hints is None else _hint_plot(page.hints, seconds),
+        curve=None if page.curve is None else _delay_plot(page.curve),
     )
     with atomic_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -174,4 +184,23 @@ def _hint_plot(figures: HintFigures, seconds: float) -> dict[str, Any]:
         "top_ms": round(top),
         "deadline_ms": model.max_age_ms,
         "deadline_at": round(100 - model.max_age_ms / top * 100, 2),
+    }
+
+
+def _delay_plot(curve: DelayCurve) -> dict[str, Any]:
+    """Return the points of the curve in a plot of 600 by 160, with one step for each delay."""
+    gains = [*curve.gains.values(), *curve.levels.values()]
+    low, high = min(gains), max(gains)
+    margin = 0.15 * (high - low) or 1.0
+
+    def height(gain: float) -> float:
+        return round(160 - 160 * (gain - low + margin) / (high - low + 2 * margin), 1)
+
+    step = 600 / len(curve.gains)
+    return {
+        "points": [
+            {"x": round((index + 0.5) * step, 1), "y": height(gain), "delay": f"{delay:g}", "gain": f"{gain:+.1f}"}
+            for index, (delay, gain) in enumerate(curve.gains.items())
+        ],
+        "levels": [{"name": name, "gain": f"{gain:+.1f}", "y": height(gain)} for name, gain in curve.levels.items()],
     }

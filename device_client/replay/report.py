@@ -141,6 +141,10 @@ class Report(Record):
     quality: dict[str, Quality] = Field(
         description="with --reference: mixture, alone (--alone), small_without_hints, boosted, large (--with-large)"
     )
+    si_sdri_by_delay_ms: dict[str, float] | None = Field(
+        default=None,
+        description="with --reference and --page, for hints used on arrival: SI-SDRi in dB of boosted, by delay",
+    )
     timing: Timing
 
 
@@ -290,6 +294,9 @@ def table(report: Report) -> Table:
         gains = "" if key == "mixture" else f", SI-SDRi {quality.si_sdri:+.2f} dB, SNRi {quality.snri:+.2f} dB"
         untrained = " (untrained)" if bundle.untrained and key != "mixture" else ""
         grid.add_row(names[key], f"SI-SDR {quality.si_sdr:.2f} dB{gains}{untrained}")
+    if report.si_sdri_by_delay_ms:
+        figures = (f"{gain:+.2f} at {delay} ms" for delay, gain in report.si_sdri_by_delay_ms.items())
+        grid.add_row("boosted, by delay", f"SI-SDRi {', '.join(figures)}")
     for path in report.outputs:
         grid.add_row("wrote", path)
     return grid

@@ -110,6 +110,35 @@ def test_a_replay_gives_the_samples_of_one_process(
     assert "newest hint" in result.stdout
 
 
+def test_the_curve_by_delay_gives_the_figures_of_replays_at_these_delays(
+    bundle: Path, server: Server, mixture: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    references = [tmp_path / "1.wav", tmp_path / "2.wav"]
+    for path in references:
+        soundfile.write(path, rng.normal(0, 0.1, (16000 * SECONDS, 2)).astype(np.float32), 16000, subtype="FLOAT")
+    call = ["replay", mixture, "-o", tmp_path / "out.wav", "--bundle", bundle, "--server", server.address]
+    call += ["--reference", references[0], "--reference", references[1], "--report", tmp_path / "report.json"]
+
+    def report(*flags: object) -> dict[str, Any]:
+        result = run("kb-client", *call, *flags)
+        assert result.returncode == 0, result.stderr
+        found: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+        return found
+
+    # The hints of a run with losses are complete all the same.
+    found = report("--page", tmp_path / "page.html", "--delay-ms", "20", "--jitter-ms", "30", "--loss", "0.1")
+    curve = found["si_sdri_by_delay_ms"]
+    assert list(curve) == ["8", "16", "24", "48", "96", "200"]
+    for delay in ("16", "200"):
+        alone = report("--delay-ms", delay)
+        assert alone["si_sdri_by_delay_ms"] is None
+        assert alone["quality"]["boosted"]["si_sdri"] == pytest.approx(curve[delay], abs=0.002)
+    assert curve["16"] != curve["200"]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert all(f"{gain:+.1f} at {delay} ms" in page for delay, gain in curve.items())
+
+
 @torch.inference_mode()
 def test_training_simulates_the_networks_of_a_replay(
     pair: BoostedPair, bundle: Path, server: Server, mixture: Path, tmp_path: Path
