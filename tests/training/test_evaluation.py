@@ -548,7 +548,7 @@ def test_calls_that_cannot_be_carried_out(
         ((pair, "--data", tmp_path, "--split", "empty"), "no numbered items"),
         (
             (pair, *data, "--metrics", "si_sdri,sdr"),
-            "--metrics: 'sdr' is unknown; choose from si_sdri, snri, stoi, pesq",
+            "--metrics: 'sdr' is unknown; choose from si_sdri, snri, stoi, pesq, wer",
         ),
         ((pair, *data, "--delays", "0,-1"), "--delays 0,-1: give numbers of frames"),
         ((pair, *data, "--delays", "1;2"), "--delays 1;2: give numbers of frames"),

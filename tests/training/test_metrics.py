@@ -9,7 +9,14 @@ import soundfile
 import torch
 from torch import Tensor
 
-from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE, pesq, si_sdr_improvement, snr_improvement, stoi
+from knowledge_boosting.training.evaluation.metrics import (
+    SAMPLE_RATE,
+    pesq,
+    si_sdr_improvement,
+    snr_improvement,
+    stoi,
+    word_error_rate,
+)
 from knowledge_boosting.training.evaluation.si_sdr import match_sources
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -127,3 +134,16 @@ def test_pesq_is_nan_without_speech(clip: Tensor) -> None:
     assert torch.isnan(both).tolist() == [False, True]
     assert torch.isnan(pesq(nothing, clip)).all()
     assert torch.isnan(pesq(clip[..., :3000], clip[..., :3000])).all()  # PESQ needs a quarter of a second
+
+
+def test_words_are_those_of_the_reference(clip: Tensor) -> None:
+    other = clip.flip(1)
+    both = torch.cat([clip, 0.05 * clip + other])
+    found = word_error_rate(both, torch.cat([clip, clip]))
+    # A level does not matter, and neither does the order of the estimates, so the second item is nearly right too.
+    assert float(found[0]) == 0
+    assert float(found[1]) < 0.6
+    halves = clip + 0.8 * other
+    assert 0.5 < float(word_error_rate(halves, clip)) == float(word_error_rate(0.01 * halves, clip))
+    assert float(word_error_rate(torch.zeros_like(clip), clip)) == 1  # every word is missing
+    assert torch.isnan(word_error_rate(clip, torch.zeros_like(clip))).all()

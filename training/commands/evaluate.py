@@ -8,7 +8,7 @@ import typer
 from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.links import parse_conditions
-from knowledge_boosting.training.evaluation.metrics import METRICS, MetricName
+from knowledge_boosting.training.evaluation.metrics import METRICS, USUAL_METRICS, MetricName
 
 app = cli.Application()
 
@@ -45,10 +45,13 @@ def evaluate(
         typer.Option("--streaming", help="Run frame by frame, and report the largest difference from whole signals."),
     ] = False,
     metrics: Annotated[
-        str, typer.Option("--metrics", help="Figures to measure; STOI and PESQ take most of the time.")
-    ] = ",".join(METRICS),
+        str,
+        typer.Option(
+            "--metrics", help=f"Figures to measure, of {', '.join(METRICS)}. WER, STOI and PESQ take most of the time."
+        ),
+    ] = ",".join(USUAL_METRICS),
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="Processes for STOI and PESQ; 0 uses this one.")
+        int | None, typer.Option("--workers", min=0, help="Processes for STOI, PESQ and WER; 0 uses this one.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap.")] = 0,

@@ -36,7 +36,7 @@ from knowledge_boosting.training.evaluation.results import (
 from knowledge_boosting.training.evaluation.scores import Scores, quick_figures
 from knowledge_boosting.training.evaluation.systems import MIXTURE, Key, Model, load_models, milliseconds, run_systems
 
-_MIN_SECONDS = 0.5  # STOI and PESQ find no speech in shorter signals
+_MIN_SECONDS = 0.5  # STOI, PESQ and WER find no speech in shorter signals
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def _check_items(data: MixtureFolder, metrics: Sequence[MetricName]) -> int:
             )
         if length < _MIN_SECONDS * SAMPLE_RATE and any(METRICS[metric].slow for metric in metrics):
             raise InputError(
-                f"{item}: is shorter than {_MIN_SECONDS:g} s, too short for STOI and PESQ; leave them out of --metrics"
+                f"{item}: is shorter than {_MIN_SECONDS:g} s, too short for STOI, PESQ and WER; leave them "
+                "out of --metrics"
             )
         total += length
     return total

@@ -1,11 +1,13 @@
-"""The metrics of validation and evaluation, computed by torchmetrics.
+"""The metrics of validation and evaluation, computed by torchmetrics, and a word error rate.
 
 The packages that compute a metric are imported when it is computed, so that a command can list all metrics quickly.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from knowledge_boosting.models.config import Framing
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE = Framing().sample_rate
 
-MetricName = Literal["si_sdri", "snri", "stoi", "pesq"]
+MetricName = Literal["si_sdri", "snri", "stoi", "pesq", "wer"]
 
 
 def si_sdr_improvement(estimates: "Tensor", references: "Tensor", mixture: "Tensor") -> "Tensor":
@@ -77,6 +79,52 @@ def _pesq(estimate: "Tensor", reference: "Tensor") -> "Tensor":
     return score
 
 
+def word_error_rate(estimates: "Tensor", references: "Tensor") -> "Tensor":
+    """Return the word error rate of matched estimates, mean over sources, ``[B]``.
+
+    The expected words are those that the same recogniser, PocketSphinx, finds in the references. Only the first
+    microphone is heard. The result is NaN for items in whose references it finds no word.
+    """
+    import torch
+    from torchmetrics.functional.text import word_error_rate as rate
+
+    from knowledge_boosting.training.evaluation.si_sdr import match_sources
+
+    matched = match_sources(estimates, references)
+    scores = []
+    for estimate, reference in zip(matched[:, :, 0].flatten(0, 1), references[:, :, 0].flatten(0, 1), strict=True):
+        expected = _words(_pcm(reference))
+        scores.append(rate([_words(_pcm(estimate))], [expected]) if expected else torch.tensor(math.nan))
+    return torch.stack(scores).view(matched.shape[:2]).nanmean(1)
+
+
+def _pcm(signal: "Tensor") -> bytes:
+    """Return a signal as 16-bit samples at one level, which the recogniser is to hear well."""
+    from torch import int16
+
+    return (signal * (0.5 * 32767 / signal.abs().max().clamp_min(1e-9))).to(int16).numpy().tobytes()
+
+
+@lru_cache
+def _words(pcm: bytes) -> str:
+    if not any(pcm):
+        return ""  # the recogniser would guess a word
+    decoder = _recogniser()
+    decoder.start_utt()
+    decoder.process_raw(pcm, full_utt=True)
+    decoder.end_utt()
+    found = decoder.hyp()
+    return found.hypstr if found is not None else ""
+
+
+@cache
+def _recogniser() -> Any:
+    from pocketsphinx import Decoder
+
+    # With the cepstral mean of each signal by itself, the words do not depend on what was decoded before.
+    return Decoder(samprate=SAMPLE_RATE, cmn="batch", loglevel="FATAL")
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric of estimates."""
@@ -87,6 +135,7 @@ class Metric:
     measure: "Callable[[Tensor, Tensor, Tensor], Tensor]"
     package: str | None = None  # a package that is needed besides torchmetrics
     slow: bool = False  # whether it is computed in several processes; slow metrics need half a second of speech
+    usual: bool = True  # whether it is computed unless others are asked for
 
 
 METRICS: dict[MetricName, Metric] = {
@@ -94,4 +143,13 @@ METRICS: dict[MetricName, Metric] = {
     "snri": Metric("SNRi, dB", 2, snr_improvement),
     "stoi": Metric("STOI", 3, lambda estimates, references, _: stoi(estimates, references), "pystoi", slow=True),
     "pesq": Metric("PESQ-WB", 2, lambda estimates, references, _: pesq(estimates, references), "pesq", slow=True),
+    "wer": Metric(
+        "WER",
+        2,
+        lambda estimates, references, _: word_error_rate(estimates, references),
+        "pocketsphinx",
+        slow=True,
+        usual=False,
+    ),
 }
+USUAL_METRICS = [name for name, metric in METRICS.items() if metric.usual]

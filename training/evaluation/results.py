@@ -35,7 +35,7 @@ class Figure(Strict):
     mean: float | None = Field(description="null if no item has the figure")
     low: float | None = Field(description="lower end of the interval; null if fewer than two items have the figure")
     high: float | None = Field(description="upper end of the interval")
-    items: int = Field(description="items that have the figure; STOI and PESQ have none if they find no speech")
+    items: int = Field(description="items that have the figure; STOI, PESQ and WER have none if they find no speech")
 
 
 class Row(Strict):

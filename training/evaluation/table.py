@@ -82,7 +82,9 @@ def _notes(results: Results) -> list[str]:
         notes.append("Wrong hints are the hints of the next item.")
     fewest = min(figure.items for row in results.rows for figure in row.figures.values())
     if fewest < results.data.items:
-        notes.append(f"Some figures are means over fewer items, at least {fewest}, because STOI and PESQ need speech.")
+        notes.append(
+            f"Some figures are means over fewer items, at least {fewest}, because STOI, PESQ and WER need speech."
+        )
     if results.streaming is not None:
         worst = results.streaming
         notes.append(f"Streaming is within {worst.largest_difference_db:.1g} dB of whole signals on every item.")
