@@ -111,7 +111,9 @@ def replay(
     compare: Annotated[
         Path | None,
         typer.Option(
-            "--compare", metavar="DIR", help="Write the mixture, references, all estimates and a figure to this folder."
+            "--compare",
+            metavar="DIR",
+            help="Write the mixture, references and all estimates, equally loud, and a figure to this folder.",
         ),
     ] = None,
     clock: Annotated[

@@ -13,6 +13,7 @@ from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.common.pictures import literal_text
 from knowledge_boosting.device_client.audio.files import write_audio
+from knowledge_boosting.device_client.replay.loudness import at_loudness, common_loudness
 from knowledge_boosting.device_client.replay.plot import Spectrogram, draw_spectrogram
 from knowledge_boosting.protos.codec import Samples
 
@@ -56,6 +57,8 @@ def _speaker_files(system: System, sources: int) -> list[str]:
 def write_comparison(folder: Path, comparison: Comparison) -> None:
     """Write ``mixture.wav``, a file for each system and speaker, and the figure.
 
+    All files have the same loudness, so that only what the systems do is heard.
+
     Raises:
         InputError: The folder cannot be created, or a file cannot be written.
     """
@@ -63,10 +66,12 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot create the folder ({reason(error)}); give another --compare") from None
-    write_audio(folder / _MIXTURE, comparison.mixture, comparison.rate, "s16")
+    sounds = [comparison.mixture, *(signal for signals in comparison.systems.values() for signal in signals)]
+    loudness = common_loudness(sounds)
+    write_audio(folder / _MIXTURE, at_loudness(comparison.mixture, loudness), comparison.rate, "s16")
     for name, signals in comparison.systems.items():
         for file_name, signal in zip(_speaker_files(name, len(signals)), signals, strict=True):
-            write_audio(folder / file_name, signal, comparison.rate, "s16")
+            write_audio(folder / file_name, at_loudness(signal, loudness), comparison.rate, "s16")
     _draw(folder / PICTURE, comparison)
 
 

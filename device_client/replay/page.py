@@ -20,13 +20,12 @@ from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.device_client.hints.buffer import hint_words
 from knowledge_boosting.device_client.replay.hint_log import HintLog
+from knowledge_boosting.device_client.replay.loudness import at_loudness, common_loudness
 from knowledge_boosting.device_client.replay.plot import Spectrogram
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.protos.codec import Samples
 
 MAX_SECONDS = 120.0  # every track is a part of the page
-_LOUDNESS_DB = -23.0  # RMS of every track, full scale 0 dB
-_PEAK = 0.98
 _RANGE_DB = 80.0  # of the colours below the highest level
 _MAX_POINTS = 4000  # of the plot of the hints
 
@@ -93,6 +92,7 @@ def write_page(path: Path, page: Page) -> None:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     pictures = _Pictures(page)
+    loudness = common_loudness(voice for track in page.tracks for voice in track.voices)
     voices = max(len(track.voices) for track in page.tracks)
     seconds = page.tracks[0].voices[0].shape[-1] / page.rate
     tracks = [
@@ -100,7 +100,7 @@ def write_page(path: Path, page: Page) -> None:
             "name": track.name,
             "gain": None if track.gain_db is None else f"{track.gain_db:+.1f} dB",
             "pictures": [pictures.of(voice) for voice in track.voices],
-            "sounds": [_sound(voice, page.rate) for voice in track.voices],
+            "sounds": [_sound(at_loudness(voice, loudness), page.rate) for voice in track.voices],
         }
         for track in page.tracks
     ]
@@ -119,12 +119,9 @@ def write_page(path: Path, page: Page) -> None:
 
 
 def _sound(samples: Samples, rate: int) -> str:
-    """Return samples ``[M, N]`` at the common loudness as FLAC in base64."""
-    level = float(np.sqrt(np.mean(np.square(samples, dtype=np.float64))))
-    gain = 10 ** (_LOUDNESS_DB / 20) / level if level else 0.0
-    gain = min(gain, _PEAK / max(float(np.abs(samples).max()), 1e-9))
+    """Return samples ``[M, N]`` as FLAC in base64."""
     file = io.BytesIO()
-    soundfile.write(file, (gain * samples).T, rate, format="FLAC", subtype="PCM_16")
+    soundfile.write(file, samples.T, rate, format="FLAC", subtype="PCM_16")
     return base64.b64encode(file.getvalue()).decode()
 
 

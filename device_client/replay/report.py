@@ -258,6 +258,25 @@ def table(report: Report) -> Table:
     if bundle.notice:
         grid.caption = bundle.notice
         grid.add_row("weights", "UNTRAINED")
+    if (boosted := report.quality.get("boosted")) is not None:
+        base = "alone" if "alone" in report.quality else "small_without_hints"
+        gained = boosted.si_sdri - report.quality[base].si_sdri
+        over = "the network alone" if base == "alone" else "the same network without hints"
+        grid.add_row("gain of hints", f"{gained:+.2f} dB over {over}{' (untrained)' if bundle.untrained else ''}")
+    names = {
+        "mixture": "mixture",
+        "alone": "alone",
+        "small_without_hints": "hints withheld" if report.network is not None else "this network",
+        "boosted": "boosted",
+        "large": "large",
+    }
+    for key, quality in report.quality.items():
+        gains = "" if key == "mixture" else f", SI-SDRi {quality.si_sdri:+.2f} dB, SNRi {quality.snri:+.2f} dB"
+        untrained = " (untrained)" if bundle.untrained and key != "mixture" else ""
+        grid.add_row(names[key], f"SI-SDR {quality.si_sdr:.2f} dB{gains}{untrained}")
+    if report.si_sdri_by_delay_ms:
+        figures = (f"{gain:+.2f} at {delay} ms" for delay, gain in report.si_sdri_by_delay_ms.items())
+        grid.add_row("boosted, by delay", f"SI-SDRi {', '.join(figures)}")
     if report.network is not None and hints is not None:
         grid.add_row("link", _describe(report.network, report.clock))
         share = f"{100 * hints.on_time / hints.due:.1f} %" if hints.due else "none due"
@@ -283,20 +302,6 @@ def table(report: Report) -> Table:
         grid.add_row("overflowed", f"{report.overflows} frames: the output is the input; scale the samples to +-1")
     if times.frames_behind:
         grid.add_row("device too slow", f"{times.frames_behind} frames started more than one chunk after their capture")
-    names = {
-        "mixture": "mixture",
-        "alone": "alone",
-        "small_without_hints": "hints withheld" if report.network is not None else "this network",
-        "boosted": "boosted",
-        "large": "large",
-    }
-    for key, quality in report.quality.items():
-        gains = "" if key == "mixture" else f", SI-SDRi {quality.si_sdri:+.2f} dB, SNRi {quality.snri:+.2f} dB"
-        untrained = " (untrained)" if bundle.untrained and key != "mixture" else ""
-        grid.add_row(names[key], f"SI-SDR {quality.si_sdr:.2f} dB{gains}{untrained}")
-    if report.si_sdri_by_delay_ms:
-        figures = (f"{gain:+.2f} at {delay} ms" for delay, gain in report.si_sdri_by_delay_ms.items())
-        grid.add_row("boosted, by delay", f"SI-SDRi {', '.join(figures)}")
     for path in report.outputs:
         grid.add_row("wrote", path)
     return grid
