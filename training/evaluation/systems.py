@@ -25,7 +25,7 @@ for, and the difference shows what that costs.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ from knowledge_boosting.models.pair import (
 )
 from knowledge_boosting.training.config import read_training_config
 from knowledge_boosting.training.data.hint_arrivals import simulate_arrivals
-from knowledge_boosting.training.data.mixture_folder import MixtureFolder
 from knowledge_boosting.training.evaluation.metrics import SAMPLE_RATE
 from knowledge_boosting.training.evaluation.results import ModelRecord, System
 from knowledge_boosting.training.weights import best_checkpoint
@@ -180,9 +179,19 @@ class EvaluationItem:
     large: Tensor | None  # [1, S, M, N]
 
 
+class Examples(Protocol):
+    """Mixtures by index, such as a ``MixtureFolder``."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, address: tuple[int, int]) -> Mapping[str, Any]:
+        """Return an example by epoch and index."""
+        ...
+
+
 def run_systems(
     model: Model,
-    data: MixtureFolder,
+    data: Examples,
     delays: Sequence[int],
     networks: Mapping[str, NetworkConditions],
     device: torch.device,
