@@ -535,6 +535,14 @@ def test_speakers_kept_for_validation_are_not_drawn(bank: Path, tmp_path: Path) 
     kept = tmp_path / "kept.txt"
     kept.write_text(f"# for validation\n{speakers[0]}\n\n{speakers[1]} # both\n")
     assert mixing(bank, excluded_speakers=str(kept)).speakers == set(speakers[2:])
+    # Neither are the voices that were derived from theirs.
+    shutil.copytree(SPEECH, tmp_path / "voices")
+    for path in SPEECH.glob("*.ogg"):
+        derived = tmp_path / "voices" / f"{path.name.partition('-')[0]}~1"
+        derived.mkdir(exist_ok=True)
+        shutil.copy(path, derived / path.name)
+    voices = {*speakers[2:], *(f"{name}~1" for name in speakers[2:])}
+    assert mixing(bank, speech=tmp_path / "voices", excluded_speakers=str(kept)).speakers == voices
     kept.write_text("# nobody\n")
     with pytest.raises(InputError, match=r"kept\.txt: contains no name of a speaker"):
         mixing(bank, excluded_speakers=str(kept))

@@ -18,6 +18,7 @@ from knowledge_boosting.models.speaker_encoder import NoSpeech, speaker_embeddin
 from knowledge_boosting.training.config import DynamicData
 from knowledge_boosting.training.data.corpus import (
     SAMPLE_RATE,
+    VOICE_SEPARATOR,
     BrokenFile,
     Samples,
     Segment,
@@ -59,7 +60,12 @@ class DynamicMixing:
         speakers = select_speakers(corpus, self._segment, self._enrollment)
         if data.excluded_speakers is not None:
             excluded = read_speaker_names(Path(data.excluded_speakers))
-            speakers = {name: speaker for name, speaker in speakers.items() if name not in excluded}
+            # The voices that kb-make-voices derived from an excluded speaker are excluded too.
+            speakers = {
+                name: speaker
+                for name, speaker in speakers.items()
+                if name.partition(VOICE_SEPARATOR)[0] not in excluded
+            }
         self.speakers = frozenset(speakers)
         self._speakers = list(speakers.values())
         if len(self._speakers) < 2:
