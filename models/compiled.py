@@ -43,6 +43,24 @@ _HEADER = "vectors.h"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 
 
+_WHOLE = 16  # frames
+_for_whole_signals = False
+
+
+def use_for_whole_signals() -> None:
+    """From now on, use the library for training also without gradients, where a call has many frames.
+
+    This is for commands that process many signals. Others would spend more time on compiling the library.
+    """
+    global _for_whole_signals
+    _for_whole_signals = True
+
+
+def is_wanted(frames: int, *, trains: bool) -> bool:
+    """Return whether to use the library for training in a call of a number of frames, with or without gradients."""
+    return trains or (_for_whole_signals and frames >= _WHOLE)
+
+
 def library(wanted: Library = TRAINING, *, quiet: bool = False) -> ctypes.CDLL | None:
     """Return a library, or None if it cannot be compiled or loaded.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from knowledge_boosting.models.compiled import library, pointer, required_library
+from knowledge_boosting.models.compiled import is_wanted, library, pointer, required_library
 
 _MAX_SECTIONS, _MAX_COLUMNS = 3, 1024  # as in cpu_attention.cpp
 
@@ -34,13 +34,14 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def fits(x: Tensor) -> bool:
-    """Return whether the functions of this module can be used for ``x``.
+def fits(x: Tensor, frames: int) -> bool:
+    """Return whether the functions of this module can be used for ``x``, which has this number of frames.
 
-    They are used only when gradients are needed, for float32 on a CPU, if the library is available.
+    They are used for float32 on a CPU, for training and where :func:`models.compiled.is_wanted` says so, if the library
+    is available.
     """
     return (
-        torch.is_grad_enabled()
+        is_wanted(frames, trains=torch.is_grad_enabled())
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

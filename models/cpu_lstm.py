@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from knowledge_boosting.models.compiled import library, pointer, required_library
+from knowledge_boosting.models.compiled import is_wanted, library, pointer, required_library
 
 _MULTIPLE, _MAX_SIZE = 16, 256  # cpu_lstm.cpp supports multiples of 16 up to 256 channels and units
 
@@ -145,31 +145,43 @@ class FasterLstm:
 
     def __init__(self, ours: ResidualLstm, torchs: ResidualLstm) -> None:
         self._ours, self._torchs = ours, torchs
-        self._speedups: dict[tuple[int, int], float] = {}
+        self._speedups: dict[tuple[int, int, bool], float] = {}
 
     def __call__(
         self, x: Tensor, axis: int, norm: nn.LayerNorm, lstm: nn.LSTM, linear: nn.Linear, hidden: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute :func:`residual_lstm`. Our implementation is used only if it fits and gradients are needed."""
-        ours = torch.is_grad_enabled() and fits(x, lstm) and self.speedup(lstm.input_size, lstm.hidden_size) >= 1
+        """Compute :func:`residual_lstm`. Ours is used only if it is wanted, fits and is faster."""
+        trains = torch.is_grad_enabled()
+        ours = (
+            is_wanted(x.shape[1], trains=trains)
+            and fits(x, lstm)
+            and self.speedup(lstm.input_size, lstm.hidden_size, trains=trains) >= 1
+        )
         return (self._ours if ours else self._torchs)(x, axis, norm, lstm, linear, hidden, cell)
 
-    def speedup(self, channels: int, units: int) -> float:
-        """Return the speed of our implementation relative to torch's, for forward and backward pass on one core."""
-        if (channels, units) not in self._speedups:
-            self._speedups[channels, units] = self._measure(channels, units)
-        return self._speedups[channels, units]
+    def speedup(self, channels: int, units: int, *, trains: bool) -> float:
+        """Return the speed of our implementation relative to torch's on one core.
+
+        Args:
+            channels: the size of the input.
+            units: the size of the LSTM.
+            trains: whether to run the forward and the backward pass, or the forward pass without gradients.
+        """
+        key = channels, units, trains
+        if key not in self._speedups:
+            self._speedups[key] = self._measure(*key)
+        return self._speedups[key]
 
     def describe(self, lstm: nn.LSTM) -> str:
         """Return which implementation trains an LSTM, and how much faster it is than the other."""
         if not fits(lstm.all_weights[0][0], lstm):
             return "torch"
-        speedup = self.speedup(lstm.input_size, lstm.hidden_size)
+        speedup = self.speedup(lstm.input_size, lstm.hidden_size, trains=True)
         ours, torchs = f"the C++ library with {required_library().instructions().decode()}", "torch"
         faster, slower = (ours, torchs) if speedup >= 1 else (torchs, ours)
         return f"{faster}, {max(speedup, 1 / speedup):.1f} times as fast as {slower}"
 
-    def _measure(self, channels: int, units: int) -> float:
+    def _measure(self, channels: int, units: int, trains: bool) -> float:
         with torch.random.fork_rng(devices=()):  # the measurement must not affect the random numbers of training
             modules = nn.LayerNorm(channels), nn.LSTM(channels, units), nn.Linear(units, channels)
         x = torch.linspace(-1, 1, 32 * 96 * channels).view(1, 32, 96, channels).requires_grad_()
@@ -178,9 +190,10 @@ class FasterLstm:
 
         def seconds(way: ResidualLstm) -> float:
             started = time.thread_time()
-            with torch.enable_grad():
+            with torch.enable_grad() if trains else torch.no_grad():
                 y, _, _ = way(x, TIME, *modules, *states)
-                torch.autograd.grad(y.sum(), weights)
+                if trains:
+                    torch.autograd.grad(y.sum(), weights)
             return time.thread_time() - started
 
         threads = torch.get_num_threads()

@@ -115,7 +115,7 @@ def window_attention(
     stream, past = _streams(cache, window), window.past
     past_key, past_value = (ring[stream, :, past].transpose(1, 2) for ring in (cache.keys, cache.values))
     written = _write(cache, key[:, :, -size:], value[:, :, -size:], window)
-    if cpu_attention.fits(query):
+    if cpu_attention.fits(query, query.shape[2]):
         unseen = window.unseen[:, 0, 0, 0].sum(-1) if mask_unseen else torch.zeros(len(query), dtype=torch.long)
         return cpu_attention.window_attention(query, key, value, past_key, past_value, unseen, bins), written
     block = min(steps, size)
@@ -215,7 +215,7 @@ class SelfAttention(nn.Module):
         heads, sizes = self.heads, (self.key, self.value)
         slopes = [each.repeat_interleave(size) for each, size in zip((self.slope_qk, self.slope_v), sizes, strict=True)]
         projected, slope = self.project(x), torch.cat(slopes)
-        if cpu_attention.fits(projected):
+        if cpu_attention.fits(projected, projected.shape[1]):
             parts = [(self.scale_qk, self.scale_v), (self.shift_qk, self.shift_v)]
             scale, shift = (torch.cat([_by_bin(part, self.bins) for part in each], dim=-1) for each in parts)
             sections = [(heads, self.key), (heads, self.key), (heads, self.value)]
@@ -267,7 +267,7 @@ class Fusion(nn.Module):
         key_value = self.key_value(torch.addcmul(bias, x, weight))
         split = self.heads * self.key
         slope = torch.cat([self.slope_key.expand(split), self.slope_value.expand(self.heads * self.value)])
-        if cpu_attention.fits(key_value):
+        if cpu_attention.fits(key_value, key_value.shape[1]):
             sections = [(self.heads, self.key), (self.heads, self.value)]
             affine = self._affine(self.norm_key, self.norm_value)
             key, value = cpu_attention.normalised_heads(key_value, sections, slope, *affine)
@@ -279,7 +279,7 @@ class Fusion(nn.Module):
     def queries(self, x: Tensor) -> Tensor:
         """Return the queries ``[B, L, T, key size]`` of features ``[B, T, F, D]``."""
         projected, size = self.query(x), self.heads * self.key
-        if cpu_attention.fits(projected):
+        if cpu_attention.fits(projected, projected.shape[1]):
             slope, affine = self.slope_query.expand(size), self._affine(self.norm_query)
             (query,) = cpu_attention.normalised_heads(projected, [(self.heads, self.key)], slope, *affine)
             return query
@@ -343,7 +343,7 @@ def _by_bin(affine: Tensor, bins: int) -> Tensor:
 
 def _add_normalised(x: Tensor, y: Tensor, slope: Tensor, norm: nn.LayerNorm) -> Tensor:
     """Compute ``x + norm(prelu(y))`` for features ``[B, T, F, C]``."""
-    if cpu_attention.fits(y):
+    if cpu_attention.fits(y, y.shape[1]):
         size = y.shape[-1]
         (added,) = cpu_attention.normalised_heads(y, [(1, size)], slope.expand(size), norm.weight, norm.bias, x)
         return added.view_as(x)

@@ -123,15 +123,15 @@ def test_layers_are_the_same_with_the_library_and_without(
         return outcome((y, cache.keys, cache.values), inputs)
 
     actual = run()
-    monkeypatch.setattr(cpu_attention, "fits", lambda _: False)
+    monkeypatch.setattr(cpu_attention, "fits", lambda *_: False)
     assert_near(actual, run())
 
 
 def test_unsupported_inputs_are_left_to_torch() -> None:
-    assert cpu_attention.fits(torch.zeros(1, 2, 5, 8))
-    assert not cpu_attention.fits(torch.zeros(1, 2, 5, 8, dtype=torch.float64))
-    assert not cpu_attention.fits(torch.zeros(1, 2, 5, 1025))
+    assert cpu_attention.fits(torch.zeros(1, 2, 5, 8), 2)
+    assert not cpu_attention.fits(torch.zeros(1, 2, 5, 8, dtype=torch.float64), 2)
+    assert not cpu_attention.fits(torch.zeros(1, 2, 5, 1025), 2)
     with torch.no_grad():
-        assert not cpu_attention.fits(torch.zeros(1, 2, 5, 8))
+        assert not cpu_attention.fits(torch.zeros(1, 2, 5, 8), 2)
     with torch.autocast("cpu"):
-        assert not cpu_attention.fits(torch.zeros(1, 2, 5, 8))
+        assert not cpu_attention.fits(torch.zeros(1, 2, 5, 8), 2)

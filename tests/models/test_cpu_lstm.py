@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from knowledge_boosting.models import cpu_lstm
+from knowledge_boosting.models import compiled, cpu_lstm
 from knowledge_boosting.models.compiled import required_library
+from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
 from knowledge_boosting.models.cpu_lstm import FREQUENCY, TIME
+from knowledge_boosting.models.pair import BoostedPair
 from knowledge_boosting.models.tfgridnet import torch_residual_lstm
 from tests.models.compiled import assert_near, builds, needs_compiler, outcome, set_build, torch_threads
 
@@ -155,11 +157,38 @@ def test_the_faster_implementation_is_used(slow: str) -> None:
     )
 
 
-def test_without_gradients_torch_is_used() -> None:
-    ours, torchs = Counted(cpu_lstm.residual_lstm), Counted(torch_residual_lstm)
+def test_without_gradients_torch_is_used_unless_whole_signals_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_for_whole_signals", False)
     zeros = torch.zeros(1, 2, 16)
-    with torch.no_grad():
-        cpu_lstm.FasterLstm(ours, torchs)(
-            torch.zeros(1, 4, 2, 16), TIME, *layers(16, 16, bidirectional=False), zeros, zeros
-        )
-    assert (ours.calls, torchs.calls) == (0, 1)
+    modules = layers(16, 16, bidirectional=False)
+
+    def calls(frames: int) -> tuple[int, int]:
+        """Return how often ours and torch's are called after the measurement, where torch's is slow."""
+        ours, torchs = Counted(cpu_lstm.residual_lstm), Counted(torch_residual_lstm, 20)
+        faster = cpu_lstm.FasterLstm(ours, torchs)
+        with torch.no_grad():
+            faster(torch.zeros(1, frames, 2, 16), TIME, *modules, zeros, zeros)
+            before = ours.calls, torchs.calls
+            faster(torch.zeros(1, frames, 2, 16), TIME, *modules, zeros, zeros)
+        return ours.calls - before[0], torchs.calls - before[1]
+
+    assert calls(100) == (0, 1)
+    compiled.use_for_whole_signals()
+    assert calls(100) == (1, 0)
+    assert calls(1) == (0, 1)  # one frame of a stream
+
+
+def test_whole_signals_give_the_same_with_and_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    size = NetworkSize(channels=16, hidden=16, blocks=1, self_attention=True)
+    config = Pair(task="ss", small=size, large=size, boosting=FixedDelay(delay=6))
+    pair = BoostedPair(config).eval()
+    mixture = 0.1 * torch.randn(1, 2, 16000)
+    outputs = []
+    for wanted in (False, True):
+        monkeypatch.setattr(compiled, "_for_whole_signals", wanted)
+        with torch.inference_mode():
+            outputs.append(pair(mixture))
+    assert (outputs[0].small - outputs[1].small).abs().max() < 1e-5
+    assert (outputs[0].large - outputs[1].large).abs().max() < 1e-5
+    assert not torch.equal(outputs[0].large, outputs[1].large)  # they were computed in two ways

@@ -32,7 +32,8 @@ from knowledge_boosting.training.config import StoredData
 RECORD_FILE = "hints.json"
 SHARD_SIZE = 32  # examples
 STORED_LARGE = "stored_large"  # the key of the digest of the large network in the checkpoint of a run
-_LARGE_BATCH_SIZE = 8  # examples in one call of the large network
+# Examples in one call of the large network. On a CPU, those of one fit into the cache.
+_LARGE_BATCH_SIZE = {"cpu": 1, "cuda": 8}
 
 
 class Record(Strict):
@@ -169,7 +170,7 @@ def _pack(pair: BoostedPair, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     mixture, sources, speakers = batch["mixture"], batch["sources"], batch.get("speaker_embedding")
     embeddings = [
         pair.large.embed(mixture[some], None if speakers is None else speakers[some]).half()
-        for some in torch.arange(len(mixture)).split(_LARGE_BATCH_SIZE)
+        for some in torch.arange(len(mixture)).split(_LARGE_BATCH_SIZE[mixture.device.type])
     ]
     scale = torch.maximum(mixture.abs().amax((-2, -1)), sources.abs().amax((-3, -2, -1))).clamp_min(1e-8)
     packed = {

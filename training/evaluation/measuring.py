@@ -14,6 +14,7 @@ from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.links import NetworkConditions, parse_conditions
 from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.compiled import use_for_whole_signals
 from knowledge_boosting.models.config import ModelConfig
 from knowledge_boosting.models.device import pick_device
 from knowledge_boosting.models.manifest import UNTRAINED_NOTICE
@@ -70,6 +71,7 @@ def measure(options: Options) -> tuple[Results, list[str], list[ItemFigures]]:
             Bundle(given)  # raises for runs, which have no manifest to write to
     # TF32 has a shorter mantissa. With it, a GPU and a CPU would differ by more than streaming and whole signals do.
     torch.backends.cudnn.allow_tf32 = False
+    use_for_whole_signals()
     models = load_models(options.models)
     if options.delays and all(model.large is None for model in models):
         raise InputError("--delays: is for pairs, but every given model is one network alone; leave out --delays")

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from knowledge_boosting.common.errors import Failure, InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.models.checkpoint import read_checkpoint
+from knowledge_boosting.models.compiled import use_for_whole_signals
 from knowledge_boosting.models.config import Alone
 from knowledge_boosting.models.tfgridnet import describe_lstms
 from knowledge_boosting.training.config import (
@@ -123,6 +124,7 @@ def run_training(
         torch.set_float32_matmul_precision("high")  # TF32, as for LSTMs and convolutions by default
     else:
         keep_freed_memory()
+        use_for_whole_signals()
     lightning.seed_everything(settings.seed, verbose=False)
     done = _steps_of(start, settings) if start is not None else 0
     # A resumed run takes its weights from its own checkpoint. The files of its initial weights may not exist any more.
@@ -219,6 +221,7 @@ def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
         raise InputError("--config: give the configuration of a pair with freeze_large and dynamic mixing")
     if not torch.cuda.is_available():
         keep_freed_memory()
+        use_for_whole_signals()
     module = TrainingModule(settings).to("cuda" if torch.cuda.is_available() else "cpu")
     examples = DynamicMixing(data, settings.model, seed=settings.seed, skip_broken=False)
     targets = 2 if settings.model.needs_speaker else 1  # each speaker of a mixture is the target once
