@@ -1,4 +1,4 @@
-"""Measures quality by condition: ``python benchmarks/conditions.py out/results/ss data/valid-ss/val``.
+"""Measures quality by condition: ``python -m benchmarks.conditions out/results/listeners-ss data/listeners-ss/val``.
 
 Reads the items.csv of ``kb-evaluate`` and the metadata.csv of the mixtures. Prints the SI-SDRi of every system by class
 of each condition, and writes it as JSON. The conditions are the listener (a head, two microphones or one), the angle
@@ -90,13 +90,15 @@ def main() -> None:
     parser.add_argument("--against", help="MODEL:SYSTEM to compare the others with; by default the first network alone")
     parser.add_argument("--json", type=Path, default=Path("out/conditions.json"))
     arguments = parser.parse_args()
-    task = json.loads((arguments.results / "results.json").read_text())["task"]
+    results = json.loads((arguments.results / "results.json").read_text())
+    task, delays = results["task"], {model["name"]: model["delay_frames"] for model in results["models"]}
     with (arguments.split / "metadata.csv").open() as file:
         records = {record["item"]: record for record in csv.DictReader(file)}
     figures: dict[str, dict[str, float]] = {}
     with (arguments.results / "items.csv").open() as file:
         for line in csv.DictReader(file):
-            if line["trained_delay"] != "false" and line["system"] != "mixture":
+            usual = line["delay_frames"] in ("", str(delays.get(line["model"])))
+            if line["system"] != "mixture" and usual and not line["network"]:
                 figures.setdefault(f"{line['model']}:{line['system']}", {})[line["item"]] = float(line["si_sdri"])
     against = arguments.against or next((name for name in figures if name.endswith(":alone")), next(iter(figures)))
     if against not in figures:
