@@ -10,10 +10,27 @@ from pathlib import Path
 import numpy as np
 
 from knowledge_boosting.device_client.engines.onnx_engine import OnnxModel
-from knowledge_boosting.models.arrivals import Hint
+from knowledge_boosting.models.arrivals import Hint, MergeQueue
 from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.config import ModelConfig
 
 FRAMES = 60  # more than the window of attention
+
+
+def hints_at_and_age(model: ModelConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Draw the frames at which hints are used, and their ages: half of the frames have a hint."""
+    if not model.hint_channels:
+        return []
+    frames = [frame for frame in range(FRAMES) if rng.uniform() < 0.5]
+    if not model.on_arrival:
+        return [(frame, model.delay) for frame in frames if frame >= model.delay]
+    queue, used = MergeQueue(model.max_age), []
+    arriving = sorted((frame + int(rng.integers(1, 30)), frame) for frame in frames)
+    for at in range(FRAMES):
+        for _, frame in [each for each in arriving if each[0] == at]:
+            queue.put(frame)
+        used += [(at, at - frame) for frame in queue.take(at)]
+    return used
 
 
 def main(bundle: str, folder: Path) -> None:
@@ -24,13 +41,14 @@ def main(bundle: str, folder: Path) -> None:
     sound = rng.normal(0, 0.1, (model.microphones, FRAMES * framing.chunk)).astype(np.float32)
     sound[:, 3000:4000] = 0
     speaker = rng.normal(0, 1 / 16, 256).astype(np.float32) if model.needs_speaker else None
-    frames = [frame for frame in range(model.delay, FRAMES) if rng.uniform() < 0.5] if model.hint_channels else []
-    hints = rng.normal(0, 1, (len(frames), model.hint_channels, framing.bins)).astype(np.float32)
+    used = hints_at_and_age(model, rng)
+    hints = rng.normal(0, 1, (len(used), model.hint_channels, framing.bins)).astype(np.float32)
     engine, padded = loaded.session(speaker), np.pad(sound, ((0, 0), (0, framing.lookahead)))
-    given, parts = iter(hints), []
+    parts = []
     for frame in range(FRAMES):
         window = np.ascontiguousarray(padded[:, frame * framing.chunk :][:, : framing.n_fft])
-        parts.append(engine.step(window, [Hint(model.delay, next(given))] if frame in frames else []))
+        given = [Hint(age, values) for (at, age), values in zip(used, hints, strict=True) if at == frame]
+        parts.append(engine.step(window, given))
     output = np.concatenate(parts, axis=-1).reshape(model.sources * model.microphones, -1)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"input": sound, "hints": hints, "output": output} | ({} if speaker is None else {"speaker": speaker})
@@ -39,7 +57,7 @@ def main(bundle: str, folder: Path) -> None:
     about = {
         "bundle_name": loaded.manifest.name,
         "bundle_id": loaded.manifest.id,
-        "frames_with_hints": frames,
+        "hints_at_and_age": used,
         "shapes": {name: list(value.shape) for name, value in values.items()},
     }
     (folder / "vectors.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -51,7 +51,7 @@ def test_the_vectors_are_what_our_device_gives(bundle: str, tmp_path: Path) -> N
     subprocess.run(call, env=environment(), check=True)
     kept = json.loads((EXAMPLES / "vectors" / bundle / "vectors.json").read_text())
     assert json.loads((tmp_path / "vectors.json").read_text()) == kept
-    assert 0 < len(kept["frames_with_hints"]) < 54  # some are missing
+    assert 0 < len(kept["hints_at_and_age"]) < 54  # some are missing
     for name in kept["shapes"]:
         made, there = (
             np.fromfile(folder / f"{name}.f32", "<f4") for folder in (tmp_path, EXAMPLES / "vectors" / bundle)
