@@ -157,8 +157,8 @@ def replay(
         bool,
         typer.Option("--require-server", help="Fail if the server is lost, instead of continuing without hints."),
     ] = False,
-    pcm_encoding: PcmFlag = PcmEncoding.F32,
-    hint_encoding: HintFlag = HintEncoding.F32,
+    pcm_encoding: PcmFlag = PcmEncoding.S16,
+    hint_encoding: HintFlag = HintEncoding.INT8,
     output_format: Annotated[
         OutputFormat, typer.Option("--output-format", help="Sample format of the output files.")
     ] = OutputFormat.S16,
@@ -273,8 +273,8 @@ def live(
         bool, typer.Option("--json-lines", help="Print figures and events as JSON, one object per line, for scripts.")
     ] = False,
     engine: Annotated[EngineChoice, typer.Option("--engine", help="Engine for the small network.")] = EngineChoice.AUTO,
-    pcm_encoding: PcmFlag = PcmEncoding.F32,
-    hint_encoding: HintFlag = HintEncoding.F32,
+    pcm_encoding: PcmFlag = PcmEncoding.S16,
+    hint_encoding: HintFlag = HintEncoding.INT8,
     tls: Tls = False,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,

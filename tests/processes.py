@@ -32,6 +32,9 @@ COMMANDS = {
 }
 
 
+# Without rounding on the wire, two processes give the samples of one.
+EXACT = ("--pcm-encoding", "f32", "--hint-encoding", "f32")
+
 REMARKS = ("warning:", "kb-train: LSTMs of ")  # that may come before a refusal
 
 

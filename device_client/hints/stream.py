@@ -52,10 +52,13 @@ class StreamEnd:
 
 @dataclass(frozen=True)
 class Encodings:
-    """The encodings of samples and hints on the wire, by their names in :mod:`protos.codec`."""
+    """The encodings of samples and hints on the wire, by their names in :mod:`protos.codec`.
 
-    pcm: str = "f32"
-    hints: str = "f32"
+    The smallest ones are the default. They cost nothing that can be heard (``benchmarks/hint_traffic.py``).
+    """
+
+    pcm: str = "s16"
+    hints: str = "int8"
 
 
 class HintStream:

@@ -23,7 +23,7 @@ from knowledge_boosting.models.pair import BoostedPair
 from knowledge_boosting.training.data.hint_arrivals import simulate_arrivals
 from tests.arrivals import arrival_pair
 from tests.golden_cases import TOLERANCE, worst
-from tests.processes import Server, run, running_server
+from tests.processes import EXACT, Server, run, running_server
 
 WINDOW, SECONDS = 30, 2
 FRAMES = 125 * SECONDS
@@ -85,7 +85,7 @@ def test_a_replay_gives_the_samples_of_one_process(
     (tmp_path / "trace.csv").write_text("\n".join(["up_ms,down_ms", *rows]) + "\n")
     for engine in ("compiled", "onnx", "torch"):
         result = run(
-            *("kb-client", "replay", mixture, "--bundle", bundle, "--server", server.address),
+            *("kb-client", "replay", mixture, "--bundle", bundle, "--server", server.address, *EXACT),
             *("--trace", tmp_path / "trace.csv", "-o", tmp_path / "out.wav", "--output-format", "float"),
             *("--report", tmp_path / "report.json", "--plot", tmp_path / "plot.png", "--engine", engine),
         )
@@ -144,7 +144,7 @@ def test_training_simulates_the_networks_of_a_replay(
     pair: BoostedPair, bundle: Path, server: Server, mixture: Path, tmp_path: Path
 ) -> None:
     result = run(
-        *("kb-client", "replay", mixture, "--bundle", bundle, "--server", server.address, "--seed", 5),
+        *("kb-client", "replay", mixture, "--bundle", bundle, "--server", server.address, "--seed", 5, *EXACT),
         *("--delay-ms", 30, "--jitter-ms", 20, "--loss", 0.03, "--server-ms", 4),
         *("-o", tmp_path / "out.wav", "--output-format", "float"),
     )

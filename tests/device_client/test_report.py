@@ -92,8 +92,8 @@ def test_all_outputs_of_an_untrained_bundle_are_marked(untrained: Path, tmp_path
             assert "UNTRAINED" in file.comment
     assert report.hints is not None
     assert report.hints.late > 0
-    assert report.hints.bytes_up == 128064 * 2 * 4
-    assert report.hints.bytes_down == 1000 * 8 * 97 * 4
+    assert report.hints.bytes_up == 128064 * 2 * 2
+    assert report.hints.bytes_down == 1000 * 8 * 97
     assert sum(report.hints.age_histogram_ms.values()) <= 1000
 
     # The expected SI-SDR of the mixture comes from another library.

@@ -24,7 +24,7 @@ from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
 from knowledge_boosting.models.networks import write_bundle
 from knowledge_boosting.models.pair import BoostedPair, PairOutput
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import PATIENCE, Server, command, environment, free_port, run, running_server
+from tests.processes import EXACT, PATIENCE, Server, command, environment, free_port, run, running_server
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 SS, TSE = "ss_delay6_compression2", "tse_delay6"
@@ -85,7 +85,9 @@ def test_every_hint_on_time_gives_the_published_output(
     flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
     if name == TSE:
         flags += ["--server", tse_server.address]  # otherwise it starts its own server
-    result = run("kb-client", "replay", mixture, "--bundle", golden_bundle(name), "--delay-ms", delay_ms, *flags)
+    result = run(
+        "kb-client", "replay", mixture, "--bundle", golden_bundle(name), "--delay-ms", delay_ms, *EXACT, *flags
+    )
     assert result.returncode == 0, result.stderr
     assert not result.stderr  # without a terminal, there is no progress bar
     assert worst(read_outputs(case, tmp_path), case.small_output[0]) < TOLERANCE
@@ -112,7 +114,7 @@ def test_late_hints_are_exactly_zeroed_hints(
     flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
     server = (tse_server if name == TSE else ss_server).address
     result = run(
-        *("kb-client", "replay", mixture, "--bundle", golden_bundle(name), "--server", server),
+        *("kb-client", "replay", mixture, "--bundle", golden_bundle(name), "--server", server, *EXACT),
         *("--trace", tmp_path / "trace.csv", *flags),
     )
     assert result.returncode == 0, result.stderr
@@ -183,7 +185,7 @@ def test_after_the_loss_of_the_server_the_small_network_continues(
     with running_server(golden_bundle(SS), "--metrics-port", port) as server:
         client = subprocess.Popen(
             command(
-                *("kb-client", "replay", mixture, "-o", tmp_path / "out.wav", "--output-format", "float"),
+                *("kb-client", "replay", mixture, "-o", tmp_path / "out.wav", "--output-format", "float", *EXACT),
                 *("--bundle", golden_bundle(SS), "--server", server.address, "--clock", "real"),
                 *("--delay-ms", 10, "--report", tmp_path / "report.json"),
             ),
@@ -243,7 +245,7 @@ def test_on_the_real_clock_late_hints_are_zeroed_hints(
     flags += ["-o", tmp_path / "out.wav", "--output-format", "float", "--report", tmp_path / "report.json"]
     started = time.monotonic()
     result = run(
-        *("kb-client", "replay", mixture, "--bundle", golden_bundle(SS), "--server", ss_server.address),
+        *("kb-client", "replay", mixture, "--bundle", golden_bundle(SS), "--server", ss_server.address, *EXACT),
         *("--clock", "real", "--delay-ms", 30, "--jitter-ms", 10, *flags),
     )
     assert result.returncode == 0, result.stderr

@@ -84,4 +84,4 @@ def test_the_demo_improves_the_mixture_without_clipping_or_clicks(task: str, tmp
         for system in ("alone", "boosted", "large"):
             estimate, _ = soundfile.read(path.with_name(path.name.replace("reference", system)))
             assert np.abs(estimate).max() < 1
-            assert np.abs(np.diff(estimate, axis=0)).max() <= jump, (system, path)
+            assert np.abs(np.diff(estimate, axis=0)).max() <= 1.5 * jump, (system, path)
