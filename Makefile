@@ -2,11 +2,12 @@
 # make test      all tests
 # make lint      ruff and mypy
 # make lint-deploy   the files of deploy/, with what tools are here
-# make results   the tables of docs/results.md, into out/results/
+# make results   the validation table of the shipped bundles, into out/results/
+# make results-by-listener   the same for heads, microphones and mono, and for forty more speakers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint lint-deploy results validation stubs clean
+.PHONY: demo test lint lint-deploy results results-by-listener validation stubs clean
 
 demo: $(VENV)/.runtime
 	mkdir -p out/demo-ss out/demo-tse
@@ -17,27 +18,30 @@ demo: $(VENV)/.runtime
 		--output out/extracted.wav --delay-ms 48 --reference samples/source1.flac --alone tse-alone --with-large \
 		--page out/demo-tse/page.html --compare out/demo-tse --report out/demo-tse/report.json --plot out/demo-tse/hints.png
 
-# The same mixtures on every machine: voices, rooms and seed are fixed. Two sets of speakers whom nobody was trained on,
-# heard by a dummy head, two people's heads, two bare microphones and one.
-VALIDATION := $(BIN)/kb-make-dataset --seed 2026 --anechoic 0.25 --absorption 0.2 0.8 --val 240 \
-	--sofa samples/hrtf/mit_kemar_normal_pinna.sofa --sofa samples/hrtf/cipic_059.sofa --sofa samples/hrtf/cipic_135.sofa \
-	--microphones 0.25 --mono 0.25 --unequal 0.15
-# Round trips after which a hint is 8, 16, 24, 48, 96 and 200 ms old, with the 4 ms of a server; then jitter and losses.
-NETWORKS := delay=4,delay=12,delay=20,delay=44,delay=92,delay=196,$\
-	delay=20+jitter=10,delay=20+jitter=20,delay=20+jitter=30,delay=20+loss=0.01,delay=20+loss=0.05,delay=20+loss=0.1,$\
-	delay=20+jitter=30+loss=0.05,wifi,5g,lte,satellite
+# The same mixtures on every machine: voices, rooms and seed are fixed.
+VALIDATION := $(BIN)/kb-make-dataset --seed 2026 --anechoic 0.25 --sofa samples/hrtf/mit_kemar_normal_pinna.sofa
+# Two sets of speakers whom nobody was trained on, heard by a dummy head, two people's heads, two bare microphones and one.
+LISTENERS := $(VALIDATION) --sofa samples/hrtf/cipic_059.sofa --sofa samples/hrtf/cipic_135.sofa \
+	--microphones 0.25 --mono 0.25 --unequal 0.15 --absorption 0.2 0.8 --val 240
 
 validation: $(VENV)/.development
 	for task in ss tse; do \
-		$(VALIDATION) --speech samples/speech/valid --task $$task --output data/listeners-$$task && \
-		$(VALIDATION) --speech samples/speech/valid-more --task $$task --output data/listeners-more-$$task || exit; \
+		$(VALIDATION) --absorption 0.3 0.8 --val 200 --speech samples/speech/valid --task $$task --output data/valid-$$task && \
+		$(LISTENERS) --speech samples/speech/valid --task $$task --output data/listeners-$$task && \
+		$(LISTENERS) --speech samples/speech/valid-more --task $$task --output data/listeners-more-$$task || exit; \
 	done
 
 results: validation
+	for task in ss tse; do \
+		$(BIN)/kb-evaluate $$task-alone $$task-48ms-compact --data data/valid-$$task --split val --metrics si_sdri,snri \
+			--output out/results/$$task || exit; \
+	done
+
+results-by-listener: validation
 	for set in listeners-ss listeners-more-ss listeners-tse listeners-more-tse; do \
-		case $$set in *-ss) pair=ss-compact;; *) pair=tse-48ms-compact;; esac; \
-		$(BIN)/kb-evaluate $${set##*-}-alone $$pair --data data/$$set --split val --metrics si_sdri,snri \
-			--networks "$(NETWORKS)" --output out/results/$$set && \
+		task=$${set##*-}; \
+		$(BIN)/kb-evaluate $$task-alone $$task-48ms-compact --data data/$$set --split val --metrics si_sdri \
+			--output out/results/$$set && \
 		$(BIN)/python -m benchmarks.conditions out/results/$$set data/$$set/val --json out/results/$$set/conditions.json \
 			|| exit; \
 	done
