@@ -14,6 +14,7 @@ from torch.nn import functional
 from knowledge_boosting.models.arrivals import MASKED, RAMP
 from knowledge_boosting.models.layers import Fusion, channels_of_heads, prelu
 
+_RECENCY = 8.0  # frames over which the weight of a key falls by a factor of e, at the start of training
 NEVER = 1 << 30  # the frame at which a hint is merged that is never merged
 
 
@@ -92,7 +93,10 @@ class ArrivalFusion(Fusion):
 
     def __init__(self, channels: int, bins: int, heads: int, window: int, hint_channels: int) -> None:
         super().__init__(channels, bins, heads, window, hint_channels)
-        self.age_bias = nn.Parameter(torch.zeros(heads, window))  # of scores, by the age of the key
+        # Of scores, by the age of the key. At first, young keys count most. Without this, attention begins as a mean
+        # over the window, which says little about a frame, and training takes a thousand updates to find them.
+        recency = -torch.arange(window) / _RECENCY
+        self.age_bias = nn.Parameter(recency.expand(heads, -1).clone())
         self.age_scale = nn.Parameter(torch.ones(window))  # of the result, by the age of the youngest key
 
     def initial_state(self, batch: int) -> ArrivalState:
