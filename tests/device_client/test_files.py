@@ -14,7 +14,7 @@ from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import Alone, Framing, NetworkSize
 from knowledge_boosting.models.networks import write_bundle
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import run
+from tests.processes import EXACT, run
 
 ALONE = Alone(task="tse", framing=Framing(), network=NetworkSize(channels=8, hidden=8, blocks=2))
 
@@ -104,7 +104,7 @@ def test_samples_beyond_full_scale_are_clipped_in_16_bit_and_kept_in_float(
         out = folder / f"{sample_format}.wav"
         result = run(
             *("kb-client", "replay", folder / "in.wav", "-o", out, "--bundle", golden_bundle("tse_delay3")),
-            *("--enrollment", folder / "speaker.npy", "--output-format", sample_format),
+            *("--enrollment", folder / "speaker.npy", "--output-format", sample_format, *EXACT),
         )
         assert result.returncode == 0, result.stderr
         assert soundfile.info(out).subtype == subtype

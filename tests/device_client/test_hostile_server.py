@@ -103,7 +103,7 @@ def test_invalid_responses_end_a_session(
 ) -> None:
     manifest = read_manifest(golden_bundle(SS))
     with hostile(manifest, lambda audio, _: responses(manifest, audio.first_frame)) as address:
-        stream = HintStream(address, manifest, encodings=Encodings())
+        stream = HintStream(address, manifest, encodings=Encodings("f32", "f32"))
         stream.send(0, noise(1))
         while stream.receive() is not None:
             pass
@@ -125,7 +125,7 @@ def test_a_servers_message_cannot_control_the_terminal(golden_bundle: Callable[[
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        stream = HintStream(f"127.0.0.1:{port}", manifest, encodings=Encodings())
+        stream = HintStream(f"127.0.0.1:{port}", manifest, encodings=Encodings("f32", "f32"))
         assert stream.receive() is None
         assert stream.ended is not None
         assert stream.ended.detail.isprintable()
@@ -152,7 +152,7 @@ def test_a_server_whose_hints_are_all_late_is_replaced(
             yield hint(manifest, frame)
 
     with hostile(manifest, late) as address:
-        hints = LiveHints([address, ss_server.address], manifest, encodings=Encodings())
+        hints = LiveHints([address, ss_server.address], manifest, encodings=Encodings("f32", "f32"))
 
         def pace(frame: int) -> None:
             real_time(frame)
@@ -190,7 +190,7 @@ def test_a_move_is_announced_once(golden_bundle: Callable[[str], Path], failures
             yield pb.StreamHintsResponse(draining=pb.Draining(seconds=30))
 
     with hostile(manifest, leaves_once) as address:
-        hints = LiveHints([address], manifest, encodings=Encodings())
+        hints = LiveHints([address], manifest, encodings=Encodings("f32", "f32"))
 
         def pace(frame: int) -> None:
             real_time(frame)
@@ -231,7 +231,7 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
 
     stopping: list[threading.Thread] = []
     with running_server(bundle) as first, hostile(manifest, slow_to_begin) as second:
-        hints = RecordedHints([first.address, second], manifest, encodings=Encodings())
+        hints = RecordedHints([first.address, second], manifest, encodings=Encodings("f32", "f32"))
         moved: list[int] = []
 
         def pace(frame: int) -> None:

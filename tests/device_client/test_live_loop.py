@@ -111,7 +111,7 @@ def test_it_fuses_the_hints_of_the_published_computation(
     case, bundle = golden(SS), golden_bundle(SS)
     model, manifest = OnnxModel(Bundle(bundle)), read_manifest(bundle)
     mixture, config = case.mixture[0].numpy(), manifest.model
-    hints = LiveHints([ss_server.address], manifest, encodings=Encodings())
+    hints = LiveHints([ss_server.address], manifest, encodings=Encodings("f32", "f32"))
     hints.start()
 
     def pace(frame: int) -> None:
@@ -138,7 +138,7 @@ def test_another_server_takes_over_with_a_warm_network(golden: GetGolden, golden
     bundle = golden_bundle(SS)
     manifest, model = read_manifest(bundle), OnnxModel(Bundle(bundle))
     with running_server(bundle) as first, running_server(bundle) as second:
-        hints = LiveHints([first.address, second.address], manifest, encodings=Encodings())
+        hints = LiveHints([first.address, second.address], manifest, encodings=Encodings("f32", "f32"))
         hints.start()
         seen: dict[str, int] = {}
 
@@ -214,7 +214,7 @@ def test_a_session_ends_if_its_audio_does_not_get_through(
     """The connection carries a quarter of the audio's bandwidth, or nothing at all."""
     manifest, model = read_manifest(golden_bundle(SS)), OnnxModel(Bundle(golden_bundle(SS)))
     uplink = SlowUplink(ss_server.address, rate)
-    hints = LiveHints([uplink.address], manifest, encodings=Encodings())
+    hints = LiveHints([uplink.address], manifest, encodings=Encodings("f32", "f32"))
     hints.start()
 
     def pace(frame: int) -> None:
@@ -299,7 +299,7 @@ def test_memory_does_not_grow_in_ten_minutes(golden_bundle: GetBundle) -> None:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 memory.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
-    hints = LiveHints(["127.0.0.1:1"], manifest, encodings=Encodings())
+    hints = LiveHints(["127.0.0.1:1"], manifest, encodings=Encodings("f32", "f32"))
     hints.start()
     loop = LiveLoop(model.session(None), manifest.model, Endless(), hints, "1")
     loop.run()
