@@ -18,7 +18,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from knowledge_boosting.device_client.replay.report import Report
 from tests.golden_cases import Golden
-from tests.processes import Server, command, refusal, run
+from tests.processes import Server, command, refusal_here, run
 
 ROOT = Path(__file__).parents[2]
 SS = "ss_delay6_compression2"
@@ -115,7 +115,7 @@ def test_all_outputs_of_an_untrained_bundle_are_marked(untrained: Path, tmp_path
     assert report.quality["boosted"].si_sdr == pytest.approx(max(scores), abs=0.05)
 
 
-def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
+def test_all_networks_side_by_side(untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The comparison has the mixture, the references and all estimates, with the speakers in the references' order."""
     document = json.loads((untrained / "bundle.json").read_text())["model"]
     config = tmp_path / "alone.json"
@@ -124,7 +124,7 @@ def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
     samples = {name: ROOT / "samples" / f"{name}.flac" for name in ("mixture", "source1", "source2")}
     call = ["kb-client", "replay", samples["mixture"], "-o", tmp_path / "out.wav", "--bundle", untrained]
     call += ["--alone", tmp_path / "alone", "--compare", tmp_path / "compared"]
-    line = refusal(*map(str, call))
+    line = refusal_here("kb-client", capsys, *call[1:])
     assert "--alone: needs the true sources; give --reference" in line
     call += ["--reference", samples["source1"], "--reference", samples["source2"], "--with-large"]
     result = run(*map(str, call), "--report", tmp_path / "report.json")
@@ -155,7 +155,7 @@ def test_all_networks_side_by_side(untrained: Path, tmp_path: Path) -> None:
         ).mean()
         assert report.quality[system].si_sdr == pytest.approx(float(score), abs=0.05)
 
-    assert "is a pair; give --alone" in refusal(*map(str, [*call, "--alone", untrained]))
+    assert "is a pair; give --alone" in refusal_here("kb-client", capsys, *call[1:], "--alone", untrained)
 
 
 def _svg_comment(path: Path) -> str:

@@ -19,7 +19,7 @@ from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.models.manifest import bundle_id, read_manifest
 from knowledge_boosting.models.networks import load_large, load_pair, load_small, record_quality
 from tests.golden_cases import FOLDER, TOLERANCE, Golden, worst
-from tests.processes import refusal, run
+from tests.processes import refusal_here, run
 
 CASE = "tse_delay3"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -129,7 +129,9 @@ def test_a_training_configuration_and_a_note_make_a_bundle_and_its_card(tmp_path
         torch.testing.assert_close(other, one, rtol=5e-4 if ".speaker." in name else 0, atol=1e-7)
 
 
-def test_check_finds_what_was_changed(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_check_finds_what_was_changed(
+    golden_bundle: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(golden_bundle(CASE), copy)
     result = run("kb-export", "--check", copy)
@@ -139,11 +141,11 @@ def test_check_finds_what_was_changed(golden_bundle: Callable[[str], Path], tmp_
         assert f"{part}.safetensors: sha256:{digest}" in result.stdout
     weights = copy / "large.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    assert "large.safetensors: digest differs" in refusal("kb-export", "--check", copy)
+    assert "large.safetensors: digest differs" in refusal_here("kb-export", capsys, "--check", copy)
     weights.unlink()
-    assert "lacks its large part" in refusal("kb-export", "--check", copy)
-    assert "leave out the flags that make one" in refusal("kb-export", "--check", copy, "--untrained")
-    assert "no bundle of that name" in refusal("kb-export", "--check", "nothing-like-it")
+    assert "lacks its large part" in refusal_here("kb-export", capsys, "--check", copy)
+    assert "leave out the flags that make one" in refusal_here("kb-export", capsys, "--check", copy, "--untrained")
+    assert "no bundle of that name" in refusal_here("kb-export", capsys, "--check", "nothing-like-it")
 
 
 def test_recorded_figures_are_in_manifest_and_card_once(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_bundles_and_configurations_of_schema_version_1_are_read(tmp_path: Path)
         read_config(tmp_path / "model.json")
 
 
-def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+def test_export_refuses_what_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, checkpoint = FOLDER / CASE / "config.json", FOLDER / CASE / "joint.ckpt"
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
@@ -208,7 +210,7 @@ def test_export_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     ]
     before = sorted(tmp_path.rglob("*"))
     for flags, expected in cases:
-        assert expected in refusal("kb-export", *flags)
+        assert expected in refusal_here("kb-export", capsys, *flags)
     assert sorted(tmp_path.rglob("*")) == before
 
 

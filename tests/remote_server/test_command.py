@@ -20,7 +20,7 @@ from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from knowledge_boosting.remote_server.server import listen_error
 from tests.golden_cases import Golden
-from tests.processes import PATIENCE, Server, command, refusal, running_server
+from tests.processes import PATIENCE, Server, command, refusal, refusal_here, running_server
 from tests.remote_server.driver import Device, Material, assert_logged
 
 BUNDLE = "ss_delay6_compression2"
@@ -188,5 +188,7 @@ def test_an_unknown_device_is_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("--port", 65536), ("--max-sessions", 0), ("--max-sessions", "many")])
-def test_an_invalid_number_is_refused(option: str, value: object, bundle: Path) -> None:
-    assert option in refusal("kb-server", "--bundle", bundle, option, value)
+def test_an_invalid_number_is_refused(
+    option: str, value: object, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert option in refusal_here("kb-server", capsys, "--bundle", bundle, option, value)

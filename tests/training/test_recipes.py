@@ -12,7 +12,7 @@ from knowledge_boosting.models.manifest import validate
 from knowledge_boosting.training.config import DynamicData, StoredData, TrainingConfig
 from knowledge_boosting.training.data.corpus import read_speaker_names
 from knowledge_boosting.training.recipes import Recipe
-from tests.processes import refusal
+from tests.processes import refusal_here
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -173,16 +173,18 @@ def test_stages_that_are_no_configurations_are_refused(
     assert str(path) in str(error.value)
 
 
-def test_the_commands_say_what_is_missing(tmp_path: Path) -> None:
+def test_the_commands_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, run = tmp_path / "recipe.toml", tmp_path / "runs" / "two"
     path.write_text(SMALL.replace("warm = 1\n", ""))
     call = ("kb-train", "--config", path, "--run-dir", run)
-    assert "is a recipe; choose one of its stages with --stage: one, two" in refusal(*call)
-    line = refusal(*call, "--stage", "two")
+    assert "is a recipe; choose one of its stages with --stage: one, two" in refusal_here("kb-train", capsys, *call[1:])
+    line = refusal_here("kb-train", capsys, *call[1:], "--stage", "two")
     assert f"{tmp_path / 'runs' / 'one' / 'last.ckpt'}: no such file" in line
-    export = refusal("kb-export", "--config", path, "--untrained", "-o", tmp_path / "bundle")
+    export = refusal_here("kb-export", capsys, "--config", path, "--untrained", "-o", tmp_path / "bundle")
     assert "is a recipe; give the config.json in the folder of a stage's run" in export
     config = tmp_path / "config.json"
     config.write_text("{}")
-    assert "--stage is for recipes" in refusal("kb-train", "--config", config, "--run-dir", run, "--stage", "two")
+    assert "--stage is for recipes" in refusal_here(
+        "kb-train", capsys, "--config", config, "--run-dir", run, "--stage", "two"
+    )
     assert not run.exists()
