@@ -186,8 +186,8 @@ def _hint_plot(figures: HintFigures, seconds: float) -> dict[str, Any]:
 
 def _delay_plot(curve: DelayCurve) -> dict[str, Any]:
     """Return the points of the curve in a plot of 600 by 160, with one step for each delay."""
-    gains = [*curve.gains.values(), *curve.levels.values()]
-    low, high = min(gains), max(gains)
+    gains = list(curve.gains.values())
+    low, high = min(*gains, *curve.levels.values()), max(*gains, *curve.levels.values())
     margin = 0.15 * (high - low) or 1.0
 
     def height(gain: float) -> float:
@@ -199,5 +199,14 @@ def _delay_plot(curve: DelayCurve) -> dict[str, Any]:
             {"x": round((index + 0.5) * step, 1), "y": height(gain), "delay": f"{delay:g}", "gain": f"{gain:+.1f}"}
             for index, (delay, gain) in enumerate(curve.gains.items())
         ],
-        "levels": [{"name": name, "gain": f"{gain:+.1f}", "y": height(gain)} for name, gain in curve.levels.items()],
+        "levels": [
+            # The name stands at the end that is farther from the curve.
+            {
+                "name": name,
+                "gain": f"{gain:+.1f}",
+                "y": height(gain),
+                "at_end": abs(gains[-1] - gain) > abs(gains[0] - gain),
+            }
+            for name, gain in curve.levels.items()
+        ],
     }

@@ -16,7 +16,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from knowledge_boosting.device_client.replay.hint_log import HintLog
-from knowledge_boosting.device_client.replay.page import HintFigures, Page, Track, write_page
+from knowledge_boosting.device_client.replay.page import DelayCurve, HintFigures, Page, Track, write_page
 from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
 from tests.processes import refusal_here, run
 
@@ -52,7 +52,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Track("Reference", [tone(400, 0.9), tone(500, 0.0)]),
     ]
     settings = {"Network": "48 ms <round> trip", "Bundle": "x"}
-    write_page(path, Page(TITLE, tracks, RATE, hint_figures(), settings, notice="random weights"))
+    curve = DelayCurve({8: 7.5, 48: 7.25, 200: 3.14}, {"Without hints": 3.0})
+    write_page(path, Page(TITLE, tracks, RATE, hint_figures(), settings, notice="random weights", curve=curve))
     return path
 
 
@@ -79,6 +80,8 @@ def test_the_page_needs_nothing_else_and_shows_every_text_literally(page: Path) 
     assert "48 ms &lt;round&gt; trip" in text
     assert "random weights" in text
     assert "+7.2 dB SI-SDRi" in text
+    assert "+7.5 at 8 ms, +7.2 at 48 ms, +3.1 at 200 ms" in text
+    assert "Without hints +3.0 dB" in text
     counts = [int(value) for value in re.findall(r"</i>(\d+) (?:on time|late|missing)", text)]
     assert counts == [len(hint_figures().log.used) - 6 - 10, 5, 5]
 
