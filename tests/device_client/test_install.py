@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from tests.golden_cases import TOLERANCE, Golden, worst
-from tests.processes import Server
+from tests.processes import EXACT, Server
 
 ROOT = Path(__file__).parent.parent.parent
 NAME = "tse_delay6"
@@ -37,7 +37,7 @@ def test_a_device_without_torch_replays_with_a_server(
     import_torch = [str(programs / "python"), "-c", "import torch"]
     assert subprocess.run(import_torch, cwd=tmp_path, capture_output=True, check=False).returncode == 1
     call = [programs / "kb-client", "replay", "mixture.wav", "-o", "out.wav", "--bundle", "bundle"]
-    call += ["--server", tse_server.address, "--enrollment", "speaker.npy", "--output-format", "float"]
+    call += ["--server", tse_server.address, "--enrollment", "speaker.npy", "--output-format", "float", *EXACT]
     result = subprocess.run([*map(str, call)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     output = soundfile.read(tmp_path / "out.wav", dtype="float32", always_2d=True)[0].T
