@@ -10,7 +10,7 @@ from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
-from knowledge_boosting.training.learning.guidance import Guidance, ideal_embedding, source_spectra
+from knowledge_boosting.training.learning.guidance import Guidance, ideal_embedding, in_order_of, source_spectra
 
 SIZE = {"channels": 4, "hidden": 4, "blocks": 3}
 COMPILED = {"channels": 16, "hidden": 16, "blocks": 3}  # sizes that the C++ library supports
@@ -62,7 +62,7 @@ def test_the_loss_of_zero_heads_is_that_of_a_coin(task: str, size: dict[str, int
     for _ in range(2):  # features of an earlier run do not count
         guidance.reset()
         pair(mixture, torch.zeros(2, 256) if task == "tse" else None)
-        loss = guidance.loss(wanted, whole)
+        loss = guidance.loss(wanted, whole, ordered=False)
         assert float(loss.detach()) == pytest.approx(2 * math.log(2), abs=1e-3)
 
 
@@ -73,9 +73,38 @@ def test_the_large_network_may_choose_which_source_comes_first() -> None:
     whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
     spectra = source_spectra(pair.large.stft, sources)
     pair(sources.sum(1))
-    torch.testing.assert_close(guidance.loss(spectra, whole), guidance.loss(spectra.flip(3), whole))
+    torch.testing.assert_close(
+        guidance.loss(spectra, whole, ordered=False), guidance.loss(spectra.flip(3), whole, ordered=False)
+    )
     half = torch.cat([spectra[:1], spectra[1:].flip(3)])  # each example has its own order
-    torch.testing.assert_close(guidance.loss(half, whole), guidance.loss(spectra, whole))
+    torch.testing.assert_close(guidance.loss(half, whole, ordered=False), guidance.loss(spectra, whole, ordered=False))
+
+
+def test_sources_are_put_in_the_order_of_an_estimate_of_them() -> None:
+    """Each example has its own order. The estimates have errors, and each has another scale and phase."""
+    spectra = source_spectra(pair_of("ss").large.stft, voices(4, 2))
+    flipped = torch.tensor([False, True, True, False])
+    expected = torch.where(flipped[:, None, None, None, None], spectra.flip(3), spectra)
+    factors = torch.polar(torch.rand(4, 2) + 0.5, 6 * torch.rand(4, 2))[:, None, None, :, None]
+    estimate = factors * (expected + 0.6 * expected.flip(3))
+    found = in_order_of(torch.view_as_real(estimate).flatten(-3), spectra)
+    assert torch.equal(found, expected)
+    one = spectra[:, :, :, :1]
+    assert torch.equal(in_order_of(torch.view_as_real(one).flatten(-3), one), one)
+
+
+def test_in_the_order_of_the_hints_only_that_order_counts() -> None:
+    pair = pair_of("ss")
+    guidance = Guidance(pair.small)
+    sources = voices(1, 2)
+    whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
+    spectra = source_spectra(pair.large.stft, sources)
+    pair(sources.sum(1))
+    losses = [float(guidance.loss(each, whole, ordered=True).detach()) for each in (spectra, spectra.flip(3))]
+    any_order = float(guidance.loss(spectra, whole, ordered=False).detach())
+    assert abs(losses[0] - losses[1]) > 1e-4
+    # Every fusion may choose its own order, so both together are at most as bad as one order for all.
+    assert any_order <= min(losses) + 1e-6
 
 
 @pytest.mark.parametrize("task", ["ss", "tse"])
@@ -94,7 +123,7 @@ def test_guidance_of_a_network_alone_trains_its_blocks_and_speaker_layers(task: 
     alone.train()
     run()
     whole = source_spectra(alone.stft, sources.sum(1)[:, None])[..., 0, :]
-    guidance.loss(source_spectra(alone.stft, sources[:, : alone.config.sources]), whole).backward()
+    guidance.loss(source_spectra(alone.stft, sources[:, : alone.config.sources]), whole, ordered=False).backward()
     moved = {name for name, weight in alone.named_parameters() if weight.grad is not None and weight.grad.any()}
     assert {f"network.blocks.{index}.inter_linear.weight" for index in range(3)} <= moved
     assert {f"network.speaker.{index}.weight" for index in range(2 if task == "tse" else 0)} <= moved
@@ -108,7 +137,7 @@ def test_guidance_trains_the_layers_before_it_and_the_hint_encoder() -> None:
     sources = voices(2, 2)
     pair(sources.sum(1))
     whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
-    guidance.loss(source_spectra(pair.large.stft, sources), whole).backward()
+    guidance.loss(source_spectra(pair.large.stft, sources), whole, ordered=True).backward()
     small = pair.small.network
     moved = {
         name for name, weight in pair.named_parameters() if weight.grad is not None and weight.grad.abs().max() > 0

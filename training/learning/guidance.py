@@ -32,6 +32,27 @@ def source_spectra(stft: Stft, sources: Tensor) -> Tensor:
     return torch.complex(real, imaginary)
 
 
+def in_order_of(embedding: Tensor, spectra: Tensor) -> Tensor:
+    """Return the spectra of sources ``[B, T, F, S, M]`` in the order in which a spectral estimate has them.
+
+    Args:
+        embedding: the spectral estimate of a large network, ``[B, T, F, 2S']``.
+        spectra: the spectra.
+    """
+    count, microphones = spectra.shape[3:]
+    pairs = embedding.float().unflatten(-1, (count, microphones, 2))
+    estimates = torch.complex(*pairs.unbind(-1))
+    scale = (
+        estimates.abs().square().sum((1, 2, 4)).sqrt()[:, :, None]
+        * spectra.abs().square().sum((1, 2, 4)).sqrt()[:, None]
+    )
+    likeness = torch.einsum("btfsm,btfkm->bsk", estimates.conj(), spectra).abs() / scale.clamp_min(1e-12)
+    orders = list(permutations(range(count)))
+    scores = torch.stack([likeness[:, range(count), order].sum(1) for order in orders], dim=1)
+    chosen = torch.tensor(orders, device=spectra.device)[scores.argmax(1)]  # [B, S]
+    return spectra.gather(3, chosen[:, None, None, :, None].expand_as(spectra))
+
+
 def ideal_embedding(spectra: Tensor) -> Tensor:
     """Return the spectral estimate ``[B, T, F, 2S']`` of a perfect large network, from spectra ``[B, T, F, S, M]``.
 
@@ -74,7 +95,7 @@ class Guidance(nn.Module):
         """Delete the recorded features. Call this before the network runs."""
         self._features.clear()
 
-    def loss(self, spectra: Tensor, mixture: Tensor) -> Tensor:
+    def loss(self, spectra: Tensor, mixture: Tensor, *, ordered: bool) -> Tensor:
         """Return the cross-entropy of the shares of the sources in each bin. Call this after the network has run.
 
         Every bin is weighted by the magnitude of the mixture.
@@ -82,6 +103,8 @@ class Guidance(nn.Module):
         Args:
             spectra: the spectra of the sources, complex ``[B, T, F, S, M]``.
             mixture: the spectrum of the mixture, complex ``[B, T, F, M]``.
+            ordered: whether the sources are in the order of the hints. Otherwise the order with the smallest loss is
+                used. At first, when no order is better than another, the gradients of the orders cancel.
         """
         power = spectra.abs().square()
         share = power / (power + (mixture[..., None, :] - spectra).abs().square() + 1e-8)
@@ -90,7 +113,7 @@ class Guidance(nn.Module):
         total = spectra.new_zeros((), dtype=share.dtype)
         for head, features in zip(self.heads, self._features, strict=True):
             logits = head(features).unflatten(-1, (self._sources, self._microphones))
-            # The order of the sources is the choice of the large network, so the order with the smallest loss is used.
+            orders = list(permutations(range(self._sources)))
             losses = [
                 (
                     functional.binary_cross_entropy_with_logits(logits[..., list(order), :], share, reduction="none")
@@ -98,7 +121,7 @@ class Guidance(nn.Module):
                 )
                 .flatten(1)
                 .mean(1)
-                for order in permutations(range(self._sources))
+                for order in (orders[:1] if ordered else orders)
             ]
             total = total + torch.stack(losses).amin(0).mean()
         return total

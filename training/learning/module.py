@@ -20,7 +20,13 @@ from knowledge_boosting.training.data.loading import Batch
 from knowledge_boosting.training.data.stored_hints import STORED_LARGE, large_digest
 from knowledge_boosting.training.evaluation.metrics import METRICS, USUAL_METRICS, si_sdr_improvement
 from knowledge_boosting.training.evaluation.si_sdr import match_sources
-from knowledge_boosting.training.learning.guidance import IDEAL_GAIN, Guidance, ideal_embedding, source_spectra
+from knowledge_boosting.training.learning.guidance import (
+    IDEAL_GAIN,
+    Guidance,
+    ideal_embedding,
+    in_order_of,
+    source_spectra,
+)
 from knowledge_boosting.training.learning.losses import level_error, negative_si_sdr
 from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
 from knowledge_boosting.training.weights import initial_model, initial_speakers
@@ -117,7 +123,7 @@ class TrainingModule(lightning.LightningModule):
         ready_at = self._ready_at(batch["mixture"])
         if self.guidance is not None:
             self.guidance.reset()
-        estimate = self._small_estimate(batch, ready_at)
+        estimate, embedding = self._small_estimate(batch, ready_at)
         loss = negative_si_sdr(estimate.float(), batch["sources"], self.config.permutation)
         if not torch.isfinite(loss):
             raise Failure(
@@ -132,21 +138,30 @@ class TrainingModule(lightning.LightningModule):
         if self.guidance is not None:
             stft = self._small.stft
             mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
-            guidance = self.guidance.loss(source_spectra(stft, batch["sources"]), mixture)
+            spectra = source_spectra(stft, batch["sources"])
+            if embedding is not None:
+                spectra = in_order_of(embedding, spectra)
+            guidance = self.guidance.loss(spectra, mixture, ordered=embedding is not None)
             self.log("train/guidance", guidance, batch_size=len(estimate))
             loss = loss + self.config.guidance * guidance
         return loss
 
-    def _small_estimate(self, batch: Batch, ready_at: Tensor | None) -> Tensor:
-        """Return the estimate of the trained network. The large network runs only if its hints are needed."""
+    def _small_estimate(self, batch: Batch, ready_at: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the estimate of the trained network, and of a pair the spectral estimate of the large network.
+
+        The large network runs only if its hints are needed.
+        """
         if self.config.ideal_hints:
             embedding = self._ideal_embedding(batch)
         elif "embedding" in batch:
             embedding = batch["embedding"]
+        elif isinstance(self.model, BoostedPair):
+            output = self.model(batch["mixture"], batch.get("speaker_embedding"), ready_at)
+            return output.small, output.embedding
         else:
-            return self.estimates(batch, ready_at)["small"]
+            return self.estimates(batch, ready_at)["small"], None
         hints = self.pair.large.encode(embedding)
-        return self.pair.estimate_small(batch["mixture"], hints, batch.get("speaker_embedding"), ready_at)
+        return self.pair.estimate_small(batch["mixture"], hints, batch.get("speaker_embedding"), ready_at), embedding
 
     def _ideal_embedding(self, batch: Batch) -> Tensor:
         """Return the spectral estimate of a perfect large network."""
