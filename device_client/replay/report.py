@@ -260,7 +260,7 @@ def table(report: Report) -> Table:
         grid.add_row("weights", "UNTRAINED")
     if (boosted := report.quality.get("boosted")) is not None:
         base = "alone" if "alone" in report.quality else "small_without_hints"
-        gained = boosted.si_sdri - report.quality[base].si_sdri
+        gained = round(boosted.si_sdri - report.quality[base].si_sdri, 2) + 0.0  # no minus before zero
         over = "the network alone" if base == "alone" else "the same network without hints"
         grid.add_row("gain of hints", f"{gained:+.2f} dB over {over}{' (untrained)' if bundle.untrained else ''}")
     names = {
