@@ -17,8 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from rich.table import Table
 from benchmarks.conditions import listener
 from knowledge_boosting.device_client.engines.engine import Model
 from knowledge_boosting.device_client.engines.loading import load_model
+from knowledge_boosting.device_client.hints.local_server import local_server
 from knowledge_boosting.device_client.replay.delay_curve import KeptHints
 from knowledge_boosting.device_client.replay.hint_log import HintLog
 from knowledge_boosting.device_client.replay.loop import Run, run_frames
@@ -91,19 +91,6 @@ def boosted_in_two_processes(folder: Path, bundle: str, server: str, item: Evalu
     return gain
 
 
-@contextmanager
-def running_server(bundle: str) -> Iterator[str]:
-    """Run a server, and yield its address."""
-    serve = [sys.executable, "-m", "knowledge_boosting.remote_server.main", "--bundle", bundle, "--port", "0"]
-    with subprocess.Popen(
-        [*serve, "--until-stdin-ends"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdout is not None
-        assert server.stdin is not None
-        yield server.stdout.readline().split("listening on ")[1].split(",")[0]
-        server.stdin.close()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="name or path of a pair")
@@ -128,7 +115,7 @@ def main() -> None:
     items = Chosen(data, sorted(of))
     figures: dict[str, list[list[float]]] = {name: [] for name in sorted(chosen)}
     delay = usual_delay(model.config)
-    with tempfile.TemporaryDirectory() as folder, running_server(options.bundle) as server:
+    with tempfile.TemporaryDirectory() as folder, local_server(Bundle(options.bundle).directory) as server:
         runs = (
             run_systems(model, items, [delay], {}, torch.device("cpu"), streaming=streaming)
             for streaming in (False, True)

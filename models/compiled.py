@@ -36,7 +36,9 @@ class Library:
 
 
 TRAINING = Library(
-    "training", ("cpu_lstm.cpp", "cpu_attention.cpp"), "training on this CPU takes two to four times as long"
+    "training",
+    ("cpu_lstm.cpp", "cpu_attention.cpp"),
+    "training and evaluation take two to four times as long",
 )
 STEP = Library("step", ("cpu_step.cpp",), "the large network takes several times as long on this CPU")
 _HEADER = "vectors.h"
@@ -70,7 +72,7 @@ def library(wanted: Library = TRAINING, *, quiet: bool = False) -> ctypes.CDLL |
     if isinstance(found, ctypes.CDLL):
         return found
     if not quiet:
-        _warn_once(f"{wanted.without} without its C++ library: {found}")
+        _warn_once(f"{wanted.without} without the C++ library: {found}")
     return None
 
 

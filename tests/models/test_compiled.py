@@ -64,7 +64,7 @@ def test_training_without_the_library_warns_once_that_it_is_slower(compiler: str
     assert result.returncode == 0, result.stderr
     line, *rest = result.stderr.splitlines()
     assert not rest
-    assert line.startswith("warning: training on this CPU takes two to four times as long without its C++ library: ")
+    assert line.startswith("warning: training and evaluation take two to four times as long without the C++ library: ")
     assert fault in line
 
 

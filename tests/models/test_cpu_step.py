@@ -251,7 +251,7 @@ def test_without_a_compiler_torch_is_used(monkeypatch: pytest.MonkeyPatch, capsy
     line, *more = capsys.readouterr().err.splitlines()
     assert not more
     assert line.startswith(
-        "warning: the large network takes several times as long on this CPU without its C++ library: "
+        "warning: the large network takes several times as long on this CPU without the C++ library: "
     )
 
 

@@ -66,13 +66,18 @@ def test_the_loss_of_zero_heads_is_that_of_a_coin(task: str, size: dict[str, int
         assert float(loss.detach()) == pytest.approx(2 * math.log(2), abs=1e-3)
 
 
-def test_the_large_network_may_choose_which_source_comes_first() -> None:
+def after_a_run(examples: int) -> tuple[Guidance, Tensor, Tensor]:
+    """Return the guidance of a pair that has run, and the spectra of the sources and of their mixture."""
     pair = pair_of("ss")
     guidance = Guidance(pair.small)
-    sources = voices(2, 2)
-    whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
-    spectra = source_spectra(pair.large.stft, sources)
+    sources = voices(examples, 2)
     pair(sources.sum(1))
+    mixture = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
+    return guidance, source_spectra(pair.large.stft, sources), mixture
+
+
+def test_the_large_network_may_choose_which_source_comes_first() -> None:
+    guidance, spectra, whole = after_a_run(2)
     torch.testing.assert_close(
         guidance.loss(spectra, whole, ordered=False), guidance.loss(spectra.flip(3), whole, ordered=False)
     )
@@ -94,12 +99,7 @@ def test_sources_are_put_in_the_order_of_an_estimate_of_them() -> None:
 
 
 def test_in_the_order_of_the_hints_only_that_order_counts() -> None:
-    pair = pair_of("ss")
-    guidance = Guidance(pair.small)
-    sources = voices(1, 2)
-    whole = source_spectra(pair.large.stft, sources.sum(1)[:, None])[..., 0, :]
-    spectra = source_spectra(pair.large.stft, sources)
-    pair(sources.sum(1))
+    guidance, spectra, whole = after_a_run(1)
     losses = [float(guidance.loss(each, whole, ordered=True).detach()) for each in (spectra, spectra.flip(3))]
     any_order = float(guidance.loss(spectra, whole, ordered=False).detach())
     assert abs(losses[0] - losses[1]) > 1e-4

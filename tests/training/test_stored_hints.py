@@ -57,6 +57,7 @@ def settings(folder: Path, task: str, **changes: Any) -> TrainingConfig:
         "epochs": 1,
         "batch_size": 2,
         "workers": 0,
+        "guidance": 20.0,
     }
     return TrainingConfig.model_validate_json(json.dumps({**document, **changes}))
 
@@ -111,6 +112,9 @@ def test_a_step_learns_the_same_from_stored_hints(
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=tolerance)  # type: ignore[literal-required]
     loss, live_loss = module.training_step(found, 0).detach(), other.training_step(expected, 0).detach()
     assert float(loss) == pytest.approx(float(live_loss), abs=0.02)
+    # The order of the sources in a batch does not matter, also for guidance, which follows the order of the hints.
+    swapped = dict(found, sources=found["sources"].flip(1))
+    torch.testing.assert_close(module.training_step(swapped, 0).detach(), module.training_step(found, 0).detach())  # type: ignore[arg-type]
     # The step depends on the hints.
     changed = dict(found, embedding=torch.randn_like(found["embedding"]))
     assert abs(float(module.training_step(changed, 0) - module.training_step(found, 0))) > 1e-4  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def word_error_rate(estimates: "Tensor", references: "Tensor") -> "Tensor":
 
     from knowledge_boosting.training.evaluation.si_sdr import match_sources
 
-    matched = match_sources(estimates, references)
+    matched, references = match_sources(estimates, references).cpu(), references.cpu()
     scores = []
     for estimate, reference in zip(matched[:, :, 0].flatten(0, 1), references[:, :, 0].flatten(0, 1), strict=True):
         expected = _words(_pcm(reference))

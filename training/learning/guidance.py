@@ -110,10 +110,10 @@ class Guidance(nn.Module):
         share = power / (power + (mixture[..., None, :] - spectra).abs().square() + 1e-8)
         weight = mixture.abs()[..., None, :]
         weight = weight / weight.mean((1, 2), keepdim=True).clamp_min(1e-8)
+        orders = list(permutations(range(self._sources)))[: 1 if ordered else None]
         total = spectra.new_zeros((), dtype=share.dtype)
         for head, features in zip(self.heads, self._features, strict=True):
             logits = head(features).unflatten(-1, (self._sources, self._microphones))
-            orders = list(permutations(range(self._sources)))
             losses = [
                 (
                     functional.binary_cross_entropy_with_logits(logits[..., list(order), :], share, reduction="none")
@@ -121,7 +121,7 @@ class Guidance(nn.Module):
                 )
                 .flatten(1)
                 .mean(1)
-                for order in (orders[:1] if ordered else orders)
+                for order in orders
             ]
             total = total + torch.stack(losses).amin(0).mean()
         return total
