@@ -103,6 +103,29 @@ def test_after_a_reset_the_graph_ignores_hints_of_frames_before_it(pair: Boosted
 
 
 @torch.inference_mode()
+def test_before_training_the_youngest_hints_count_most() -> None:
+    """Otherwise attention is a mean over the window, and training takes long to find the hints that matter."""
+    size = NetworkSize(channels=8, hidden=8, window=60)
+    torch.manual_seed(0)
+    pair = BoostedPair(Pair(task="ss", small=size, large=size, boosting=OnArrival(policy="arrival"))).eval()
+    for fusion in pair.small.network.fusion:
+        fusion.get_parameter("norm_merge.weight").fill_(1)
+    frames = 60
+    mixture = noise(1, 2, 128 * frames + 64)
+    hints = pair(mixture).hints[:, :frames]
+    ready_at = torch.arange(frames) + 1
+
+    def last_chunk(changed: int | None) -> Tensor:
+        given = hints.clone()
+        if changed is not None:
+            given[:, changed] += 10 * torch.randn(given[:, changed].shape, generator=torch.Generator().manual_seed(1))
+        return pair.estimate_small(mixture[..., : 128 * frames], given, None, ready_at)[..., -128:]
+
+    young, old = (float((last_chunk(frame) - last_chunk(None)).norm()) for frame in (frames - 4, frames - 40))
+    assert young > 5 * old
+
+
+@torch.inference_mode()
 def test_a_frame_attends_to_the_merged_frames_of_its_window() -> None:
     """The attention of every frame, computed from its definition."""
     torch.manual_seed(0)
