@@ -155,7 +155,8 @@ def _run(app: typer.Typer, name: str, extra: str, lost: Sequence[BaseException])
         return _print_error(name, str(error), 2)
     except typer.TyperException as error:
         # If there is no message, typer has already printed the help.
-        message, context = error.format_message(), getattr(error, "ctx", None)
+        # Pydantic, by which typer checks values, adds the name of its exception.
+        message, context = error.format_message().replace("Value error, ", ""), getattr(error, "ctx", None)
         command = context.command_path if context is not None else name
         return _print_error(name, f"{message.rstrip('.')} (see '{command} --help')", 2) if message else 2
     except Failure as error:

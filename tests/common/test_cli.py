@@ -48,6 +48,11 @@ def test_the_message_for_a_wrong_call_names_the_help_of_that_command(
     ).replace(" (Possible options: --trace)", "")
 
 
+def test_the_message_for_an_unknown_choice_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal_here("kb-client", capsys, "replay", "x.wav", "-o", "y.wav", "--clock", "sundial")
+    assert line.startswith("Invalid value for '--clock': 'sundial' is not one of 'virtual', 'real' (see ")
+
+
 def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_KB_CLIENT_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "kb-client re")
