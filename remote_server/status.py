@@ -24,12 +24,15 @@ def print_status(server: str, credentials: Credentials) -> bool:
         Failure: The server failed.
     """
     serving, first, answers = _ask(server, credentials)
-    table = Table("bundle", "id", "task", "delay", "sessions", "free", box=None)
+    table = Table("bundle", "id", "task", "hint age", "sessions", "free", box=None)
+    for column in table.columns:
+        column.overflow = "fold"  # a name or an identity must not lose its end
     for answer in answers:
         name = f"{answer.bundle_name} (UNTRAINED)" if answer.untrained else answer.bundle_name
-        delay = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"
-        free = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "unknown until loaded"
-        cells = (printable(text) for text in (name, answer.bundle_id, answer.task.upper(), delay))
+        age = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"
+        age = f"up to {age}" if answer.on_arrival else age
+        free = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "not loaded"
+        cells = (printable(text) for text in (name, answer.bundle_id, answer.task.upper(), age))
         table.add_row(*map(Text, cells), str(answer.sessions), free)
     state = "serving" if serving else "shutting down, accepts no new sessions"
     enrolls = "enrolls speakers" if first.enrolls else "enrolls no speakers"

@@ -204,6 +204,7 @@ class HintServer:
             sessions=bundle.sessions,
             max_sessions=bundle.slots,
             bundles=[served.manifest.name for served in allowed],
+            on_arrival=model.on_arrival,
         )
 
     async def _configuration(self, requests: AsyncIterator[pb.StreamHintsRequest]) -> pb.SessionConfig:
