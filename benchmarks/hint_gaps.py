@@ -3,8 +3,8 @@
 Runs a pair that uses hints on arrival on the mixtures of a split, once with all hints and once without those of one
 second. In windows of 20 ms around the frame at which hints stop, and around the one from which they are used again, it
 compares both outputs: the difference of their levels, and the distance of their spectra. A *click* is a jump between
-samples that is larger than all jumps in the 200 ms before and after it. Prints the median and the 95th percentile by
-distance from the transition, and writes them as JSON.
+samples that is larger than every jump of both outputs in the 200 ms before and after it. Prints the median and the
+95th percentile by distance from the transition, and writes them as JSON.
 """
 
 import argparse
@@ -46,11 +46,11 @@ def level(signal: Signal) -> float:
     return float(10 * np.log10(np.mean(np.square(signal)) + 1e-12))
 
 
-def jump(signal: Signal, at: int) -> float:
-    """Return how much larger the largest jump near a sample is than the largest in its surroundings, dB."""
-    jumps = np.abs(np.diff(signal[at - _AROUND : at + _AROUND], 2))
+def click(disturbed: Signal, undisturbed: Signal, at: int) -> float:
+    """Return how much larger the largest jump near a sample is than all others of both outputs around it, dB."""
+    jumps, usual = (np.abs(np.diff(signal[at - _AROUND : at + _AROUND], 2)) for signal in (disturbed, undisturbed))
     near = slice(_AROUND - WINDOW, _AROUND + WINDOW)
-    others = np.concatenate([jumps[: near.start], jumps[near.stop :]])
+    others = np.concatenate([jumps[: near.start], jumps[near.stop :], usual])
     return float(20 * np.log10((jumps[near].max() + 1e-9) / (others.max() + 1e-9)))
 
 
@@ -87,7 +87,7 @@ def main() -> None:
         for undisturbed, disturbed in zip(*outputs, strict=True):
             for name, frame in (("stop", GAP.start + usual), ("return", GAP.stop + usual)):
                 at = frame * config.framing.chunk
-                clicks[name].append(jump(disturbed, at) - jump(undisturbed, at))
+                clicks[name].append(click(disturbed, undisturbed, at))
                 for offset in OFFSETS:
                     window = slice(at + offset * WINDOW, at + (offset + 1) * WINDOW)
                     one, other = undisturbed[window], disturbed[window]
@@ -113,7 +113,10 @@ def main() -> None:
     console = Console(width=100)
     console.print(table)
     for name, values in jumps.items():
-        console.print(f"largest jump at the {name}, over undisturbed: median {values[0]} dB, 95 % {values[1]} dB")
+        console.print(
+            f"largest jump at the {name}, over all others: median {values[0]} dB, 95 % {values[1]} dB, "
+            f"maximum {values[2]} dB"
+        )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps({"windows": results, "jumps_db": jumps}, indent=2) + "\n")
 
