@@ -2,12 +2,11 @@
 # make test      all tests
 # make lint      ruff and mypy
 # make lint-deploy   the files of deploy/, with what tools are here
-# make results   the validation table of the shipped bundles, into out/results/
-# make results-by-listener   the same for heads, microphones and mono, and for forty more speakers
+# make results   the tables of docs/results.md, into out/results/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint lint-deploy results results-by-listener validation stubs clean
+.PHONY: demo test lint lint-deploy results validation stubs clean
 
 demo: $(VENV)/.runtime
 	mkdir -p out/demo-ss out/demo-tse
@@ -18,33 +17,32 @@ demo: $(VENV)/.runtime
 		--output out/extracted.wav --delay-ms 48 --reference samples/source1.flac --alone tse-alone --with-large \
 		--page out/demo-tse/page.html --compare out/demo-tse --report out/demo-tse/report.json --plot out/demo-tse/hints.png
 
-# The same mixtures on every machine: voices, rooms and seed are fixed.
-VALIDATION := $(BIN)/kb-make-dataset --seed 2026 --anechoic 0.25 --sofa samples/hrtf/mit_kemar_normal_pinna.sofa
-# Two sets of speakers whom nobody was trained on, heard by a dummy head, two people's heads, two bare microphones and one.
-LISTENERS := $(VALIDATION) --sofa samples/hrtf/cipic_059.sofa --sofa samples/hrtf/cipic_135.sofa \
-	--microphones 0.25 --mono 0.25 --unequal 0.15 --absorption 0.2 0.8 --val 240
+# The same mixtures on every machine: voices, rooms and seed are fixed. Two sets of speakers whom nobody was trained on,
+# heard by a dummy head, two people's heads, two bare microphones and one.
+VALIDATION := $(BIN)/kb-make-dataset --seed 2026 --anechoic 0.25 --absorption 0.2 0.8 --val 240 \
+	--sofa samples/hrtf/mit_kemar_normal_pinna.sofa --sofa samples/hrtf/cipic_059.sofa --sofa samples/hrtf/cipic_135.sofa \
+	--microphones 0.25 --mono 0.25 --unequal 0.15
+# For a pair that uses hints on arrival: hints that are 8, 16, 24, 48, 96 and 200 ms old, then jitter and losses.
+ARRIVAL := --delays 1,2,3,6,12,25 --networks delay=20+jitter=10,delay=20+jitter=20,delay=20+jitter=30,$\
+	delay=20+loss=0.01,delay=20+loss=0.05,delay=20+loss=0.1,delay=20+jitter=30+loss=0.05,wifi,5g,lte,satellite
 
 validation: $(VENV)/.development
 	for task in ss tse; do \
-		$(VALIDATION) --absorption 0.3 0.8 --val 200 --speech samples/speech/valid --task $$task --output data/valid-$$task && \
-		$(LISTENERS) --speech samples/speech/valid --task $$task --output data/listeners-$$task && \
-		$(LISTENERS) --speech samples/speech/valid-more --task $$task --output data/listeners-more-$$task || exit; \
+		$(VALIDATION) --speech samples/speech/valid --task $$task --output data/listeners-$$task && \
+		$(VALIDATION) --speech samples/speech/valid-more --task $$task --output data/listeners-more-$$task || exit; \
 	done
 
+# Two sets at a time: one thread computes a small network about as fast as two.
 results: validation
-	for task in ss tse; do \
-		$(BIN)/kb-evaluate $$task-alone $$task-48ms-compact --data data/valid-$$task --split val --metrics si_sdri,snri \
-			--output out/results/$$task || exit; \
-	done
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 measure-listeners-ss measure-listeners-more-ss measure-listeners-tse measure-listeners-more-tse
+	$(BIN)/python -m benchmarks.quality_by_delay out/results/listeners-ss out/results/listeners-more-ss \
+		--titles "five speakers" "38 speakers" --output out/results/quality-by-delay.png
 
-results-by-listener: validation
-	for set in listeners-ss listeners-more-ss listeners-tse listeners-more-tse; do \
-		task=$${set##*-}; \
-		$(BIN)/kb-evaluate $$task-alone $$task-48ms-compact --data data/$$set --split val --metrics si_sdri \
-			--output out/results/$$set && \
-		$(BIN)/python -m benchmarks.conditions out/results/$$set data/$$set/val --json out/results/$$set/conditions.json \
-			|| exit; \
-	done
+measure-%-ss: MODELS = ss-alone ss-compact $(ARRIVAL)
+measure-%-tse: MODELS = tse-alone tse-48ms-compact
+measure-%:
+	$(BIN)/kb-evaluate $(MODELS) --data data/$* --split val --metrics si_sdri,snri --output out/results/$*
+	$(BIN)/python -m benchmarks.conditions out/results/$* data/$*/val --json out/results/$*/conditions.json
 
 test: $(VENV)/.development
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

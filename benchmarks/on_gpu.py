@@ -121,7 +121,7 @@ def check(part: Part) -> None:
 @torch.inference_mode()
 def quality(part: Part, precision: str) -> float:
     """Return the SI-SDRi of the shipped large network on the sample mixture, dB."""
-    large = load_large(Bundle("ss-48ms-compact")).to(part.device)
+    large = load_large(Bundle("ss-compact")).to(part.device)
     large.network.to(pick_precision(precision, part.device))
     names = ("mixture", "source1", "source2")
     signals = [torch.from_numpy(soundfile.read(SAMPLES / f"{name}.flac", dtype="float32")[0].T) for name in names]

@@ -1,4 +1,4 @@
-"""Measures how many sessions a server supports: ``python -m benchmarks.server_sessions ss-48ms-compact``, ``--tiny``.
+"""Measures how many sessions a server supports: ``python -m benchmarks.server_sessions ss-compact``, ``--tiny``.
 
 Starts a kb-server process and increases the number of sessions step by step until hints are late. Each session sends a
 chunk every 8 ms in real time. The latency of a hint is the time from when its chunk should be sent until the hint

@@ -10,7 +10,9 @@ size=$1 recipe=configs/$1/recipe.toml
 dataset="kb-make-dataset --sofa samples/hrtf/mit_kemar_normal_pinna.sofa --absorption 0.3 0.8"
 $dataset --responses-only --rooms 400 --anechoic 1 --seed 11 --output data/anechoic
 $dataset --responses-only --rooms 1200 --anechoic 0.25 --seed 12 --output data/rooms
-make validation
+for task in ss tse; do
+    $dataset --seed 2026 --anechoic 0.25 --val 200 --speech samples/speech/valid --task $task --output data/valid-$task
+done
 # Four voices of every speaker's, for target speech extraction.
 [ -d data/voices ] || kb-make-voices --speech data/speech --output data/voices --seed 14
 

@@ -14,7 +14,7 @@ from knowledge_boosting.models.config import ModelConfig, Pair
 from knowledge_boosting.models.manifest import GRAPH_FILE, MANIFEST_FILE, Manifest, Part, file_digest, read_manifest
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-DEFAULT_BUNDLE = "ss-48ms-compact"
+DEFAULT_BUNDLE = "ss-compact"
 
 
 class Bundle:

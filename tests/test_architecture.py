@@ -217,7 +217,7 @@ def test_the_client_says_what_to_install_when_torch_is_missing(flags: str, tmp_p
         "-o",
         str(tmp_path / "o.wav"),
         "--bundle",
-        "ss-48ms-compact",
+        "ss-compact",
         *flags.split(),
     ]
     without_torch = [sys.executable, "-c", script, *call]

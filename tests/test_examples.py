@@ -28,7 +28,7 @@ def device(bundle: Path, vectors: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def test_there_are_vectors_of_both_tasks() -> None:
-    assert BUNDLES == ["ss-48ms-compact", "tse-48ms-compact"]
+    assert BUNDLES == ["ss-compact", "tse-48ms-compact"]
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

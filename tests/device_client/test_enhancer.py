@@ -161,7 +161,7 @@ def test_memory_does_not_grow_in_ten_minutes() -> None:
         "import os, numpy as np, knowledge_boosting as kb\n"
         "def memory(): return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20\n"
         "chunk = np.random.default_rng(0).normal(0, 0.1, (2, 128)).astype(np.float32)\n"
-        f"with kb.Enhancer('ss-48ms-compact', server='127.0.0.1:{free_port()}') as enhancer:\n"
+        f"with kb.Enhancer('ss-compact', server='127.0.0.1:{free_port()}') as enhancer:\n"
         "    for frame in range(75_000):\n"
         "        if frame == 7500: before = memory()\n"
         "        enhancer.process(chunk)\n"
@@ -195,7 +195,7 @@ def test_the_documented_example_runs(served: bool, tmp_path: Path) -> None:
         return result.stdout
 
     if served:
-        with running_server(ROOT / "models" / "pretrained" / "ss-48ms-compact") as server:
+        with running_server(ROOT / "models" / "pretrained" / "ss-compact") as server:
             assert f"server='{server.address}'" in print_of(server.address)
     else:
         assert "hints_used=0" in print_of(f"127.0.0.1:{free_port()}")

@@ -166,11 +166,11 @@ def test_recorded_figures_are_in_manifest_and_card_once(golden_bundle: Callable[
 
 
 def test_bundles_and_configurations_of_schema_version_1_are_read(tmp_path: Path) -> None:
-    """``ss-alone`` and ``ss-48ms-compact`` were first written with schema version 1."""
+    """``tse-alone`` and ``tse-48ms-compact`` were first written with schema version 1."""
     size = {"channels": 16, "hidden": 16, "blocks": 3, "heads": 4, "self_attention": False, "window": 50}
     framing = {"sample_rate": 16000, "chunk": 128, "lookahead": 64}
-    alone = {"task": "ss", "microphones": 2, "framing": framing, "small": size, "large": None, "boosting": None}
-    for name, identity in (("ss-alone", "3ab03f86c8f88c43"), ("ss-48ms-compact", None)):
+    alone = {"task": "tse", "microphones": 2, "framing": framing, "small": size, "large": None, "boosting": None}
+    for name, identity in (("tse-alone", "28be4c33f286d090"), ("tse-48ms-compact", None)):
         now, folder = Bundle(name), tmp_path / name
         shutil.copytree(now.directory, folder)
         document = json.loads((folder / "bundle.json").read_text()) | {"schema_version": 1}
@@ -181,7 +181,7 @@ def test_bundles_and_configurations_of_schema_version_1_are_read(tmp_path: Path)
         assert (before.id, before.model) == (now.id, now.model)
         (load_small if identity is not None else load_pair)(before)
     (tmp_path / "model.json").write_text(json.dumps(alone))
-    assert read_config(tmp_path / "model.json") == Bundle("ss-alone").model
+    assert read_config(tmp_path / "model.json") == Bundle("tse-alone").model
     (tmp_path / "model.json").write_text(json.dumps({**alone, "large": size}))
     with pytest.raises(InputError, match="large and boosting must be given both"):
         read_config(tmp_path / "model.json")

@@ -158,5 +158,6 @@ def test_without_a_running_level_configurations_and_ids_do_not_change() -> None:
     assert "running_level" not in plain.model_dump()
     assert CONFIG.model_dump()["running_level"] is True
     assert MODEL.validate_python(plain.model_dump()) == plain
-    manifest = Bundle("ss-48ms-compact").manifest
+    manifest = Bundle("tse-48ms-compact").manifest
+    assert not manifest.model.running_level
     assert bundle_id(manifest.model, manifest.digests) == manifest.id

@@ -32,16 +32,17 @@ def test_a_shipped_bundle_is_complete_and_documented(name: str) -> None:
 
 def test_no_speaker_of_the_validation_speech_was_in_training() -> None:
     listed = (ROOT / "configs/compact/train-utterances.txt").read_text().split()
-    trained = {utterance.split("-")[0] for utterance in listed}
-    validation = {path.name for path in (ROOT / "samples/speech/valid").iterdir() if path.is_dir()}
-    assert len(trained) == 251
-    assert len(validation) == 5
-    assert not trained & validation
+    librispeech = {utterance.split("-")[0] for utterance in listed}
+    assert len(librispeech) == 251
+    samples = ROOT / "samples/speech"
+    validation = {path.name for path in (*samples.glob("valid/*/"), *samples.glob("valid-more/*/"))}
+    assert len(validation) == 45
     for manifest in (bundle.manifest for bundle in Bundle.shipped()):
         # Voices of kb-make-voices count as their speakers. Speakers with too little speech were left out of training.
         trained_on = {name.partition("~")[0] for name in manifest.provenance.training_speakers}
         assert len(trained_on) > 200
-        assert trained_on <= trained
+        assert not trained_on & validation
+        assert {name for name in trained_on if not name.startswith("so")} <= librispeech
 
 
 def test_the_tracked_tree_stays_small() -> None:
@@ -71,7 +72,9 @@ def test_the_demo_improves_the_mixture_without_clipping_or_clicks(task: str, tmp
     assert not result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["bundle"]["name"] == (DEFAULT_BUNDLE if task == "ss" else "tse-48ms-compact")
-    assert report["hints"]["on_time"] == report["hints"]["due"] > 900
+    # Hints of the last frames would be used after the end.
+    assert report["hints"]["on_time"] >= report["hints"]["due"] - 6 > 900
+    assert report["hints"]["late"] == 0
     assert report["clipped_samples"] == 0
     gains = {name: quality["si_sdri"] for name, quality in report["quality"].items()}
     assert gains["large"] > gains["boosted"] > 1

@@ -19,7 +19,7 @@ from tests.golden_cases import TOLERANCE, worst
 from tests.processes import PATIENCE, Server, run, running_server
 from tests.remote_server.driver import Device, Request, message
 
-DEFAULT, OTHER = "ss-48ms-compact", "tse-48ms-compact"
+DEFAULT, OTHER = "ss-compact", "tse-48ms-compact"
 SAMPLES = Path(__file__).parents[2] / "samples"
 FRAMES = 20
 
@@ -58,6 +58,7 @@ def test_a_bundle_is_loaded_once_on_the_first_request(server: Server) -> None:
         described = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(), timeout=PATIENCE)
         other = HintServiceStub(channel).DescribeModel(pb.DescribeModelRequest(bundle=OTHER), timeout=PATIENCE)
     assert described.bundle_name == DEFAULT
+    assert (described.on_arrival, other.on_arrival) == (True, False)
     assert list(described.bundles) == [DEFAULT, OTHER]
     assert other.task == "tse"
     started = json.loads(server.wait_for_log('"server_started"'))
@@ -102,3 +103,17 @@ def test_it_extracts_a_speaker_with_the_call_of_the_readme(server: Server, tmp_p
         *("--bundle", OTHER, "--enrollment", SAMPLES / "enrollment.npy", "--require-server"),
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_status_says_how_old_hints_may_be(server: Server) -> None:
+    result = run("kb-server", "status", server.address)
+    assert result.returncode == 0, result.stderr
+    first, heading, *lines = result.stdout.splitlines()
+    assert first.startswith(f"{server.address}: serving; protocol {PROTOCOL_VERSION}; ")
+    assert heading.split() == ["bundle", "id", "task", "hint", "age", "sessions", "free"]
+    by_name = {line.split()[0]: line for line in lines}
+    assert list(by_name) == [DEFAULT, OTHER]
+    assert [by_name[name].split()[1] for name in by_name] == [Bundle(name).id for name in by_name]
+    assert " up to 512 ms " in by_name[DEFAULT]
+    assert " 48 ms " in by_name[OTHER]
+    assert "up to" not in by_name[OTHER]
