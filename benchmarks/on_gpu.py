@@ -38,6 +38,7 @@ from knowledge_boosting.common.files import atomic_file, check_folder
 from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.config import FixedDelay, NetworkSize, Pair
 from knowledge_boosting.models.device import pick_device, pick_precision
+from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.networks import load_large
 from knowledge_boosting.models.pair import LargeModel
 from knowledge_boosting.models.slots import StateSlots
@@ -126,7 +127,8 @@ def quality(part: Part, precision: str) -> float:
     names = ("mixture", "source1", "source2")
     signals = [torch.from_numpy(soundfile.read(SAMPLES / f"{name}.flac", dtype="float32")[0].T) for name in names]
     mixture, sources = signals[0][None].to(part.device), torch.stack(signals[1:])[None].to(part.device)
-    estimate = large.estimate(large.embed(mixture))[..., : mixture.shape[-1]]
+    _, embedding, _ = large(pad_to_frames(mixture, large.config.framing), large.initial_state(1))
+    estimate = large.estimate(embedding)[..., : mixture.shape[-1]]
     return round(float(si_sdr_improvement(estimate, sources, mixture).mean()), 4)
 
 

@@ -144,7 +144,10 @@ class LargeModel(nn.Module):
         return embedding.float(), gain, replace(state, network=network, level=level)
 
     def embed(self, mixture: Tensor, speaker_embedding: Tensor | None = None) -> Tensor:
-        """Compute the input of the hint encoder, ``[B, T, F, 2S']``, for mixtures ``[B, M, N]`` from their start."""
+        """Compute the input of the hint encoder, ``[B, T, F, 2S']``, for mixtures ``[B, M, N]`` from their start.
+
+        With a running level, it has the level at which the network hears the mixtures, not their own.
+        """
         state = self.initial_state(len(mixture), speaker_embedding)
         return self._embed(pad_to_frames(mixture, self.config.framing), state)[0]
 
