@@ -1,5 +1,5 @@
 #!/bin/sh
-# All bundles of a size, from speech to bundles under out/: `sh configs/train-bundles.sh compact` (two CPU cores, hours)
+# All bundles of a recipe, from speech to bundles under out/: `sh configs/train-bundles.sh compact` (two CPU cores, hours)
 # or `full_size` (a GPU). Wants training speech in data/speech. The same command goes on where it was stopped.
 set -eu
 trap 'exit 130' INT TERM
