@@ -1,6 +1,7 @@
 """Tests for a server without ``--bundle``: it serves all shipped bundles, and loads them on demand."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import PCM_ENCODINGS, PROTOCOL_VERSION, Samples, decode_hint, encode_pcm
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
 from tests.golden_cases import TOLERANCE, worst
-from tests.processes import PATIENCE, Server, run, running_server
+from tests.processes import PATIENCE, Server, command, environment, run, running_server
 from tests.remote_server.driver import Device, Request, message
 
 DEFAULT, OTHER = "ss-compact", "tse-48ms-compact"
@@ -117,3 +118,10 @@ def test_the_status_says_how_old_hints_may_be(server: Server) -> None:
     assert " up to 512 ms " in by_name[DEFAULT]
     assert " 48 ms " in by_name[OTHER]
     assert "up to" not in by_name[OTHER]
+
+
+def test_the_status_loses_nothing_on_a_narrow_terminal(server: Server) -> None:
+    narrow = environment() | {"COLUMNS": "50"}
+    lines = subprocess.check_output(command("kb-server", "status", server.address), env=narrow, text=True).splitlines()
+    assert len(lines) > 4  # names go on in the next line
+    assert not any("…" in line for line in lines)
