@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer
     from rich.console import Console
+    from rich.table import Table
 
 _REPEAT_AFTER = 0.5  # seconds; a command that ends because of the failed callback has ended by then
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C
@@ -234,6 +235,13 @@ def console(*, stderr: bool = False, width: int | None = None) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+def full_table(*headings: str, **options: Any) -> "Table":
+    """Return a table whose cells go on in the next line if the terminal is narrow, so that no name loses its end."""
+    from rich.table import Column, Table
+
+    return Table(*(Column(heading, overflow="fold") for heading in headings), **options)
 
 
 class _TolerantFile(io.FileIO):

@@ -2,11 +2,10 @@
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.table import Table
 from rich.text import Text
 
 from knowledge_boosting.common.call_credentials import Credentials
-from knowledge_boosting.common.cli import console
+from knowledge_boosting.common.cli import console, full_table
 from knowledge_boosting.common.connection import call_failed, connect, off_main_thread
 from knowledge_boosting.common.errors import printable
 from knowledge_boosting.protos import hints_pb2 as pb
@@ -24,9 +23,7 @@ def print_status(server: str, credentials: Credentials) -> bool:
         Failure: The server failed.
     """
     serving, first, answers = _ask(server, credentials)
-    table = Table("bundle", "id", "task", "hint age", "sessions", "free", box=None)
-    for column in table.columns:
-        column.overflow = "fold"  # a name or an identity must not lose its end
+    table = full_table("bundle", "id", "task", "hint age", "sessions", "free", box=None)
     for answer in answers:
         name = f"{answer.bundle_name} (UNTRAINED)" if answer.untrained else answer.bundle_name
         age = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
-from knowledge_boosting.common.cli import console
+from knowledge_boosting.common.cli import console, full_table
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.files import atomic_file, check_files, is_standard_output
 from knowledge_boosting.device_client.boosted_stream import BoostedStream
@@ -50,7 +49,7 @@ def bench(bundles: Sequence[str], engine: EngineName, frames: int, output: Path 
     models = {name: load_model(bundle, engine) for name, bundle in opened.items()}
     title = f"Time per frame in ms, {frames} frames"
     columns = (f"p{percentile}" for percentile in _PERCENTILES)
-    table = Table("bundle", "engine", *columns, "real-time factor", title=title)
+    table = full_table("bundle", "engine", *columns, "real-time factor", title=title)
     figures, verdicts = {}, []
     for name, model in models.items():
         milliseconds = _times_ms(model, frames)

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from knowledge_boosting.common.cli import console, warn
+from knowledge_boosting.common.cli import console, full_table, warn
 from knowledge_boosting.device_client.audio.devices import Device, Direction, default_device, list_devices
 
 _NO_DEVICE = {
@@ -35,7 +35,7 @@ def print_devices() -> None:
 
 
 def _table(devices: list[Device], defaults: dict[Direction, Device | None]) -> Table:
-    table = Table("index", "name", "system", "inputs", "outputs", "Hz", "default for")
+    table = full_table("index", "name", "system", "inputs", "outputs", "Hz", "default for")
     for device in devices:
         default_for = ", ".join(direction for direction, choice in defaults.items() if choice == device)
         channels = str(device.inputs), str(device.outputs)

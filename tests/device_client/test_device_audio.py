@@ -206,3 +206,13 @@ def test_devices_are_listed_whatever_is_missing(
     assert ("no microphone" in captured.err) == (not inputs)
     assert ("no loudspeaker" in captured.err) == (not outputs)
     assert ("apt-get install" in captured.err) == (not (inputs and outputs))
+
+
+def test_the_list_of_devices_does_not_cut_names(
+    card: Card, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card.devices[0] |= {"name": "Monitor of Built-in Audio Analog Stereo"}
+    monkeypatch.setenv("COLUMNS", "60")
+    print_devices()
+    cells = [line.split("│")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert "MonitorofBuilt-inAudioAnalogStereo" in "".join(cells).replace(" ", "")
