@@ -139,6 +139,7 @@ def _draw_delays(axis: Any, results: Results) -> None:
         for system in SYSTEMS:
             join([row for row in rows if row.system == system and row.trained_delay is not False], "-")
     axis.set_xticks(sorted(set(places.values())))
+    axis.tick_params(axis="x", labelrotation=90)  # short delays are close to each other
     axis.set_xlabel("delay of hints, ms")
     axis.set_ylabel("SI-SDRi, dB")
     _style_axes(axis, "both")
