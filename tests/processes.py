@@ -185,5 +185,7 @@ def running_server(bundle: Path | None, *arguments: object, for_us: bool = True)
 
 
 def environment() -> dict[str, str]:
-    # One thread each: several processes share few cores, and threads that wait for one another spin.
-    return {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    # One thread each: several processes share few cores, and threads that wait for one another spin. A process that
+    # crashes says where.
+    settings = {"COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return {**os.environ, **settings}
