@@ -113,10 +113,11 @@ def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
     """
     state, own = read_weights(path), model.state_dict()
     for name in [name for name in state if ".network.output_conv.conv." in name and name in own]:
-        # A network that separates two sources gives the output layer of its first source to one that extracts one.
+        # A network that extracts one source starts with the mean of the outputs of one that separates two. This is the
+        # mixture, which prefers neither source.
         axis = -own[name].dim()
         if config.sources == 1 and state[name].shape[axis] == 2 * config.spectrum_channels:
-            state[name] = state[name].narrow(axis, 0, config.spectrum_channels)
+            state[name] = torch.stack(state[name].chunk(2, axis)).mean(0)
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     if not fitting:
         raise InputError(f"{path}: has no tensor that fits this configuration; is it a checkpoint of a related model?")

@@ -362,6 +362,15 @@ def test_speaker_noise_needs_speaker_components(tmp_path: Path) -> None:
     assert_refused(document | {"speaker_components": 0}, "speaker_noise", tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("config", ["baselines/SM-BS-25", "TSE_joint/B6-TSE"])
+def test_separation_is_for_one_network_that_extracts(config: str, tmp_path: Path) -> None:
+    document = json.loads((CONFIGS / f"{config}.json").read_text())
+    assert_refused(document | {"separation": 1.0}, "separation", tmp_path / "config.json")
+    document = json.loads((CONFIGS / "baselines/SM-TSE-25.json").read_text()) | {"separation": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert read_training_config(tmp_path / "config.json").separation == 1.0
+
+
 PAIR, BASELINE = "SS_joint/B6-SS", "baselines/BM-TSE-500"
 ARGUMENTS = "pl_module_args"
 PUBLISHED_UNUSABLE: list[tuple[str, str, object, str]] = [

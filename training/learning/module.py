@@ -1,5 +1,6 @@
 """The computations of one step of training, validation and test."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -28,6 +29,7 @@ from knowledge_boosting.training.learning.guidance import (
     source_spectra,
 )
 from knowledge_boosting.training.learning.losses import level_error, negative_si_sdr
+from knowledge_boosting.training.learning.separation import Separation
 from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
 from knowledge_boosting.training.weights import initial_model, initial_speakers
 
@@ -62,6 +64,9 @@ class TrainingModule(lightning.LightningModule):
         if isinstance(config.train, StoredData):
             self.stored_large = large_digest(config.model, self.pair.large.network)
         self.guidance = Guidance(self._small) if config.guidance else None
+        self.separation = Separation(self._small) if config.separation else None
+        if self.separation is not None and config.warm_start is not None:
+            self.separation.start_from(Path(config.warm_start))
         self.whitening = SpeakerWhitening() if config.speaker_components else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -144,6 +149,10 @@ class TrainingModule(lightning.LightningModule):
             guidance = self.guidance.loss(spectra, mixture, ordered=embedding is not None)
             self.log("train/guidance", guidance, batch_size=len(estimate))
             loss = loss + self.config.guidance * guidance
+        if self.separation is not None:
+            separation = self.separation.loss(batch["sources"], batch["mixture"])
+            self.log("train/separation", separation, batch_size=len(estimate))
+            loss = loss + self.config.separation * separation
         return loss
 
     def _small_estimate(self, batch: Batch, ready_at: Tensor | None) -> tuple[Tensor, Tensor | None]:
