@@ -2,7 +2,8 @@
 
 Reads the results.json of one or more runs of ``kb-evaluate --delays`` with a network alone, and draws one panel for
 each. A panel shows how much better every pair is than the network alone, by the age at which hints arrive, with 95 %
-bootstrap intervals over the mixtures; and the same for the large network and with all hints withheld. The picture of
+bootstrap intervals over the mixtures. A pair for one delay gains as much from hints that arrive earlier, and loses
+those that arrive later. The panel also shows the large network, and pairs with all hints withheld. The picture of
 ``kb-evaluate`` has the figures of each system instead, whose intervals are wider than those of the differences.
 """
 
@@ -17,22 +18,29 @@ from matplotlib import pyplot as plt
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00")  # of Okabe and Ito, which color-blind people can distinguish
 
 
-def draw_pair(panel: Any, pair: dict[str, Any], gains: list[dict[str, Any]], colour: str) -> None:
-    """Draw a pair from its record and its comparisons with the network alone."""
-    usual = pair["delay_frames"]
-    by_age = {
-        gain["delay_frames"] * pair["delay_ms"] / usual: gain["si_sdri"]
-        for gain in gains
-        if gain["system"] == "boosted"
-    }
-    ages = sorted(by_age)
-    means = [by_age[age]["mean"] for age in ages]
-    below, above = ([abs(by_age[age][end] - by_age[age]["mean"]) for age in ages] for end in ("low", "high"))
-    panel.errorbar(ages, means, yerr=(below, above), marker="o", color=colour, capsize=2.5, label=pair["name"])
+def draw_pair(panel: Any, pair: dict[str, Any], results: dict[str, Any], colour: str) -> None:
+    """Draw the gains of a pair from the results of its evaluation."""
+    gains = [gain for gain in results["comparisons"] if gain["model"] == pair["name"] and gain["network"] is None]
+    rows = [row for row in results["rows"] if row["model"] == pair["name"] and row["system"] == "boosted"]
+    ages = sorted(row["delay_ms"] for row in rows if row["delay_ms"] is not None)
+    one_delay = any(row["trained_delay"] is False for row in rows)
+    frame = pair["delay_ms"] / pair["delay_frames"]
+    by_age = {gain["delay_frames"] * frame: gain["si_sdri"] for gain in gains if gain["system"] == "boosted"}
+    withheld = next(gain["si_sdri"]["mean"] for gain in gains if gain["system"] == "small_without_hints")
+    if one_delay:
+        own = by_age[pair["delay_ms"]]["mean"]
+        in_time = [age for age in ages if age <= pair["delay_ms"]]
+        late = [age for age in ages if age > pair["delay_ms"]]
+        xs = [*in_time, *in_time[-1:], *late]
+        panel.plot(xs, [own] * len(in_time) + [withheld] * (len(late) + 1), color=colour)
+    else:
+        panel.axhline(withheld, color=colour, linestyle=":", linewidth=1, label=f"{pair['name']}, hints withheld")
+    measured = sorted(by_age)
+    means = [by_age[age]["mean"] for age in measured]
+    below, above = ([abs(by_age[age][end] - by_age[age]["mean"]) for age in measured] for end in ("low", "high"))
+    label = f"{pair['name']}, for {pair['delay_ms']:g} ms" if one_delay else pair["name"]
+    panel.errorbar(measured, means, yerr=(below, above), marker="o", color=colour, capsize=2.5, label=label)
     panel.set_xticks(ages, [f"{age:g}" for age in ages])
-    for system, style, label in (("large", "--", "large network"), ("small_without_hints", ":", "hints withheld")):
-        mean = next(gain["si_sdri"]["mean"] for gain in gains if gain["system"] == system)
-        panel.axhline(mean, color=colour, linestyle=style, linewidth=1, label=f"{pair['name']}, {label}")
 
 
 def main() -> None:
@@ -53,13 +61,16 @@ def main() -> None:
             results = json.loads((folder / "results.json").read_text())
         except FileNotFoundError:
             parser.error(f"{folder}: has no results.json; give the output folder of kb-evaluate")
-        gains = [gain for gain in results["comparisons"] if gain["network"] is None]
+        gains = results["comparisons"]
         if not gains:
             parser.error(f"{folder}: has no network alone to compare with; give one to kb-evaluate beside the pairs")
-        panel.set_xscale("log")
+        panel.set_xscale("symlog", linthresh=8)
         pairs = [model for model in results["models"] if model["delay_frames"] is not None]
         for pair, colour in zip(pairs, _COLOURS, strict=False):
-            draw_pair(panel, pair, [gain for gain in gains if gain["model"] == pair["name"]], colour)
+            draw_pair(panel, pair, results, colour)
+        # Pairs can share a large network.
+        for mean in {gain["si_sdri"]["mean"] for gain in gains if gain["system"] == "large"}:
+            panel.axhline(mean, color="0.3", linestyle="--", linewidth=1, label="large network")
         panel.axhline(0, color="0.4", linewidth=0.8)
         panel.set_title(title, fontsize=11)
         panel.minorticks_off()
