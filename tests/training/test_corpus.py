@@ -13,6 +13,7 @@ from knowledge_boosting.training.data.corpus import (
     BrokenFile,
     Segment,
     Utterance,
+    find_noise,
     find_speech,
     read_segment,
     read_speech,
@@ -61,6 +62,22 @@ def test_the_speakers_of_every_layout_are_found(files: list[str], speakers: list
     corpus = find_speech(tmp_path, skip_broken=False)
     assert list(corpus.speakers) == speakers
     assert all(utterance.length == 2 * SAMPLE_RATE for own in corpus.speakers.values() for utterance in own)
+
+
+def test_folders_that_are_links_are_part_of_a_corpus(tmp_path: Path) -> None:
+    write_noise(tmp_path / "elsewhere" / "one.wav")
+    write_noise(tmp_path / "corpus" / "bob" / "one.wav")
+    (tmp_path / "corpus" / "ann").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "bob" / "loop").symlink_to(tmp_path / "corpus")
+    for folder in ("corpus", "link"):
+        if folder == "link":
+            (tmp_path / folder).symlink_to(tmp_path / "corpus")
+        speakers = find_speech(tmp_path / folder, skip_broken=False).speakers
+        assert {name: [each.name for each in own] for name, own in speakers.items()} == {
+            "ann": ["ann/one.wav"],
+            "bob": ["bob/one.wav"],
+        }
+    assert [noise.name for noise in find_noise(tmp_path / "corpus")] == ["ann/one.wav", "bob/one.wav"]
 
 
 def test_a_corpus_is_the_same_wherever_it_lies(tmp_path: Path) -> None:

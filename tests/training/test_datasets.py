@@ -550,6 +550,20 @@ def test_speakers_kept_for_validation_are_not_drawn(bank: Path, tmp_path: Path) 
         mixing(bank, excluded_speakers=str(tmp_path / "none.txt"))
 
 
+def test_kept_speakers_who_are_not_found_are_reported(
+    bank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder too many above the speakers makes one speaker of all of them, and then nobody is left out."""
+    kept = tmp_path / "kept.txt"
+    kept.write_text(f"{min(mixing(bank).speakers)}\n")
+    mixing(bank, excluded_speakers=str(kept))
+    assert capsys.readouterr().err == ""
+    kept.write_text("anna\nbob\n")
+    mixing(bank, excluded_speakers=str(kept))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{kept}: names 2 speakers, but {SPEECH} has none of them" in line
+
+
 def test_noise_that_cannot_be_used(bank: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder; give a folder of noise"):
         mixing(bank, noise=str(tmp_path / "none"))

@@ -10,6 +10,7 @@ The speaker of a file is determined by the first of these rules that applies:
 """
 
 import hashlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,9 +100,7 @@ def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
         raise InputError(f"{folder}: no such folder; give a folder of speech ({_LAYOUTS})")
     speakers: defaultdict[str, list[Utterance]] = defaultdict(list)
     broken = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in _SUFFIXES or path.name.startswith(".") or not path.is_file():
-            continue
+    for path in _sound_files(folder):
         name = path.relative_to(folder)
         speaker = _speaker_of(folder, name)
         try:
@@ -116,6 +115,21 @@ def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
     return Corpus(found, broken)
 
 
+def _sound_files(folder: Path) -> list[Path]:
+    """Return the sound files in a folder at any depth, also in folders that are links. A folder counts once."""
+    found, seen = [], set()
+    for name, inside, files in os.walk(folder, followlinks=True):
+        own = Path(name).stat()
+        if (own.st_dev, own.st_ino) in seen:  # a link back to a folder above it, for example
+            inside.clear()
+            continue
+        seen.add((own.st_dev, own.st_ino))
+        inside.sort()
+        paths = (Path(name, file) for file in files if not file.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    return sorted(found)
+
+
 def find_noise(folder: Path) -> tuple[Utterance, ...]:
     """Find the recordings of noise in a folder, at any depth.
 
@@ -126,9 +140,7 @@ def find_noise(folder: Path) -> tuple[Utterance, ...]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a folder of noise")
     recordings = tuple(
-        Utterance(path, path.relative_to(folder).as_posix(), _length(path))
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+        Utterance(path, path.relative_to(folder).as_posix(), _length(path)) for path in _sound_files(folder)
     )
     if not recordings:
         raise InputError(f"{folder}: holds no recordings; give a folder of WAV, FLAC, OGG or MP3")

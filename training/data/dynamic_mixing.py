@@ -61,11 +61,17 @@ class DynamicMixing:
         if data.excluded_speakers is not None:
             excluded = read_speaker_names(Path(data.excluded_speakers))
             # The voices that kb-make-voices derived from an excluded speaker are excluded too.
-            speakers = {
+            kept = {
                 name: speaker
                 for name, speaker in speakers.items()
                 if name.partition(VOICE_SEPARATOR)[0] not in excluded
             }
+            if len(kept) == len(speakers):
+                warn(
+                    f"{data.excluded_speakers}: names {len(excluded)} speakers, but {data.speech} has none of them; "
+                    "if it should, give the folder with a folder for each speaker"
+                )
+            speakers = kept
         self.speakers = frozenset(speakers)
         self._speakers = list(speakers.values())
         if len(self._speakers) < 2:
