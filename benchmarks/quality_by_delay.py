@@ -64,7 +64,7 @@ def main() -> None:
         gains = results["comparisons"]
         if not gains:
             parser.error(f"{folder}: has no network alone to compare with; give one to kb-evaluate beside the pairs")
-        panel.set_xscale("symlog", linthresh=8)
+        panel.set_xscale("symlog", linthresh=8, linscale=0.4)
         pairs = [model for model in results["models"] if model["delay_frames"] is not None]
         for pair, colour in zip(pairs, _COLOURS, strict=False):
             draw_pair(panel, pair, results, colour)
