@@ -28,6 +28,7 @@ from knowledge_boosting.training.learning.guidance import (
     in_order_of,
     source_spectra,
 )
+from knowledge_boosting.training.learning.identification import Identification
 from knowledge_boosting.training.learning.losses import level_error, negative_si_sdr
 from knowledge_boosting.training.learning.separation import Separation
 from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
@@ -67,6 +68,7 @@ class TrainingModule(lightning.LightningModule):
         self.separation = Separation(self._small) if config.separation else None
         if self.separation is not None and config.warm_start is not None:
             self.separation.start_from(Path(config.warm_start))
+        self.identification = Identification(self._small) if config.identification else None
         self.whitening = SpeakerWhitening() if config.speaker_components else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -140,19 +142,25 @@ class TrainingModule(lightning.LightningModule):
             error = level_error(estimate.float(), batch["sources"])
             self.log("train/level_error", error, batch_size=len(estimate))
             loss = loss + self.config.level_weight * error
+        if self.separation is not None:
+            separation = self.separation.loss(batch["sources"], batch["mixture"])
+            self.log("train/separation", separation, batch_size=len(estimate))
+            loss = loss + self.config.separation * separation
+        if self.guidance is None and self.identification is None:
+            return loss
+        stft = self._small.stft
+        mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
+        spectra = source_spectra(stft, batch["sources"])
+        if self.identification is not None:
+            identification = self.identification.loss(batch["speaker_embedding"], spectra, mixture)
+            self.log("train/identification", identification, batch_size=len(estimate))
+            loss = loss + self.config.identification * identification
         if self.guidance is not None:
-            stft = self._small.stft
-            mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
-            spectra = source_spectra(stft, batch["sources"])
             if embedding is not None:
                 spectra = in_order_of(embedding, spectra)
             guidance = self.guidance.loss(spectra, mixture, ordered=embedding is not None)
             self.log("train/guidance", guidance, batch_size=len(estimate))
             loss = loss + self.config.guidance * guidance
-        if self.separation is not None:
-            separation = self.separation.loss(batch["sources"], batch["mixture"])
-            self.log("train/separation", separation, batch_size=len(estimate))
-            loss = loss + self.config.separation * separation
         return loss
 
     def _small_estimate(self, batch: Batch, ready_at: Tensor | None) -> tuple[Tensor, Tensor | None]:
