@@ -237,6 +237,18 @@ def console(*, stderr: bool = False, width: int | None = None) -> "Console":
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
+@contextmanager
+def progress_bar(total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """Show a progress bar if standard error is a terminal. Yields the function that advances it by one."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    terminal = console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        bar = progress.add_task("", total=total, completed=done)
+        yield lambda: progress.advance(bar)
+
+
 def full_table(*headings: str, **options: Any) -> "Table":
     """Return a table whose cells go on in the next line if the terminal is narrow, so that no name loses its end."""
     from rich.table import Column, Table

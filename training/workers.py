@@ -12,7 +12,7 @@ from itertools import islice
 from multiprocessing import connection
 from typing import Any, TypeVar
 
-from knowledge_boosting.common.cli import console
+from knowledge_boosting.common.cli import progress_bar
 from knowledge_boosting.common.errors import Failure
 
 Result = TypeVar("Result")
@@ -46,18 +46,13 @@ def run_in_workers(
     Raises:
         Failure: a worker process died.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     count = max(1, min(workers or os.cpu_count() or 1, len(calls)))
-    terminal = console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
     with (
         _one_thread_each(),
         ProcessPoolExecutor(count, context, _start, (start, arguments)) as pool,
-        Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress,
+        progress_bar(len(calls)) as advance,
     ):
-        bar = progress.add_task("", total=len(calls))
         waiting = iter(calls)
         running: set[Future[Result]] = set()
         try:
@@ -70,7 +65,7 @@ def run_in_workers(
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
-                progress.advance(bar, len(done))
+                    advance()
         except BrokenProcessPool:
             raise Failure(f"a worker process died (out of memory?); {crash_advice}") from None
         except BaseException:

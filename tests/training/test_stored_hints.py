@@ -193,6 +193,7 @@ def test_the_commands_run_and_resume(folder: Path, tmp_path: Path) -> None:
     config.write_text(settings(folder, "ss", validation=validation).model_dump_json())
     made = run("kb-store-hints", "--config", config, "--output", tmp_path / "hints", "--items", 4)
     assert made.returncode == 0, made.stderr
+    assert f"{tmp_path / 'hints'}: 4 examples with hints" in made.stdout
     train = from_stored(folder, tmp_path / "hints", "ss", validation=validation)
     config.write_text(train.model_dump_json())
     trained = run("kb-train", "--config", config, "--run_dir", tmp_path / "run")

@@ -1,14 +1,13 @@
 """Measures every system of every model on every mixture of a dataset."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from knowledge_boosting.common import cli
 from knowledge_boosting.common.errors import InputError
@@ -172,7 +171,7 @@ def _measure_all(
         With ``streaming``, the largest difference from whole signals.
     """
     worst: StreamingRecord | None = None
-    with _progress(len(models) * len(data)) as advance:
+    with cli.progress_bar(len(models) * len(data)) as advance:
         for model in models:
             own = model.record.delay_frames
             wanted = [] if own is None else sorted({own, *delays})
@@ -197,16 +196,6 @@ def _measure_all(
                 advance()
         scores.finish()
     return worst
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar if the output is a terminal. Yields the function that advances it."""
-    console = cli.console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda: progress.advance(bar)
 
 
 def _row(key: Key, models: Mapping[str | None, Model], figures: dict[MetricName, Figure]) -> Row:

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 
+from knowledge_boosting.common.cli import progress_bar
 from knowledge_boosting.common.errors import Failure, InputError, reason
 from knowledge_boosting.common.files import atomic_file
 from knowledge_boosting.models.checkpoint import read_checkpoint
@@ -236,8 +237,11 @@ def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
     order = EpochOrder(items, SHARD_SIZE // targets, seed=settings.seed, shuffle=False)
     order.first_batch = first_missing_shard(output, record)
     print(f"{output}: {record.shards - order.first_batch} of {record.shards} files to make", flush=True)
-    for shard, batch in enumerate(Loader(examples, order, settings.workers), start=order.first_batch):
-        write_shard(shard_path(output, shard), module.pair, render(move_data_to_device(batch, module.device)))
+    with progress_bar(record.shards, done=order.first_batch) as advance:
+        for shard, batch in enumerate(Loader(examples, order, settings.workers), start=order.first_batch):
+            write_shard(shard_path(output, shard), module.pair, render(move_data_to_device(batch, module.device)))
+            advance()
+    print(f"{output}: {record.examples} examples with hints, {record.examples * data.seconds / 3600:.1f} h")
 
 
 def run_test(
