@@ -124,11 +124,15 @@ def _content(path: Path) -> Any:
         raise InputError(f"{path}: not a readable checkpoint ({reason(error).split('. ')[0]})") from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, part: str = "model") -> dict[str, Tensor]:
     """Return the weights of a checkpoint by name.
 
     Those of a published checkpoint are returned unchanged. From a checkpoint of a training run, only those of the model
     are returned.
+
+    Args:
+        path: the checkpoint.
+        part: ``model``, or another part of a training run, which other checkpoints do not have.
 
     Raises:
         InputError: the file is no checkpoint, or a tensor is not a plain one. The message names the tensor.
@@ -145,6 +149,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     for name, value in state.items():
         _check_plain(value, name, path)
+    if part != "model":
+        return {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
     if is_published(state):
         return state
     # The checkpoint of a training run also has tensors that only training needs.

@@ -1,5 +1,6 @@
 """The additional loss of target speech extraction, with which a network keeps both speakers apart."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import MODEL, ModelConfig
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import SmallModel
+from knowledge_boosting.training.config import read_training_config
+from knowledge_boosting.training.data.loading import Batch
 from knowledge_boosting.training.evaluation.si_sdr import permuted_si_sdr
+from knowledge_boosting.training.learning.module import TrainingModule
 from knowledge_boosting.training.learning.separation import Separation
 from knowledge_boosting.training.weights import warm_start
 
@@ -78,3 +82,40 @@ def test_a_checkpoint_of_another_size_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(separation.output_conv.conv.weight, before)
     with pytest.raises(InputError, match=r"none\.pt: no such file"):
         separation.start_from(tmp_path / "none.pt")
+
+
+def module_of(folder: Path, **changes: object) -> TrainingModule:
+    """Return the module of a small network that extracts a speaker."""
+    document = json.loads((Path(__file__).parents[2] / "configs/baselines/SM-TSE-25.json").read_text())
+    document |= {"model": {"task": "tse", "network": {"channels": 6, "hidden": 5, "blocks": 3}}, **changes}
+    (folder / "config.json").write_text(json.dumps(document))
+    return TrainingModule(read_training_config(folder / "config.json"))
+
+
+def test_a_run_continues_the_layer_of_the_run_before(tmp_path: Path) -> None:
+    first = module_of(tmp_path, separation=1.0)
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "last.ckpt")
+    for separation in (0.0, 1.0):
+        other = module_of(tmp_path, separation=separation, initial_checkpoint=str(tmp_path / "last.ckpt"))
+        if other.separation is not None:
+            assert first.separation is not None
+            assert torch.equal(first.separation.output_conv.conv.weight, other.separation.output_conv.conv.weight)
+
+
+def test_all_losses_are_added_by_their_weights(tmp_path: Path) -> None:
+    dynamic = {"kind": "dynamic", "speech": "none", "responses": "none", "items": 2}
+    weights = {"separation": 0.5, "identification": 3.0, "guidance": 7.0}
+    module = module_of(tmp_path, train=dynamic, speaker_components=8, **weights).train()
+    logged: dict[str, Tensor] = {}
+    module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    sources = torch.randn(2, 1, 2, LENGTH)
+    mixture = sources.sum(0).expand(2, 2, LENGTH)
+    batch: Batch = {
+        "names": ["a", "b"],
+        "mixture": mixture,
+        "sources": sources,
+        "speaker_embedding": torch.randn(2, 256),
+    }
+    loss = module.training_step(batch, 0)
+    expected = logged["train/loss"] + sum(weight * logged[f"train/{name}"] for name, weight in weights.items())
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)

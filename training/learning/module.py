@@ -66,8 +66,9 @@ class TrainingModule(lightning.LightningModule):
             self.stored_large = large_digest(config.model, self.pair.large.network)
         self.guidance = Guidance(self._small) if config.guidance else None
         self.separation = Separation(self._small) if config.separation else None
-        if self.separation is not None and config.warm_start is not None:
-            self.separation.start_from(Path(config.warm_start))
+        start = Path(config.warm_start or config.initial_checkpoint or "")
+        if self.separation is not None and start.is_file():
+            self.separation.start_from(start)
         self.identification = Identification(self._small) if config.identification else None
         self.whitening = SpeakerWhitening() if config.speaker_components else None
 

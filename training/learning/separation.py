@@ -32,18 +32,19 @@ class Separation(nn.Module):
             model.level.register_forward_hook(self._record_gain)
 
     def start_from(self, path: Path) -> None:
-        """Take the output layer of a network that separates two speakers. Other checkpoints change nothing.
+        """Continue the layer of an earlier run, or take that of a network that separates two speakers.
+
+        Other checkpoints change nothing.
 
         Raises:
             InputError: the file is no checkpoint.
         """
-        layer = "small.network.output_conv."
-        state = {
-            name.removeprefix(layer): value for name, value in read_weights(path).items() if name.startswith(layer)
-        }
-        own = self.output_conv.state_dict()
-        if {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in own.items()}:
-            self.output_conv.load_state_dict(state)
+        layer = "small.network."
+        separated = {name.removeprefix(layer): value for name, value in read_weights(path).items()}
+        state = read_weights(path, "separation") or separated
+        own = self.state_dict()
+        if all(name in state and state[name].shape == value.shape for name, value in own.items()):
+            self.load_state_dict({name: state[name] for name in own})
 
     def _record_features(self, module: nn.Module, inputs: Any) -> None:
         self._features = inputs[0] if module.training else None
