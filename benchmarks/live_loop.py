@@ -10,10 +10,11 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
-from knowledge_boosting.device_client.engines.loading import load_model
+from knowledge_boosting.device_client.engines.loading import EngineName, load_model
 from knowledge_boosting.device_client.hints.reconnecting import LiveHints
 from knowledge_boosting.device_client.hints.stream import Encodings
 from knowledge_boosting.device_client.live.loop import LiveLoop
@@ -63,7 +64,7 @@ class Noise:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of the live loop.")
     parser.add_argument("--bundle", default=DEFAULT_BUNDLE)
-    parser.add_argument("--engine", choices=("auto", "compiled", "onnx"), default="auto")
+    parser.add_argument("--engine", choices=get_args(EngineName), default="auto")
     parser.add_argument("--server", help="HOST:PORT of a server; hints that arrive on time are fused")
     parser.add_argument("--frames", type=int, default=10 * MINUTE)
     parser.add_argument("--json", type=Path, default=Path("out/live_loop.json"))

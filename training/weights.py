@@ -30,6 +30,9 @@ def initial_model(config: TrainingConfig) -> nn.Module:
     Raises:
         InputError: a checkpoint or bundle cannot be used.
     """
+    for path in map(Path, config.weight_sources()):
+        if path.name == LAST and not path.exists():
+            raise InputError(f"{path}: no such file; first train the run that makes it, with --run-dir {path.parent}")
     if config.initial_checkpoint is not None:
         model = _read(config.initial_checkpoint, config.model).train()
     else:

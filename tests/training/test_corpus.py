@@ -1,5 +1,7 @@
 """The speakers and utterances in folders of speech, and the segments that are drawn from them."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,22 @@ def test_folders_that_are_links_are_part_of_a_corpus(tmp_path: Path) -> None:
             "bob": ["bob/one.wav"],
         }
     assert [noise.name for noise in find_noise(tmp_path / "corpus")] == ["ann/one.wav", "bob/one.wav"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_noise(tmp_path / "ann" / "one.wav")
+    write_noise(tmp_path / "bob" / "one.wav")
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:  # root may read every folder
+        if Path(path).name == "bob":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    for find in (lambda: find_speech(tmp_path, skip_broken=True), lambda: find_noise(tmp_path)):
+        with pytest.raises(InputError, match=r"bob: cannot be read \(Permission denied\)"):
+            find()
 
 
 def test_a_corpus_is_the_same_wherever_it_lies(tmp_path: Path) -> None:

@@ -181,7 +181,8 @@ def test_the_commands_say_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     call = ("kb-train", "--config", path, "--run-dir", run)
     assert "is a recipe; choose one of its stages with --stage: one, two" in refusal_here("kb-train", capsys, *call[1:])
     line = refusal_here("kb-train", capsys, *call[1:], "--stage", "two")
-    assert f"{tmp_path / 'runs' / 'one' / 'last.ckpt'}: no such file" in line
+    first = tmp_path / "runs" / "one"
+    assert f"{first / 'last.ckpt'}: no such file; first train the run that makes it, with --run-dir {first}" in line
     export = refusal_here("kb-export", capsys, "--config", path, "--untrained", "-o", tmp_path / "bundle")
     assert "is a recipe; give the config.json in the folder of a stage's run" in export
     config = tmp_path / "config.json"

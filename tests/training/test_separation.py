@@ -95,11 +95,16 @@ def module_of(folder: Path, **changes: object) -> TrainingModule:
 def test_a_run_continues_the_layer_of_the_run_before(tmp_path: Path) -> None:
     first = module_of(tmp_path, separation=1.0)
     torch.save({"state_dict": first.state_dict()}, tmp_path / "last.ckpt")
-    for separation in (0.0, 1.0):
-        other = module_of(tmp_path, separation=separation, initial_checkpoint=str(tmp_path / "last.ckpt"))
-        if other.separation is not None:
-            assert first.separation is not None
-            assert torch.equal(first.separation.output_conv.conv.weight, other.separation.output_conv.conv.weight)
+    second = module_of(tmp_path, separation=1.0, initial_checkpoint=str(tmp_path / "last.ckpt"))
+    assert first.separation is not None
+    assert second.separation is not None
+    assert torch.equal(first.separation.output_conv.conv.weight, second.separation.output_conv.conv.weight)
+    torch.nn.init.constant_(first.separation.output_conv.conv.weight, torch.nan)
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "damaged.ckpt")
+    with pytest.raises(InputError, match=r"damaged\.ckpt: .*weight has values that are not finite"):
+        module_of(tmp_path, separation=1.0, initial_checkpoint=str(tmp_path / "damaged.ckpt"))
+    # A run without this loss can start from the same checkpoint.
+    assert module_of(tmp_path, initial_checkpoint=str(tmp_path / "last.ckpt")).separation is None
 
 
 def test_all_losses_are_added_by_their_weights(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -116,9 +116,17 @@ def find_speech(folder: Path, *, skip_broken: bool) -> Corpus:
 
 
 def _sound_files(folder: Path) -> list[Path]:
-    """Return the sound files in a folder at any depth, also in folders that are links. A folder counts once."""
+    """Return the sound files in a folder at any depth, also in folders that are links. A folder counts once.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"{error.filename}: cannot be read ({reason(error)}); allow it, or leave the folder out")
+
     found, seen = [], set()
-    for name, inside, files in os.walk(folder, followlinks=True):
+    for name, inside, files in os.walk(folder, onerror=refuse, followlinks=True):
         own = Path(name).stat()
         if (own.st_dev, own.st_ino) in seen:  # a link back to a folder above it, for example
             inside.clear()

@@ -66,9 +66,9 @@ class TrainingModule(lightning.LightningModule):
             self.stored_large = large_digest(config.model, self.pair.large.network)
         self.guidance = Guidance(self._small) if config.guidance else None
         self.separation = Separation(self._small) if config.separation else None
-        start = Path(config.warm_start or config.initial_checkpoint or "")
-        if self.separation is not None and start.is_file():
-            self.separation.start_from(start)
+        source = config.warm_start or config.initial_checkpoint
+        if self.separation is not None and source is not None and Path(source).is_file():  # a bundle has no such layer
+            self.separation.start_from(Path(source))
         self.identification = Identification(self._small) if config.identification else None
         self.whitening = SpeakerWhitening() if config.speaker_components else None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowledge_boosting.models.checkpoint import read_weights
+from knowledge_boosting.models.checkpoint import load_exactly, read_weights
 from knowledge_boosting.models.layers import CausalConv2d
 from knowledge_boosting.models.pair import SmallModel
 from knowledge_boosting.training.evaluation.si_sdr import permuted_si_sdr
@@ -37,14 +37,14 @@ class Separation(nn.Module):
         Other checkpoints change nothing.
 
         Raises:
-            InputError: the file is no checkpoint.
+            InputError: the file is no checkpoint, or the layer in it is damaged.
         """
         layer = "small.network."
         separated = {name.removeprefix(layer): value for name, value in read_weights(path).items()}
         state = read_weights(path, "separation") or separated
         own = self.state_dict()
         if all(name in state and state[name].shape == value.shape for name, value in own.items()):
-            self.load_state_dict({name: state[name] for name in own})
+            load_exactly(self, {name: state[name] for name in own}, path)
 
     def _record_features(self, module: nn.Module, inputs: Any) -> None:
         self._features = inputs[0] if module.training else None
