@@ -241,7 +241,7 @@ def store_hints(settings: TrainingConfig, output: Path, items: int) -> None:
         for shard, batch in enumerate(Loader(examples, order, settings.workers), start=order.first_batch):
             write_shard(shard_path(output, shard), module.pair, render(move_data_to_device(batch, module.device)))
             advance()
-    print(f"{output}: {record.examples} examples with hints, {record.examples * data.seconds / 3600:.1f} h")
+    print(f"{output}: {record.examples} examples with hints, {record.examples * data.seconds / 3600:.2g} h")
 
 
 def run_test(
