@@ -145,10 +145,6 @@ class TrainingConfig(Strict):
         float,
         Field(ge=0, description="TSE: weight of the loss of an output layer for both speakers, of a network alone"),
     ] = 0.0
-    identification: Annotated[
-        float,
-        Field(ge=0, description="TSE: weight of the loss of layers that must tell who speaks, of a network alone"),
-    ] = 0.0
     level_weight: Annotated[
         float, Field(ge=0, description="weight of the level error of the estimates (dB) in the loss")
     ] = 0.0
@@ -182,12 +178,8 @@ class TrainingConfig(Strict):
             raise ValueError("hint_dropout and ideal_hints are for a pair, not for one network alone")
         if not self.model.needs_speaker and self.speaker_components:
             raise ValueError("speaker_components are for target speech extraction")
-        if (self.separation or self.identification) and not (
-            isinstance(self.model, Alone) and self.model.needs_speaker
-        ):
-            raise ValueError("separation and identification are for one network alone that extracts a target speaker")
-        if self.identification and not (isinstance(self.train, DynamicData) and self.speaker_components):
-            raise ValueError("identification: needs dynamic mixing, which knows both speakers, and speaker_components")
+        if self.separation and not (isinstance(self.model, Alone) and self.model.needs_speaker):
+            raise ValueError("separation is for one network alone that extracts a target speaker")
         if self.speaker_noise and not self.speaker_components:
             raise ValueError("speaker_noise: set speaker_components too, because the noise is added to them")
         if isinstance(self.train, StoredData) and not self.freeze_large:

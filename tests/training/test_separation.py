@@ -108,9 +108,8 @@ def test_a_run_continues_the_layer_of_the_run_before(tmp_path: Path) -> None:
 
 
 def test_all_losses_are_added_by_their_weights(tmp_path: Path) -> None:
-    dynamic = {"kind": "dynamic", "speech": "none", "responses": "none", "items": 2}
-    weights = {"separation": 0.5, "identification": 3.0, "guidance": 7.0}
-    module = module_of(tmp_path, train=dynamic, speaker_components=8, **weights).train()
+    weights = {"separation": 0.5, "guidance": 7.0}
+    module = module_of(tmp_path, **weights).train()
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
     sources = torch.randn(2, 1, 2, LENGTH)

@@ -28,7 +28,6 @@ from knowledge_boosting.training.learning.guidance import (
     in_order_of,
     source_spectra,
 )
-from knowledge_boosting.training.learning.identification import Identification
 from knowledge_boosting.training.learning.losses import level_error, negative_si_sdr
 from knowledge_boosting.training.learning.separation import Separation
 from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
@@ -69,7 +68,6 @@ class TrainingModule(lightning.LightningModule):
         source = config.warm_start or config.initial_checkpoint
         if self.separation is not None and source is not None and Path(source).is_file():  # a bundle has no such layer
             self.separation.start_from(Path(source))
-        self.identification = Identification(self._small) if config.identification else None
         self.whitening = SpeakerWhitening() if config.speaker_components else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -147,16 +145,10 @@ class TrainingModule(lightning.LightningModule):
             separation = self.separation.loss(batch["sources"], batch["mixture"])
             self.log("train/separation", separation, batch_size=len(estimate))
             loss = loss + self.config.separation * separation
-        if self.guidance is None and self.identification is None:
-            return loss
-        stft = self._small.stft
-        mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
-        spectra = source_spectra(stft, batch["sources"])
-        if self.identification is not None:
-            identification = self.identification.loss(batch["speaker_embedding"], spectra, mixture)
-            self.log("train/identification", identification, batch_size=len(estimate))
-            loss = loss + self.config.identification * identification
         if self.guidance is not None:
+            stft = self._small.stft
+            mixture = source_spectra(stft, batch["mixture"][:, None])[..., 0, :]
+            spectra = source_spectra(stft, batch["sources"])
             if embedding is not None:
                 spectra = in_order_of(embedding, spectra)
             guidance = self.guidance.loss(spectra, mixture, ordered=embedding is not None)
