@@ -22,6 +22,7 @@ from knowledge_boosting.common.errors import InputError, reason
 from knowledge_boosting.common.files import check_folder
 from knowledge_boosting.training.data.corpus import (
     SAMPLE_RATE,
+    VOICE_SEPARATOR,
     Segment,
     Utterance,
     find_noise,
@@ -42,15 +43,20 @@ _LEVEL_DBFS = -26.0
 _MOST_BITS, _FEWEST_BITS = 256_000, 6_000
 
 
-def pack(out: Path, speech: Path, excluded: Path | None, noise: Path, responses: Path, rooms: int, kbit: float) -> None:
+def pack(
+    out: Path, speech: list[Path], excluded: Path | None, noise: Path, responses: Path, rooms: int, kbit: float
+) -> None:
     """Write speech, noise and the responses of ``rooms`` rooms to a folder."""
     if rooms < _FEWEST_ROOMS:
         raise InputError(f"--rooms: must be at least {_FEWEST_ROOMS}, because a quarter is for validation")
     names = read_speaker_names(excluded) if excluded is not None else frozenset()
-    voices = {name: own for name, own in find_speech(speech, skip_broken=False).speakers.items() if name not in names}
-    for name, utterances in voices.items():
-        for utterance in utterances:
-            _encode(utterance, out / "speech" / name / Path(utterance.name).with_suffix(".opus").name, kbit)
+    for number, folder in enumerate(speech):
+        for name, utterances in find_speech(folder, skip_broken=False).speakers.items():
+            if name.partition(VOICE_SEPARATOR)[0] in names:
+                continue
+            for utterance in utterances:
+                file = Path(utterance.name).with_suffix(".opus").name
+                _encode(utterance, out / "speech" / str(number) / name / file, kbit)
     for recording in find_noise(noise):
         _encode(recording, out / "noise" / Path(recording.name).with_suffix(".opus"), kbit)
     bank = read_bank(responses)
@@ -119,7 +125,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
     packing.add_argument("out", type=Path)
-    packing.add_argument("--speech", type=Path, required=True)
+    packing.add_argument("--speech", type=Path, required=True, action="append", help="may be given several times")
     packing.add_argument("--excluded", type=Path, help="names of speakers who are left out, one a line")
     packing.add_argument("--noise", type=Path, required=True)
     packing.add_argument("--responses", type=Path, required=True)

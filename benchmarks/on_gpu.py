@@ -86,6 +86,13 @@ class Part:
         with atomic_file(self._file) as temporary:
             temporary.write_text(json.dumps(self._results, indent=2) + "\n", encoding="utf-8")
 
+    def earlier(self, name: str) -> dict[str, Any]:
+        """Return a result that an earlier call of the part has saved, or an empty one."""
+        try:
+            return dict(json.loads(self._file.read_text(encoding="utf-8"))[name])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def precisions(self) -> Iterator[str]:
         """Select every precision of the device in turn."""
         for name in PRECISIONS if self.device.type != "cpu" else PRECISIONS[:1]:
@@ -204,6 +211,9 @@ def train(part: Part, packed: Path, stage: str) -> None:
         data, run = Path(folder) / "data", Path(folder) / "run"
         unpack(packed, data)
         settings = training_settings(stage, data, small=part.small)
+        if settings["model"]["task"] != "ss":
+            raise InputError(f"--stage {stage}: needs speaker embeddings, which the packed data do not have")
+        earlier = part.earlier("curve")
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(settings))
         start = part.out / CHECKPOINT
@@ -225,7 +235,7 @@ def train(part: Part, packed: Path, stage: str) -> None:
         audio = (steps - done) * settings["batch_size"] * settings["train"]["seconds"]
         part.save("updates", {"before": done, "now": steps})
         part.save("audio_seconds_a_second", round(audio / seconds, 1))
-        part.save("curve", curve(run))
+        part.save("curve", {name: [*earlier.get(name, []), *values] for name, values in curve(run).items()})
         if code:
             raise Failure(f"training ended with exit code {code}; see {part.out / 'train.log'}")
 
@@ -234,7 +244,7 @@ def training_settings(stage: str, data: Path, *, small: bool) -> dict[str, Any]:
     """Return the configuration of a stage, with its data in the folder ``data``."""
     settings = Recipe(RECIPE).stage(stage, ROOT).model_dump(mode="json")
     settings["train"] |= {
-        "speech": str(data / "speech"),
+        "speech": sorted(str(corpus) for corpus in (data / "speech").iterdir()),
         "responses": str(data / "responses.safetensors"),
         "noise": str(data / "noise"),
         "excluded_speakers": None,

@@ -12,6 +12,7 @@ from knowledge_boosting.models.manifest import first_fault, read_json, validate
 from knowledge_boosting.models.published import config_from_published, is_published_config
 
 Permutation = Literal["per_channel", "joint"]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class FolderData(Strict):
@@ -27,7 +28,12 @@ class DynamicData(Strict):
     """Dynamic mixing: new mixtures in every epoch, from speech and a bank of binaural room responses."""
 
     kind: Literal["dynamic"] = "dynamic"
-    speech: Annotated[str, Field(min_length=1)]
+    speech: Annotated[
+        tuple[Name, ...],
+        Field(
+            min_length=1, description="folder of speech, or several; the speakers of a mixture come from the same one"
+        ),
+    ]
     responses: Annotated[
         str, Field(min_length=1, description="responses.safetensors of kb-make-dataset --responses-only")
     ]
@@ -62,6 +68,11 @@ class DynamicData(Strict):
     level_change_db: Annotated[
         float, Field(ge=0, description="from the start to the end of a mixture, drawn from plus or minus this value")
     ] = 0.0
+
+    @field_validator("speech", mode="before")
+    @classmethod
+    def _may_be_one_folder(cls, speech: Any) -> Any:
+        return (speech,) if isinstance(speech, str) else tuple(speech) if isinstance(speech, list) else speech
 
     @field_validator("level_dbfs")
     @classmethod

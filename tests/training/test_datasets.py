@@ -399,7 +399,7 @@ def mixing(
     bank: Path,
     task: Task = "ss",
     *,
-    speech: Path = SPEECH,
+    speech: Path | Sequence[Path] = SPEECH,
     seed: int = 0,
     speed: float = 0.0,
     skip_broken: bool = False,
@@ -407,8 +407,9 @@ def mixing(
     seconds: float = SECONDS,
     **conditions: Any,
 ) -> DynamicMixing:
+    folders = [speech] if isinstance(speech, Path) else speech
     data = DynamicData(
-        speech=str(speech),
+        speech=tuple(map(str, folders)),
         responses=str(bank),
         items=8,
         seconds=seconds,
@@ -726,16 +727,43 @@ def test_the_second_speaker_is_the_least_like_the_first_of_the_candidates(bank: 
         )
         others = [other for other in range(len(names)) if other != first]
         assert second == min(others, key=lambda other: float(likeness[first, other]))
-    with pytest.raises(InputError, match="candidates: must be 1 for separation, and less than 6"):
+    with pytest.raises(InputError, match="candidates: must be 1 for separation"):
         mixing(bank, candidates=5)
-    with pytest.raises(InputError, match="candidates"):
+    with pytest.raises(InputError, match="has 6 speakers with enough speech; 7 are needed"):
         mixing(bank, "tse", candidates=6)
+
+
+def test_the_speakers_of_a_mixture_come_from_one_folder(bank: Path, tmp_path: Path) -> None:
+    """Each folder is drawn as often as it has speakers."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    speakers = sorted({path.name.partition("-")[0] for path in SPEECH.glob("*.ogg")})
+    for folder, names in zip(folders, (speakers[:2], speakers[2:]), strict=True):
+        for name in names:
+            for path in SPEECH.glob(f"{name}-*.ogg"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, folder / name)
+    examples = mixing(bank, speech=folders)
+    assert examples.speakers == frozenset(speakers)
+    counts = [0, 0]
+    for index in range(120):
+        first, second = (
+            speakers.index(name.partition("/")[0]) for name in examples.example((0, index))["names"].split(" + ")
+        )
+        assert first != second
+        assert (first < 2) == (second < 2)
+        counts[first >= 2] += 1
+    assert 20 <= counts[0] <= 60  # a third of 120, within four standard deviations
+    assert mixing(bank, "tse", speech=folders[1:], candidates=3).speakers == frozenset(speakers[2:])
+    with pytest.raises(InputError, match="a: has 2 speakers with enough speech; 4 are needed"):
+        mixing(bank, "tse", speech=folders, candidates=3)
+    with pytest.raises(InputError, match="a speaker is in two of the folders"):
+        mixing(bank, speech=[*folders, folders[0]])
 
 
 def test_speech_of_one_speaker_or_without_a_bank_is_refused(bank: Path, tmp_path: Path) -> None:
     utterance = next(path for path in sorted(SPEECH.iterdir()) if path.suffix == ".ogg")
     shutil.copy(utterance, tmp_path)
-    with pytest.raises(InputError, match="has 1 speakers with enough speech; two are needed"):
+    with pytest.raises(InputError, match="has 1 speakers with enough speech; 2 are needed"):
         mixing(bank, speech=tmp_path)
     with pytest.raises(InputError, match="none: no such folder"):
         mixing(bank, speech=tmp_path / "none")

@@ -120,7 +120,7 @@ def test_later_values_override_and_tables_are_merged(tmp_path: Path) -> None:
     assert (one.train.seconds, one.train.items, one.epochs, one.initial_checkpoint) == (2, 8, 1, None)
     assert (two.train.seconds, two.train.items, two.epochs) == (4, 16, 3)
     assert two.initial_checkpoint == str(tmp_path / "runs" / "one" / "last.ckpt")
-    assert two.train.speech == "s"
+    assert two.train.speech == ("s",)
 
 
 @pytest.mark.parametrize(

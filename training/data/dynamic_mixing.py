@@ -9,6 +9,7 @@ import numpy as np
 import scipy.fft
 import soxr
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knowledge_boosting.common.cli import warn
@@ -31,7 +32,7 @@ from knowledge_boosting.training.data.corpus import (
 )
 from knowledge_boosting.training.data.loading import Address, Batch
 from knowledge_boosting.training.data.responses import read_bank
-from knowledge_boosting.training.data.speakers import draw_segments, select_speakers
+from knowledge_boosting.training.data.speakers import Speaker, draw_segments, select_speakers
 
 _ENROLLMENT_SECONDS = 3
 _SPEEDS = 8  # the number of slower speeds, and of faster speeds
@@ -54,30 +55,37 @@ class DynamicMixing:
         enrollment = round(_ENROLLMENT_SECONDS * SAMPLE_RATE * (1 + data.speed))
         self._enrollment = enrollment if model.needs_speaker else 0
         self._skip_broken = skip_broken
-        corpus = find_speech(Path(data.speech), skip_broken=skip_broken)
-        for line in corpus.broken:
-            warn(f"skipped: {line}")
-        speakers = select_speakers(corpus, self._segment, self._enrollment)
-        if data.excluded_speakers is not None:
-            excluded = read_speaker_names(Path(data.excluded_speakers))
+        self._folders = " and ".join(data.speech)
+        excluded = (
+            read_speaker_names(Path(data.excluded_speakers)) if data.excluded_speakers is not None else frozenset()
+        )
+        self._speakers: list[Speaker] = []
+        # The indices of the speakers of each corpus. Every corpus has its own sound, of its microphones and rooms. Two
+        # voices from different ones could be told apart by that sound, which is of no use for two voices in one room.
+        self._corpora: list[NDArray[np.int64]] = []
+        left_out = 0
+        for folder in data.speech:
+            corpus = find_speech(Path(folder), skip_broken=skip_broken)
+            for line in corpus.broken:
+                warn(f"skipped: {line}")
+            found = select_speakers(corpus, self._segment, self._enrollment)
             # The voices that kb-make-voices derived from an excluded speaker are excluded too.
-            kept = {
-                name: speaker
-                for name, speaker in speakers.items()
-                if name.partition(VOICE_SEPARATOR)[0] not in excluded
-            }
-            if len(kept) == len(speakers):
-                warn(
-                    f"{data.excluded_speakers}: names {len(excluded)} speakers, but {data.speech} has none of them; "
-                    "if it should, give the folder with a folder for each speaker"
+            kept = [own for name, own in found.items() if name.partition(VOICE_SEPARATOR)[0] not in excluded]
+            if len(kept) < (needed := 1 + data.candidates):
+                raise InputError(
+                    f"{folder}: has {len(kept)} speakers with enough speech; {needed} are needed, add speech"
                 )
-            speakers = kept
-        self.speakers = frozenset(speakers)
-        self._speakers = list(speakers.values())
-        if len(self._speakers) < 2:
-            raise InputError(
-                f"{data.speech}: has {len(self._speakers)} speakers with enough speech; two are needed, add speech"
+            self._corpora.append(np.arange(len(self._speakers), len(self._speakers) + len(kept)))
+            self._speakers += kept
+            left_out += len(found) - len(kept)
+        if excluded and not left_out:
+            warn(
+                f"{data.excluded_speakers}: names {len(excluded)} speakers, but {self._folders} has none of them; "
+                "if it should, give the folder with a folder for each speaker"
             )
+        self.speakers = frozenset(speaker.name for speaker in self._speakers)
+        if len(self.speakers) < len(self._speakers):
+            raise InputError(f"{self._folders}: a speaker is in two of the folders; give every folder once")
         self._bank = read_bank(Path(data.responses))
         # Noise comes from another room, but the listener must be the same.
         self._rooms_by_listener = {
@@ -86,8 +94,8 @@ class DynamicMixing:
         self._noise = find_noise(Path(data.noise)) if data.noise is not None else ()
         self._embeddings: dict[tuple[Segment, float], torch.Tensor] = {}
         if data.candidates > 1:
-            if not model.needs_speaker or data.candidates >= len(self._speakers):
-                raise InputError(f"train.candidates: must be 1 for separation, and less than {len(self._speakers)}")
+            if not model.needs_speaker:
+                raise InputError("train.candidates: must be 1 for separation")
             self._speaker_embeddings = self.speaker_embeddings()
 
     def __len__(self) -> int:
@@ -112,11 +120,16 @@ class DynamicMixing:
                 why = str(error)
                 warn(f"skipped: {why}")
         raise InputError(
-            f"{self._data.speech}: no usable speech in {_DRAWS} draws (the last fault was: {why}); give other speech"
+            f"{self._folders}: no usable speech in {_DRAWS} draws (the last fault was: {why}); give other speech"
         )
 
     def _draw(self, rng: np.random.Generator) -> dict[str, Any]:
-        first, *others = rng.choice(len(self._speakers), 1 + self._data.candidates, replace=False)
+        corpus = self._corpora[0]
+        if len(self._corpora) > 1:
+            corpus = self._corpora[
+                rng.choice(len(self._corpora), p=[len(own) / len(self._speakers) for own in self._corpora])
+            ]
+        first, *others = corpus[rng.choice(len(corpus), 1 + self._data.candidates, replace=False)]
         second = others[0]
         if len(others) > 1:
             similarity = self._speaker_embeddings @ self._speaker_embeddings[first]
@@ -177,7 +190,7 @@ class DynamicMixing:
             with suppress(NoSpeech):
                 found[index] = self._embedding(*draw_segments(rng, speaker, self._segment, self._enrollment), 1.0)
         if not found:
-            raise InputError(f"{self._data.speech}: no usable speech; give other speech")
+            raise InputError(f"{self._folders}: no usable speech; give other speech")
         mean = torch.stack(list(found.values())).mean(0)
         return torch.stack([found.get(index, mean) for index in range(len(self._speakers))])
 
