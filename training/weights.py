@@ -128,6 +128,27 @@ def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
     return sorted(own.keys() - fitting.keys())
 
 
+def continue_layers(layers: nn.Module, name: str, path: Path) -> bool:
+    """Load the weights of layers that only training has from the checkpoint of an earlier run.
+
+    Args:
+        layers: the layers, whose weights change.
+        name: the name of the layers in a run.
+        path: the checkpoint.
+
+    Returns:
+        Whether the checkpoint has weights of these names and shapes. Otherwise nothing changes.
+
+    Raises:
+        InputError: the file is no checkpoint, or the weights in it are damaged.
+    """
+    state, own = read_weights(path, name), layers.state_dict()
+    if not all(name in state and state[name].shape == value.shape for name, value in own.items()):
+        return False
+    load_exactly(layers, {name: state[name] for name in own}, path)
+    return True
+
+
 def average_with(model: nn.Module, path: Path) -> None:
     """Replace the weights of a model by the mean of them and those of a checkpoint.
 

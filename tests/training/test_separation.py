@@ -107,6 +107,17 @@ def test_a_run_continues_the_layer_of_the_run_before(tmp_path: Path) -> None:
     assert module_of(tmp_path, initial_checkpoint=str(tmp_path / "last.ckpt")).separation is None
 
 
+def test_a_run_continues_its_guidance_but_not_that_of_another_model(tmp_path: Path) -> None:
+    first = module_of(tmp_path, guidance=1.0)
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "last.ckpt")
+    assert first.guidance is not None
+    for change, continues in (("initial_checkpoint", True), ("warm_start", False)):
+        second = module_of(tmp_path, guidance=1.0, **{change: str(tmp_path / "last.ckpt")})
+        assert second.guidance is not None
+        pairs = zip(first.guidance.parameters(), second.guidance.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs) == continues
+
+
 def test_all_losses_are_added_by_their_weights(tmp_path: Path) -> None:
     weights = {"separation": 0.5, "guidance": 7.0}
     module = module_of(tmp_path, **weights).train()

@@ -128,15 +128,21 @@ def test_a_run_leaves_checkpoints_logs_and_its_configuration(
     assert "holds a run already" in line
 
 
+@pytest.mark.parametrize(("minutes", "steps"), [(2, 5), (1.25, 3)])  # in an epoch, and at the end of the first one
 def test_a_run_stops_when_its_time_is_over(
-    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    minutes: float,
+    steps: int,
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # It looks at the time when training starts, and then after every update: 0, 25, 50, ... seconds.
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=count(0, 25).__next__))
     call = ["--config", whole_run / "config.json", "--run_dir", tmp_path / "run"]
-    assert call_here("kb-train", *call, "--minutes", 2) == 0
-    assert capsys.readouterr().err.endswith("kb-train: stopped at step 5; --resume continues from there\n")
-    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert call_here("kb-train", *call, "--minutes", minutes) == 0
+    assert capsys.readouterr().err.endswith(f"kb-train: stopped at step {steps}; --resume continues from there\n")
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == steps
 
 
 def test_a_device_with_too_little_memory_is_named(
@@ -465,6 +471,8 @@ def test_a_run_becomes_a_bundle_and_is_tested(whole_run: Path, tmp_path: Path) -
     assert {"checkpoint", "test/small_si_sdri", "test/small_pesq", "test/large_stoi"} <= figures.keys()
     best = max(float(path.stem.partition("_")[2].removesuffix("dB")) for path in (folder / "best").glob("*.ckpt"))
     assert figures["test/small_si_sdri"] == pytest.approx(best, abs=0.01)
+    # These networks have learned nothing, but their outputs are measured at the level of the sources.
+    assert figures["test/small_snri"] > -8
 
 
 def test_calls_that_cannot_be_used(

@@ -34,7 +34,7 @@ from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.links import NetworkConditions
 from knowledge_boosting.models.arrival_fusion import NEVER
 from knowledge_boosting.models.bundle import Bundle
-from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
+from knowledge_boosting.models.checkpoint import apply_output_gains, read_checkpoint, read_training_speakers
 from knowledge_boosting.models.config import ModelConfig, Pair
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.manifest import MANIFEST_FILE, file_digest
@@ -127,6 +127,7 @@ def _load_run(folder: Path, given: str, name: str) -> Model:
     config = read_training_config(folder / "config.json").model
     path = best_checkpoint(folder)
     module = read_checkpoint(path, config).requires_grad_(False)
+    apply_output_gains(module, path)
     record = _record(name, given, "run", file_digest(path), str(path.relative_to(folder)), config, untrained=False)
     small = cast(SmallModel, module.get_submodule("small"))
     large = module.large if isinstance(module, BoostedPair) else None

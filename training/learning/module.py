@@ -31,7 +31,7 @@ from knowledge_boosting.training.learning.guidance import (
 from knowledge_boosting.training.learning.losses import level_error, negative_si_sdr
 from knowledge_boosting.training.learning.separation import Separation
 from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
-from knowledge_boosting.training.weights import initial_model, initial_speakers
+from knowledge_boosting.training.weights import continue_layers, initial_model, initial_speakers
 
 MONITOR = "validation/si_sdri"
 
@@ -64,9 +64,12 @@ class TrainingModule(lightning.LightningModule):
         if isinstance(config.train, StoredData):
             self.stored_large = large_digest(config.model, self.pair.large.network)
         self.guidance = Guidance(self._small) if config.guidance else None
+        earlier = config.initial_checkpoint
+        if self.guidance is not None and earlier is not None and Path(earlier).is_file():  # a bundle has no such layers
+            continue_layers(self.guidance, "guidance", Path(earlier))
         self.separation = Separation(self._small) if config.separation else None
         source = config.warm_start or config.initial_checkpoint
-        if self.separation is not None and source is not None and Path(source).is_file():  # a bundle has no such layer
+        if self.separation is not None and source is not None and Path(source).is_file():
             self.separation.start_from(Path(source))
         self.whitening = SpeakerWhitening() if config.speaker_components else None
 
@@ -251,7 +254,8 @@ class TrainingModule(lightning.LightningModule):
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimiser, mode="max", patience=schedule.patience, factor=schedule.factor, min_lr=schedule.minimum
         )
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": MONITOR}}
+        # A run that is stopped in its first epoch has no figure to monitor.
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": MONITOR, "strict": False}}
 
     def _log_audio(self, batch: Batch, estimates: dict[str, Tensor]) -> None:
         """Log the left channels of the first example for listening: mixture, sources and estimates."""

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from knowledge_boosting.common.cli import progress_bar
 from knowledge_boosting.common.errors import Failure, InputError, reason
 from knowledge_boosting.common.files import atomic_file
-from knowledge_boosting.models.checkpoint import read_checkpoint
+from knowledge_boosting.models.checkpoint import apply_output_gains, read_checkpoint
 from knowledge_boosting.models.compiled import use_for_whole_signals
 from knowledge_boosting.models.config import Alone
 from knowledge_boosting.models.tfgridnet import describe_lstms
@@ -271,6 +271,7 @@ def run_test(
         raise InputError('the configuration has no test data; add "test" to it')
     path = checkpoint or best_checkpoint(run_dir)
     module = TrainingModule(settings.without_weight_sources().model_copy(update={"initial_checkpoint": str(path)}))
+    apply_output_gains(module.model, path)
     refuse_shared_speakers(module.training_speakers, Path(settings.test.root) / settings.test.split)
     test = _examples(settings.test, settings, None, training=False, skip_broken=skip_broken)
     trainer = make_trainer(settings, run_dir, devices, frac, loggers=[], callbacks=[])

@@ -16,6 +16,7 @@ from knowledge_boosting.models.checkpoint import load_exactly, read_weights
 from knowledge_boosting.models.layers import CausalConv2d
 from knowledge_boosting.models.pair import SmallModel
 from knowledge_boosting.training.evaluation.si_sdr import permuted_si_sdr
+from knowledge_boosting.training.weights import continue_layers
 
 
 class Separation(nn.Module):
@@ -39,9 +40,9 @@ class Separation(nn.Module):
         Raises:
             InputError: the file is no checkpoint, or the layer in it is damaged.
         """
-        layer = "small.network."
-        separated = {name.removeprefix(layer): value for name, value in read_weights(path).items()}
-        state = read_weights(path, "separation") or separated
+        if continue_layers(self, "separation", path):
+            return
+        state = {name.removeprefix("small.network."): value for name, value in read_weights(path).items()}
         own = self.state_dict()
         if all(name in state and state[name].shape == value.shape for name, value in own.items()):
             load_exactly(self, {name: state[name] for name in own}, path)
