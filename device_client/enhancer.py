@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.errors import InputError, reason
+from knowledge_boosting.common.sound_files import RATES
 from knowledge_boosting.device_client import speakers
 from knowledge_boosting.device_client.audio.files import resample
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
@@ -25,7 +26,6 @@ from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE, ModelConfig
 
 Samples = NDArray[np.float32]
 Speaker = ArrayLike | str | PathLike[str]
-_RATES = (1000, 384_000)  # minimum and maximum, Hz
 _NO_CREDENTIALS = Credentials()
 
 
@@ -187,8 +187,8 @@ class Enhancer:
             InputError: An address cannot be used.
         """
         servers = _servers(server)
-        hints = self._connect(servers, self._stream.frames)
         with self._lock:
+            hints = self._connect(servers, self._stream.frames)
             self._servers = servers
             previous, self._hints = self._hints, hints
             self._stream.hints = hints
@@ -209,10 +209,12 @@ class Enhancer:
         self.close()
 
     def _begin(self) -> None:
-        self._hints = self._connect(self._servers, 0)
-        self._stream = BoostedStream(self._model.session(self._speaker), self._config, self._hints, ramp=True)
-        self._has_first_chunk = False
-        self._late = 0
+        engine = self._model.session(self._speaker)
+        with self._lock:
+            self._hints = self._connect(self._servers, 0)
+            self._stream = BoostedStream(engine, self._config, self._hints, ramp=True)
+            self._has_first_chunk = False
+            self._late = 0
 
     def _connect(self, servers: Sequence[str], first_frame: int) -> LiveHints | None:
         if not servers:
@@ -276,8 +278,8 @@ def enhance(
         raise InputError(
             f"enhance: got samples of shape {list(np.shape(samples))}; give [{microphones}, N] or [N] with N at least 1"
         )
-    if not _RATES[0] <= rate <= _RATES[1]:
-        raise InputError(f"enhance: the rate is {rate} Hz; it must be from {_RATES[0]} to {_RATES[1]} Hz")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise InputError(f"enhance: the rate is {rate} Hz; it must be from {RATES[0]} to {RATES[1]} Hz")
     if not np.isfinite(signal).all():
         raise InputError("enhance: some samples are not finite; replace NaN and infinity")
     length, framing = signal.shape[1], config.framing
@@ -330,6 +332,6 @@ def _embedding(speaker: Speaker | None, config: ModelConfig) -> Samples | None:
         return speakers.load(speaker)
     array = _array("speaker", speaker)
     embedding = array.astype(np.float32) if array.dtype.kind in "fiu" else np.zeros(0, np.float32)
-    if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all() or not embedding.any():
+    if not speakers.is_embedding(embedding):
         raise InputError(f"speaker: an embedding has {SPEAKER_EMBEDDING_SIZE} finite numbers, not all of them zero")
     return embedding

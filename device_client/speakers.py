@@ -15,6 +15,11 @@ _MAX_NAME_LENGTH = 60  # characters; a file name has at most 255 bytes
 _MAX_FILE_BYTES = 8192  # a file with an embedding has 1152
 
 
+def is_embedding(values: Samples) -> bool:
+    """Return whether an array is a speaker embedding: 256 finite numbers, which are not all zero."""
+    return values.shape == (SPEAKER_EMBEDDING_SIZE,) and bool(np.isfinite(values).all() and values.any())
+
+
 def save(name: str, embedding: Samples) -> Path:
     """Store a speaker embedding ``[256]`` under a name, and return the path of its file.
 

@@ -22,6 +22,8 @@ from knowledge_boosting.protos.codec import ENROLLMENT_RATE, ENROLLMENT_SECONDS,
 SampleFormat = Literal["s16", "float"]
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 _SUBTYPES = {"s16": "PCM_16", "float": "FLOAT"}
+_BYTES = {"s16": 2, "float": 4}
+LARGEST_WAV = (1 << 32) - (1 << 16)  # bytes of samples; the sizes in the header have 32 bits
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,16 @@ def check_channels(file: AudioFile, microphones: int) -> str | None:
 
 
 def resample(samples: Samples, rate: int, target: int) -> Samples:
-    """Resample a whole signal ``[..., N]`` from ``rate`` to ``target``, both in Hz. The result has no delay."""
+    """Resample a whole signal ``[..., N]`` from ``rate`` to ``target``, both in Hz. The result has no delay.
+
+    Even a very short signal gives at least one sample.
+    """
     if rate == target:
         return samples
     flat = samples.reshape(-1, samples.shape[-1])
     converted = soxr.resample(flat.T, rate, target, quality="VHQ")
+    if not len(converted):
+        return np.zeros((*samples.shape[:-1], 1), np.float32)
     return np.ascontiguousarray(converted.T, dtype=np.float32).reshape(*samples.shape[:-1], -1)
 
 
@@ -256,7 +263,7 @@ class SoundWriter:
 
 @contextmanager
 def write_sound(
-    path: Path, rate: int, channels: int, sample_format: SampleFormat, comment: str | None = None
+    path: Path, rate: int, channels: int, length: int, sample_format: SampleFormat, comment: str | None = None
 ) -> Iterator[SoundWriter]:
     """Write a sound file, which appears at ``path`` only when the block ends without an error.
 
@@ -264,24 +271,38 @@ def write_sound(
         path: The path of the file.
         rate: The sample rate, Hz.
         channels: The number of channels.
+        length: The number of samples that each channel will have. A WAV file with more than 4 GiB has the header RF64.
         sample_format: The format of the samples in the file.
         comment: A text for the file's header, if the format supports one.
 
     Raises:
         InputError: The file cannot be written.
     """
+    format_ = _format(path)
+    if format_ == "WAV" and length * channels * _BYTES[sample_format] > LARGEST_WAV:
+        format_ = "RF64"
     with atomic_file(path) as temporary, temporary.open("r+b", buffering=0) as handle:
+        with _errors_of_writing(path):
+            file = soundfile.SoundFile(
+                handle.fileno(), "w", rate, channels, _SUBTYPES[sample_format], format=format_, closefd=False
+            )
+            if comment:
+                file.comment = comment
         try:
-            with soundfile.SoundFile(
-                handle.fileno(), "w", rate, channels, _SUBTYPES[sample_format], format=_format(path), closefd=False
-            ) as file:
-                if comment:
-                    file.comment = comment
-                yield SoundWriter(path, file, handle.fileno(), sample_format)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise InputError(f"{path}: cannot write ({reason(error)})") from None
+            yield SoundWriter(path, file, handle.fileno(), sample_format)
+        finally:
+            with _errors_of_writing(path):
+                file.close()
         # The same samples must always give the same file.
         sound_files.erase_timestamp(handle)
+
+
+@contextmanager
+def _errors_of_writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot write ({reason(error)})") from None
 
 
 def write_audio(path: Path, samples: Samples, rate: int, sample_format: SampleFormat) -> None:
@@ -290,7 +311,7 @@ def write_audio(path: Path, samples: Samples, rate: int, sample_format: SampleFo
     Raises:
         InputError: The file cannot be written.
     """
-    with write_sound(path, rate, len(samples), sample_format) as file:
+    with write_sound(path, rate, len(samples), samples.shape[-1], sample_format) as file:
         file.write(samples)
 
 

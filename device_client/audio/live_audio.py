@@ -147,7 +147,7 @@ def open_file_audio(source: Path, target: Path, framing: Framing, microphones: i
         if (warning := check_channels(recording, microphones)) is not None:
             warn(warning)
         sample_format: SampleFormat = "float" if recording.floating and holds_floats(target) else "s16"
-        with write_sound(target, recording.rate, microphones, sample_format) as file:
+        with write_sound(target, recording.rate, microphones, recording.length, sample_format) as file:
             audio = FileAudio(recording, framing, microphones, file)
             yield audio
             audio.finish()

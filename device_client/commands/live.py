@@ -122,7 +122,8 @@ def live(options: LiveOptions) -> None:
         text_output = sys.stderr if is_standard_output(Path(options.target or "")) else sys.stdout
         session.start()
         try:
-            if sys.stdin.isatty() and sys.stdout.isatty() and not options.json_lines:
+            on_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+            if on_terminal and not options.json_lines:
                 _show_view(session)
             else:
                 _show_lines(session, options.json_lines, text_output)

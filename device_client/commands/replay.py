@@ -79,7 +79,7 @@ def replay_file(options: ReplayOptions) -> None:
         bandwidth_mbit=options.bandwidth_mbit,
     )
     trace = read_trace(options.trace) if options.trace is not None else None
-    outputs = output_paths(options, bundle.directory, config)
+    outputs = output_paths(options, bundle)
     with ExitStack() as stack:
         source = stack.enter_context(open_audio(options.input_file))
         if (warning := check_channels(source, config.microphones)) is not None:
@@ -112,6 +112,7 @@ def replay_file(options: ReplayOptions) -> None:
                         path,
                         source.rate,
                         config.sources * config.microphones // len(outputs),
+                        source.length,
                         options.output_format,
                         comment,
                     )

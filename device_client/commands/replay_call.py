@@ -9,7 +9,8 @@ from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.common.files import check_files, is_stream
 from knowledge_boosting.device_client.audio.files import SampleFormat, check_output
 from knowledge_boosting.device_client.engines.loading import EngineName
-from knowledge_boosting.models.config import ModelConfig, Pair
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.config import Pair
 from knowledge_boosting.models.manifest import Manifest
 
 
@@ -94,7 +95,7 @@ def check_frame_log_call(options: ReplayOptions) -> None:
         raise InputError("--frame-log repeats a recorded session; give only --output, --bundle and --engine with it")
 
 
-def output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> list[Path]:
+def output_paths(options: ReplayOptions, bundle: Bundle) -> list[Path]:
     """Return the paths of the estimates, and check that all files can be written.
 
     There is one file for each speaker. If the output is a pipe or a device, there is one path for all speakers.
@@ -102,7 +103,7 @@ def output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> li
     Raises:
         InputError: A file cannot be written, or it would overwrite another one.
     """
-    outputs = [options.output]
+    model, outputs = bundle.model, [options.output]
     if model.sources > 1 and not is_stream(options.output):
         stem = options.output.stem
         outputs = [options.output.with_stem(f"{stem}-speaker{number}") for number in range(1, model.sources + 1)]
@@ -119,7 +120,8 @@ def output_paths(options: ReplayOptions, bundle: Path, model: ModelConfig) -> li
         folders[options.compare] = file_names(model.sources)
     reads = (
         *(options.input_file, *options.references, options.enrollment, options.trace, *options.credential_files),
-        *bundle.iterdir(),
+        *bundle.directory.iterdir(),
+        *(Bundle(options.alone).directory.iterdir() if options.alone is not None else ()),
     )
     check_files(
         [path for path in reads if path is not None],

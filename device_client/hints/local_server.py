@@ -30,6 +30,8 @@ def local_server(bundle: Path) -> Iterator[str]:
     Raises:
         Failure: The server does not start, or it cannot be reached.
     """
+    if sys.platform == "win32":
+        raise Failure("a server needs Linux or macOS; give --server HOST:PORT")
     if importlib.util.find_spec("torch") is None:
         raise Failure(
             "a server on this machine needs torch; give --server HOST:PORT, or run "

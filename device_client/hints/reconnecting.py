@@ -91,6 +91,7 @@ class LiveHints:
         self._audio = np.zeros((self._history, model.microphones, model.framing.chunk), np.float32)
         self._captured_at = np.zeros(self._history, np.int64)
         self._ages: NDArray[np.float64] = np.zeros(self._history)
+        self._first_frame = first_frame
         self._frames = first_frame  # end of the frames that the loop has passed to send()
         self._next_take = first_frame  # first frame whose hint can still be used
         self._buffer = hint_buffer(model)
@@ -220,7 +221,10 @@ class LiveHints:
     def _start_session(self, attempt: "_Attempt") -> "_Session":
         """Start to receive the hints of a session that was opened."""
         assert attempt.stream is not None
-        session = _Session(attempt.server, attempt.index, attempt.stream, self._backfill)
+        # A network that processes the stream from its start needs no warm-up.
+        warm_up = self._backfill if attempt.stream.first_frame else 0
+        first_usable = max(attempt.stream.first_frame + warm_up, self._first_frame)
+        session = _Session(attempt.server, attempt.index, attempt.stream, first_usable)
         session.start_receiving(lambda: self._receive(session))
         return session
 
@@ -312,7 +316,8 @@ class LiveHints:
             session.consecutive_late = session.consecutive_late + 1 if late else 0
             if received.hint is None:
                 continue
-            self._buffer.put(frame, received.hint, now)
+            if not late:  # a late hint would take the place of a newer one of another session
+                self._buffer.put(frame, received.hint, now)
             if not session.had_timely_hint and (not late or self._active is None):
                 session.had_timely_hint = not late
                 # Compare sessions instead of addresses, because one address can stand for several servers.
@@ -325,11 +330,10 @@ class LiveHints:
 class _Session:
     """The state of an open session with a server."""
 
-    def __init__(self, server: str, index: int, stream: HintStream, backfill: int) -> None:
+    def __init__(self, server: str, index: int, stream: HintStream, first_usable: int) -> None:
         self.server, self.index, self.stream = server, index, stream
+        self.first_usable = first_usable  # first frame with a usable hint
         self.opened_at = time.monotonic()
-        # A network that processes the stream from its start needs no warm-up.
-        self.first_usable = stream.first_frame + backfill if stream.first_frame else 0  # first frame with a usable hint
         self.sent = self.answered = stream.first_frame  # ends of the frames that were sent and answered
         self.answered_at = time.perf_counter_ns()
         self.had_timely_hint = False  # whether a usable hint came before its deadline

@@ -11,6 +11,7 @@ import numpy as np
 from knowledge_boosting.common.call_credentials import Credentials
 from knowledge_boosting.common.connection import call_failed, connect, off_main_thread
 from knowledge_boosting.common.errors import Failure, InputError, printable
+from knowledge_boosting.device_client.speakers import is_embedding
 from knowledge_boosting.models.manifest import Manifest
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import (
@@ -244,4 +245,7 @@ def enroll(server: str, speech: Samples, credentials: Credentials = _NO_CREDENTI
             if isinstance(error, grpc.Call):
                 raise call_failed(server, "cannot enroll", error) from None
             raise Failure(f"{server}: cannot enroll ({error})") from None
-    return np.array(response.speaker_embedding, dtype=np.float32)
+    embedding = np.array(response.speaker_embedding, dtype=np.float32)
+    if not is_embedding(embedding):
+        raise Failure(f"{server}: cannot enroll (its answer is no speaker embedding); use another server")
+    return embedding

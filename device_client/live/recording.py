@@ -24,10 +24,11 @@ from pydantic import ValidationError
 from knowledge_boosting.common import sound_files
 from knowledge_boosting.common.errors import InputError, existing_file, reason
 from knowledge_boosting.common.files import check_files, check_new_folder
-from knowledge_boosting.device_client.audio.files import check_output, open_audio, write_sound
+from knowledge_boosting.device_client.audio.files import LARGEST_WAV, check_output, open_audio, write_sound
 from knowledge_boosting.device_client.audio.mixer import Mixer, Play
 from knowledge_boosting.device_client.boosted_stream import BoostedStream, split_frames
 from knowledge_boosting.device_client.engines.engine import Model
+from knowledge_boosting.device_client.speakers import is_embedding
 from knowledge_boosting.models.arrivals import MERGES, Hint
 from knowledge_boosting.models.config import ModelConfig, Strict
 from knowledge_boosting.models.manifest import Manifest, read_json
@@ -113,6 +114,8 @@ class Recorder:
         try:
             while (item := self._frames.get()) is not None:
                 fresh, played, hints, record, play = item
+                if (number + 2) * 4 * played.size > LARGEST_WAV:
+                    raise OSError("a WAV file holds at most 4 GiB")
                 self._input.write(fresh.T)
                 self._output.write(played.T)
                 for hint in hints:
@@ -197,6 +200,14 @@ class FrameLog:
                 f"{path}: was recorded with the bundle {name} ({self.session.bundle_id}); give that bundle as --bundle"
             )
         model = manifest.model
+        speaker = self.session.speaker_embedding
+        self.speaker = np.array(speaker, np.float32) if speaker is not None else None
+        if (self.speaker is not None) != model.needs_speaker or not (
+            self.speaker is None or is_embedding(self.speaker)
+        ):
+            raise InputError(f"{path.parent / 'session.json'}: has no usable speaker embedding; copy the folder again")
+        if not {self.session.play, *self.play} <= set(Mixer(model.sources, model.microphones, "bypass").choices):
+            raise InputError(f"{path}: plays a speaker that the bundle does not have; copy the folder again")
         most = (MERGES if model.on_arrival else 1) if model.hint_channels else 0
         for frame, ages in enumerate(self.ages):
             if len(ages) > most or any(not model.delay <= age <= min(frame, model.max_age) for age in ages):
@@ -219,13 +230,12 @@ class FrameLog:
         Yields:
             The output that was played, ``[M, chunk]`` at a time.
         """
-        config, session = model.manifest.model, self.session
+        config = model.manifest.model
         framing = config.framing
-        speaker = np.array(session.speaker_embedding, np.float32) if session.speaker_embedding is not None else None
-        mixer = Mixer(config.sources, config.microphones, session.play)
+        mixer = Mixer(config.sources, config.microphones, self.session.play)
         with self._hints.open("rb") as file:
             hints = _RecordedHints(file, self.ages, config)
-            stream = BoostedStream(model.session(speaker), config, hints)
+            stream = BoostedStream(model.session(self.speaker), config, hints)
             # The input is longer than the frames by the lookahead, which would give an additional frame.
             for play, (fresh, _) in zip(self.play, split_frames(samples, framing), strict=False):
                 stream.fresh[:] = fresh
@@ -272,6 +282,6 @@ def replay_recording(log_file: Path, source: Path, target: Path, model: Model) -
         length = framing.chunk * len(log.play) + framing.lookahead
         if (file.rate, file.channels, file.length) != (framing.sample_rate, microphones, length):
             raise InputError(f"{source}: is not the recording of {log_file}; give the input.wav from the same folder")
-        with write_sound(target, framing.sample_rate, microphones, "float") as writer:
+        with write_sound(target, framing.sample_rate, microphones, length, "float") as writer:
             for played in log.run(model, file.blocks()):
                 writer.write(played)

@@ -214,9 +214,11 @@ def lost_report(run: Run) -> ServerLost | None:
     if run.lost is None:
         return None
     first = run.hints_received
+    used = np.flatnonzero(run.log.used)
+    last_use = (used + run.log.age_used[used]).max(initial=0)
     return ServerLost(
         first_lost_hint=first,
-        first_frame_without=min(first + run.log.delay, len(run.log.used)),
+        first_frame_without=min(max(first + run.log.delay, int(last_use) + 1), len(run.log.used)),
         status=run.lost.status,
         detail=run.lost.detail,
     )

@@ -81,7 +81,7 @@ def test_flags_that_cannot_be_used(
 ) -> None:
     trace = write_raw(tmp_path / "trace.csv", b"up_ms,down_ms\n1,2\n3,-4\n")
     good = write_raw(tmp_path / "good.csv", b"up_ms,down_ms\n1,2\n")
-    out, ss, tse = tmp_path / "out.wav", golden_bundle(SS), golden_bundle(TSE)
+    out, ss, tse, other = tmp_path / "out.wav", golden_bundle(SS), golden_bundle(TSE), golden_bundle("ss_delay0")
     np.save(tmp_path / "short.npy", np.zeros(255, np.float32))
     np.save(tmp_path / "zeros.npy", np.zeros(256, np.float32))
     (tmp_path / "sub").mkdir()
@@ -128,6 +128,13 @@ def test_flags_that_cannot_be_used(
         ),
         (["-o", out, "--bundle", ss, "--report", good, "--trace", good], "would overwrite an input"),
         (["-o", out, "--bundle", ss, "--report", ss / "bundle.json"], "would overwrite an input"),
+        (
+            [
+                *("-o", out, "--bundle", ss, "--report", other / "bundle.json", "--alone", other),
+                *("--reference", mixture, "--reference", mixture),
+            ],
+            "would overwrite an input",
+        ),
         (["-o", out, "--bundle", ss, "--report", tmp_path], "is a folder"),
         (["-o", tmp_path / f"{'o' * 260}.wav", "--bundle", ss], "File name too long"),
         (["-o", out, "--bundle", "b" * 300], "File name too long"),

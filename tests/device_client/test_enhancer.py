@@ -86,6 +86,14 @@ def test_with_all_hints_on_time_it_gives_the_output_of_replay(
     assert np.abs(output - kb.enhance(samples, 16000, bundle)).max() > 1e-3
 
 
+@pytest.mark.parametrize(("length", "rate"), [(1, 48000), (5, 384_000), (700, 768_000)])
+def test_signals_of_any_length_and_rate_are_enhanced(length: int, rate: int) -> None:
+    """As by replay, which pads a signal that has no sample at the rate of the bundle."""
+    output = kb.enhance(np.full(length, 0.1, np.float32), rate, ALONE)
+    assert output.shape == (2, 2, length)
+    assert np.isfinite(output).all()
+
+
 def test_servers_can_be_changed_without_a_wait(golden_bundle: GetBundle, ss_server: Server) -> None:
     bundle, chunk = golden_bundle(SS), speech(0.008)
     with kb.Enhancer(bundle) as enhancer:

@@ -104,6 +104,26 @@ class Unable(HintServiceServicer):
         context.abort(self._status, "not now")
 
 
+@pytest.mark.parametrize("answer", [[np.nan] * 256, [0.0] * 256, [0.1] * 3], ids=["nan", "zeros", "short"])
+def test_an_answer_that_is_no_embedding_is_not_stored(
+    answer: list[float], configuration: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Faulty(Unable):
+        def Enroll(self, request: pb.EnrollRequest, context: grpc.ServicerContext) -> pb.EnrollResponse:
+            return pb.EnrollResponse(speaker_embedding=answer)
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_HintServiceServicer_to_server(Faulty(grpc.StatusCode.INTERNAL), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        call = ["enroll", "anna", SAMPLES / "enrollment.flac", "--server", address]
+        assert "its answer is no speaker embedding" in refusal_here("kb-client", capsys, *call, code=1)
+    finally:
+        server.stop(None).wait()
+    assert not list(configuration.rglob("*.npy"))
+
+
 def test_invalid_enrollments_are_refused(
     configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

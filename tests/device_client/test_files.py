@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.signal import correlate
 
+from knowledge_boosting.device_client.audio import files
 from knowledge_boosting.models.checkpoint import build
 from knowledge_boosting.models.config import Alone, Framing, NetworkSize
 from knowledge_boosting.models.networks import write_bundle
@@ -114,3 +115,26 @@ def test_samples_beyond_full_scale_are_clipped_in_16_bit_and_kept_in_float(
         over = int((case.small_output[0, 0].abs() > 1).sum())
         assert over > 0
         assert (f"{over} samples exceed full scale" in result.stderr) == (sample_format == "s16")
+
+
+def test_a_file_beyond_4_gib_has_a_header_that_can_hold_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the limit is lower. The header of a WAV file would hold a wrong length, and readers would miss the end."""
+    monkeypatch.setattr(files, "LARGEST_WAV", 8 * 1000)
+    samples = np.random.default_rng(0).uniform(-1, 1, (2, 1001)).astype(np.float32)
+    for length, header in ((1000, b"RIFF"), (1001, b"RF64")):
+        path = tmp_path / f"{length}.wav"
+        files.write_audio(path, samples[:, :length], 16000, "float")
+        assert path.read_bytes()[:4] == header
+        np.testing.assert_array_equal(soundfile.read(path, dtype="float32")[0].T, samples[:, :length])
+
+
+def test_a_fault_while_a_file_is_written_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="no thread"),
+        files.write_sound(tmp_path / "out.wav", 16000, 1, 100, "s16") as writer,
+    ):
+        writer.write(np.zeros((1, 50), np.float32))
+        raise RuntimeError("no thread")
+    assert not list(tmp_path.iterdir())

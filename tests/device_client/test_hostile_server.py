@@ -169,6 +169,75 @@ def test_a_server_whose_hints_are_all_late_is_replaced(
     assert hints.events[-1].text == f"hints come from {ss_server.address}"
 
 
+def test_a_server_gives_no_hints_for_what_it_did_not_hear() -> None:
+    """A stream can begin without a server. What came before is silence for the server, and so are its hints for it."""
+    manifest = read_manifest(Bundle("ss-compact").directory)
+
+    def answer(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
+        for frame in range(audio.first_frame, audio.first_frame + frames):
+            yield hint(manifest, frame)
+
+    with hostile(manifest, answer) as address:
+        hints = LiveHints([address], manifest, encodings=Encodings("f32", "f32"), first_frame=30)
+        hints.send(30, noise(1), 0)
+        assert hints.take(30, time.perf_counter_ns()) == []
+        hints.start()
+        heard, frame, deadline = list[int](), 31, time.monotonic() + PATIENCE
+        while len(heard) < 3:
+            assert time.monotonic() < deadline
+            hints.send(frame, noise(1), 0)
+            heard += [frame - one.age for one in hints.take(frame, time.perf_counter_ns())]
+            frame += 1
+            time.sleep(0.008)
+        hints.close()
+    assert min(heard) >= 30
+    assert hints.late == 0
+
+
+def test_late_hints_of_the_next_server_do_not_replace_those_of_a_draining_one(
+    golden_bundle: Callable[[str], Path],
+) -> None:
+    bundle = golden_bundle(SS)
+    manifest = read_manifest(bundle)
+    used: list[bool] = []
+    late_hints: list[int] = []
+
+    class RecordedHints(LiveHints):
+        def take(self, frame: int, now: int) -> list[Hint]:
+            hints = super().take(frame, now)
+            used.append(bool(hints))
+            return hints
+
+    def drains(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
+        for frame in range(audio.first_frame, audio.first_frame + frames):
+            yield hint(manifest, frame)
+            if frame == 50:
+                yield pb.StreamHintsResponse(draining=pb.Draining(seconds=30))
+
+    def late(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
+        for frame in range(audio.first_frame, audio.first_frame + frames):
+            # Frame + 6 is the last that can use it.
+            while 6 + len(used) < frame + 10 and len(late_hints) <= 200:
+                time.sleep(0.002)
+            late_hints.append(frame)
+            yield hint(manifest, frame)
+
+    with hostile(manifest, drains) as first, hostile(manifest, late) as second:
+        hints = RecordedHints([first, second], manifest, encodings=Encodings("f32", "f32"))
+
+        def pace(frame: int) -> None:
+            real_time(frame)
+            if len(late_hints) > 200:
+                audio.stop()
+
+        audio = MemoryAudio(noise(4000), pace)
+        hints.start()
+        LiveLoop(load_model(Bundle(bundle), "onnx").session(None), manifest.model, audio, hints, "1").run()
+        hints.close()
+    during = used[late_hints[0] + 80 : late_hints[-1]]
+    assert np.mean(during) > 0.5, during
+
+
 @pytest.mark.parametrize("failures", [0, 2])
 def test_a_move_is_announced_once(golden_bundle: Callable[[str], Path], failures: int) -> None:
     """Even if the next server has the same address, and even if the first sessions with it fail."""

@@ -6,12 +6,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.device_client.live.recording import FrameLog, Recorder
+from knowledge_boosting.models.manifest import read_manifest
 from tests.golden_cases import Golden
 from tests.processes import Server, environment, refusal_here, run
 
@@ -110,7 +114,12 @@ def test_invalid_recordings_are_refused(
     last = max(number for number, line in enumerate(lines) if line.split(",")[1] == "1")
     lines[1], lines[last] = lines[1].replace("0,0,", "0,1,", 1) + "6", lines[last].replace(",1,", ",0,", 1)[:-1]
     (early / "frames.csv").write_text("\n".join(lines) + "\n")
+    voice = tmp_path / "voice"
+    shutil.copytree(recording, voice)
+    session = json.loads((recording / "session.json").read_text()) | {"speaker_embedding": [0.1] * 256}
+    (voice / "session.json").write_text(json.dumps(session))
     cases: list[tuple[list[object], str]] = [
+        ([source, "--bundle", bundle, "--frame-log", voice / "frames.csv"], "no usable speaker embedding"),
         ([source, "--bundle", bundle, "--frame-log", short / "frames.csv"], "does not contain"),
         ([source, "--bundle", bundle, "--frame-log", early / "frames.csv"], "at frames that cannot have one"),
         ([source, "--bundle", bundle, "--frame-log", tmp_path / "text.csv"], "is not a frame log"),
@@ -127,6 +136,51 @@ def test_invalid_recordings_are_refused(
         line = refusal_here("kb-client", capsys, "replay", *flags, "-o", tmp_path / "o.wav")
         assert expected in line, line
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("embedding", "first", "then", "fault"),
+    [
+        ([0.1] * 256, "1", "bypass", None),
+        (None, "1", "1", "no usable speaker embedding"),
+        ([0.1] * 3, "1", "1", "no usable speaker embedding"),
+        ([0.0] * 256, "1", "1", "no usable speaker embedding"),
+        ([0.1] * 256, "both", "1", "plays a speaker that the bundle does not have"),
+        ([0.1] * 256, "1", "2", "plays a speaker that the bundle does not have"),
+    ],
+)
+def test_damaged_sessions_of_one_speaker_are_refused(
+    embedding: list[float] | None,
+    first: str,
+    then: str,
+    fault: str | None,
+    golden_bundle: GetBundle,
+    tmp_path: Path,
+) -> None:
+    manifest = read_manifest(golden_bundle(TSE))
+    session = {"bundle_name": TSE, "bundle_id": manifest.id, "play": first, "speaker_embedding": embedding}
+    (tmp_path / "session.json").write_text(json.dumps(session))
+    (tmp_path / "frames.csv").write_text(f"frame,hint,age_ms,compute_ms,play,ages\n0,0,,1.000,{then},\n")
+    (tmp_path / "hints.f32").touch()
+    with pytest.raises(InputError, match=fault) if fault is not None else nullcontext():
+        FrameLog(tmp_path / "frames.csv", manifest)
+
+
+def test_a_recording_ends_before_a_wav_file_is_full(
+    golden_bundle: GetBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knowledge_boosting.device_client.live.recording.LARGEST_WAV", 4 * 2 * 128 * 20)
+    manifest = read_manifest(golden_bundle(SS))
+    recorder = Recorder(tmp_path / "session", manifest, None, "1")
+    chunk = np.full((2, 128), 0.5, np.float32)
+    record = np.zeros(1, [("age_ms", "f8"), ("compute_ms", "f8")])[0]
+    for frame in range(30):
+        recorder.put(np.full((2, 192), 0.5, np.float32) if frame == 0 else chunk, chunk, [], record, "1")
+    recorder.close()
+    assert recorder.error is not None
+    assert "is cut short after 19 frames (a WAV file holds at most 4 GiB)" in recorder.error
+    assert len(samples_of(tmp_path / "session" / "output.wav")) == 19 * 128
+    assert len(samples_of(tmp_path / "session" / "input.wav")) == 19 * 128 + 64
 
 
 def test_invalid_calls_are_refused(

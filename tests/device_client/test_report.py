@@ -16,7 +16,10 @@ import torch
 from pydantic import BaseModel
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
-from knowledge_boosting.device_client.replay.report import Report
+from knowledge_boosting.device_client.hints.stream import StreamEnd
+from knowledge_boosting.device_client.replay.hint_log import HintLog
+from knowledge_boosting.device_client.replay.loop import Run
+from knowledge_boosting.device_client.replay.report import Report, lost_report
 from tests.golden_cases import Golden
 from tests.processes import Server, command, refusal_here, run
 
@@ -158,6 +161,17 @@ def test_all_networks_side_by_side(untrained: Path, tmp_path: Path, capsys: pyte
         assert report.quality[system].si_sdr == pytest.approx(float(score), abs=0.05)
 
     assert "is a pair; give --alone" in refusal_here("kb-client", capsys, *call[1:], "--alone", untrained)
+
+
+@pytest.mark.parametrize(("delay", "age", "expected"), [(6, 6, 506), (1, 1, 501), (1, 50, 550)])
+def test_hints_of_a_lost_server_are_in_use_until_the_last_one_has_come(delay: int, age: int, expected: int) -> None:
+    """Hints on arrival can be used at an age of more than the smallest delay."""
+    log = HintLog(frames=600, delay=delay)
+    log.used[:500] = True
+    log.age_used[:500] = age
+    lost = lost_report(Run(log, hints_received=500, lost=StreamEnd("UNAVAILABLE", "gone")))
+    assert lost is not None
+    assert (lost.first_lost_hint, lost.first_frame_without) == (500, expected)
 
 
 def _svg_comment(path: Path) -> str:

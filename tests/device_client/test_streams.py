@@ -118,6 +118,12 @@ def test_live_runs_between_standard_streams(mixture: Path, tmp_path: Path) -> No
     assert json.loads(result.stderr.splitlines()[-1])["event"] == "ended"
 
 
+def test_live_runs_without_a_standard_input(mixture: Path, tmp_path: Path) -> None:
+    result = call("live", "--input", mixture, "--output", tmp_path / "out.wav", *ALONE, closed=[0])
+    assert result.returncode == 0, result.stderr
+    assert soundfile.info(tmp_path / "out.wav").frames == round(48000 * SECONDS)
+
+
 def test_invalid_audio_from_a_pipe_is_refused(mixture: Path) -> None:
     cases = ((b"", b"not readable"), (b"no sound", b"not readable"), (mixture.read_bytes()[:-9], b"cut"))
     for content, message in cases:
