@@ -11,6 +11,7 @@ import os
 import shlex
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,6 +137,8 @@ def _output(call: list[str]) -> bytes:
 @contextmanager
 def _folder() -> Iterator[Path]:
     """Yield the folder for the library: the cache folder, or a temporary one if others can write to the cache."""
+    if sys.platform == "win32":
+        raise InputError("compiled code needs Linux or macOS")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knowledge-boosting"
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)

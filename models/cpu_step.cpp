@@ -288,7 +288,8 @@ class Step {
             float& level = states_.level[slot];
             power *= s_.level.unit;
             level = std::max(power, level * s_.level.fading);
-            const float scale = std::sqrt(std::max(level, s_.level.floor)) / s_.level.reference;
+            // An overflow must reach the output, or all later frames would be divided by infinity unnoticed.
+            const float scale = std::sqrt(std::max(level, s_.level.floor)) / s_.level.reference + 0 * power;
             for (int64_t i = 0; i < s_.bins * channels; i++) spectrum[i] /= scale;
             gain_ = scale * power / (power + s_.level.silence * level + s_.level.inaudible);
         }

@@ -106,6 +106,8 @@ def _check(bundle: str) -> None:
     load_small(opened)
     if "large" in manifest.digests:
         load_large(opened)
+    if manifest.graph_digest is not None:
+        opened.graph()
     for part, digest in manifest.digests.items():
         print(f"{opened.directory / part}.safetensors: {digest}")
     print(f"{bundle}: bundle {manifest.label}, id {manifest.id}, as its manifest says")

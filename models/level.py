@@ -47,7 +47,8 @@ class RunningLevel(nn.Module):
         logarithms = torch.cat([past[:, None], power], dim=1).double().log()
         logarithms[:, 1:] += faded
         running = (logarithms.cummax(1).values[:, 1:] - faded).exp().to(power)
-        scale = running.clamp_min(FLOOR).sqrt() / REFERENCE
+        # An overflow must reach the output, or all later frames would be divided by infinity unnoticed.
+        scale = running.clamp_min(FLOOR).sqrt() / REFERENCE + 0 * power
         audible = power / (power + SILENCE * running + INAUDIBLE)
         gain = (scale * audible)[..., None, None]
         scale = scale[..., None, None]

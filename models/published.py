@@ -67,7 +67,7 @@ def config_from_published(document: Mapping[str, Any], source: str) -> ModelConf
         document = _section(document, "pl_module_args", source)
     network = str(document.get("small_model", document.get("model")))
     task: TaskName | None = document.get("task") or _TASKS.get(network)
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         known = " or ".join(f'"{name}"' for name in TASKS)
         raise InputError(
             f'{source}: "task" must be {known}, because the import path of the network does not determine it'

@@ -126,7 +126,7 @@ class DescribeModelRequest(_message.Message):
     def __init__(self, bundle: _Optional[str] = ...) -> None: ...
 
 class DescribeModelResponse(_message.Message):
-    __slots__ = ("protocol_version", "bundle_name", "bundle_id", "untrained", "task", "sample_rate", "microphones", "chunk", "lookahead", "delay", "hint_channels", "hint_bins", "max_chunks_per_message", "enrolls", "sessions", "max_sessions", "bundles", "on_arrival")
+    __slots__ = ("protocol_version", "bundle_name", "bundle_id", "untrained", "task", "sample_rate", "microphones", "chunk", "lookahead", "delay", "hint_channels", "hint_bins", "max_chunks_per_message", "enrolls", "sessions", "max_sessions", "bundles", "on_arrival", "free_sessions")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_NAME_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +145,7 @@ class DescribeModelResponse(_message.Message):
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     ON_ARRIVAL_FIELD_NUMBER: _ClassVar[int]
+    FREE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     bundle_name: str
     bundle_id: str
@@ -163,4 +164,5 @@ class DescribeModelResponse(_message.Message):
     max_sessions: int
     bundles: _containers.RepeatedScalarFieldContainer[str]
     on_arrival: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., bundle_name: _Optional[str] = ..., bundle_id: _Optional[str] = ..., untrained: _Optional[bool] = ..., task: _Optional[str] = ..., sample_rate: _Optional[int] = ..., microphones: _Optional[int] = ..., chunk: _Optional[int] = ..., lookahead: _Optional[int] = ..., delay: _Optional[int] = ..., hint_channels: _Optional[int] = ..., hint_bins: _Optional[int] = ..., max_chunks_per_message: _Optional[int] = ..., enrolls: _Optional[bool] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., bundles: _Optional[_Iterable[str]] = ..., on_arrival: _Optional[bool] = ...) -> None: ...
+    free_sessions: int
+    def __init__(self, protocol_version: _Optional[int] = ..., bundle_name: _Optional[str] = ..., bundle_id: _Optional[str] = ..., untrained: _Optional[bool] = ..., task: _Optional[str] = ..., sample_rate: _Optional[int] = ..., microphones: _Optional[int] = ..., chunk: _Optional[int] = ..., lookahead: _Optional[int] = ..., delay: _Optional[int] = ..., hint_channels: _Optional[int] = ..., hint_bins: _Optional[int] = ..., max_chunks_per_message: _Optional[int] = ..., enrolls: _Optional[bool] = ..., sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., bundles: _Optional[_Iterable[str]] = ..., on_arrival: _Optional[bool] = ..., free_sessions: _Optional[int] = ...) -> None: ...

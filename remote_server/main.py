@@ -107,6 +107,8 @@ def serve(
     """Serve hints to devices with the large networks of bundles."""
     if context.invoked_subcommand is not None:
         return
+    if sys.platform == "win32":
+        raise InputError("kb-server needs Linux or macOS; on Windows, run it in WSL")
     prepare_to_serve()
     if workers > 1 and worker is None:
         from knowledge_boosting.remote_server.workers import run_workers

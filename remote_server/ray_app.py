@@ -118,7 +118,7 @@ class HintReplica:
     ) -> pb.DescribeModelResponse:
         """Describe the bundle of this replica."""
         try:
-            return self._server.describe(request, ANONYMOUS)
+            return self._server.describe(request, ANONYMOUS, grpc_context.peer())
         except Refused as error:
             _refuse(error, grpc_context)
             return pb.DescribeModelResponse()

@@ -48,7 +48,7 @@ class HintService(HintServiceServicer):
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
         """Describe a bundle of this server."""
         try:
-            return self._server.describe(request, CALLER.get())
+            return self._server.describe(request, CALLER.get(), context.peer())
         except Refused as error:
             await refuse(error, context)
 

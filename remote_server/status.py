@@ -28,7 +28,7 @@ def print_status(server: str, credentials: Credentials) -> bool:
         name = f"{answer.bundle_name} (UNTRAINED)" if answer.untrained else answer.bundle_name
         age = f"{1000 * answer.delay * answer.chunk / answer.sample_rate:g} ms"
         age = f"up to {age}" if answer.on_arrival else age
-        free = str(answer.max_sessions - answer.sessions) if answer.max_sessions else "not loaded"
+        free = str(answer.free_sessions) if answer.max_sessions else "not loaded"
         cells = (printable(text) for text in (name, answer.bundle_id, answer.task.upper(), age))
         table.add_row(*map(Text, cells), str(answer.sessions), free)
     state = "serving" if serving else "shutting down, accepts no new sessions"

@@ -72,18 +72,21 @@ class _Workers:
         self._until_stdin_ends = "--until-stdin-ends" in arguments
         self._started_at = time.monotonic()
         self._address = address
-        # The other workers start when the first one listens, so that an input error is reported only once.
-        self._running, self._waiting = {0: self._start(0)}, range(1, count)
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._stopping = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._forward_signal)
+        # The other workers start when the first one listens, so that an input error is reported only once.
+        self._waiting = range(1, count)
+        self._start(0)
 
     def run(self) -> int:
         """Supervise the workers until all have ended. Return the exit code."""
         exit_code = 0
         while self._running:
             if self._waiting and not self._stopping and self._listening():
-                self._running |= {worker: self._start(worker) for worker in self._waiting}
+                for worker in self._waiting:
+                    self._start(worker)
                 self._waiting = range(0)
             for worker, process in list(self._running.items()):
                 with suppress(subprocess.TimeoutExpired):
@@ -97,8 +100,7 @@ class _Workers:
                         continue
                     print(f"warning: worker {worker} ended with exit code {code}; starting another", file=sys.stderr)
                     time.sleep(_RESTART_PAUSE)
-                    if not self._stopping:  # a signal can have arrived during the pause
-                        self._running[worker] = self._start(worker)
+                    self._start(worker)
         return exit_code
 
     def _listening(self) -> bool:
@@ -106,9 +108,14 @@ class _Workers:
             return True
         return False
 
-    def _start(self, worker: int) -> "subprocess.Popen[bytes]":
+    def _start(self, worker: int) -> None:
+        """Start a worker, unless the server stops."""
+        if self._stopping:
+            return
         # In its own process group, a worker gets Ctrl-C only from this process, and not from the terminal too.
-        return subprocess.Popen([*self._command, str(worker)], process_group=0)
+        process = self._running[worker] = subprocess.Popen([*self._command, str(worker)], process_group=0)
+        if self._stopping:  # a signal came before the worker was there to receive it
+            process.terminate()
 
     def _stop(self) -> None:
         if not self._stopping:

@@ -155,6 +155,8 @@ def _read(path: Path, open_sessions: Counter[str | None]) -> list[tuple[bytes, C
         # The rest of the parser's message can quote the file, and so a token.
         position = re.search(r"at line \d+, column \d+|at end of document", str(error))
         raise InputError(f"{path}: is not valid TOML ({position[0] if position else 'unknown position'})") from None
+    except ValueError:  # the parser passes on what the interpreter says of a number with thousands of digits
+        raise InputError(f"{path}: is not valid TOML (it has a value that cannot be read)") from None
     entries = document.get("token")
     if set(document) != {"token"} or not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: must contain one or more [[token]] and nothing else")

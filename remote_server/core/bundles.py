@@ -88,15 +88,14 @@ class Bundles:
                 return bundle
         return None
 
-    def has_free_slot(self, bundle: ServedBundle) -> bool:
-        """Return whether the server can accept another session of a bundle."""
-        if bundle.sessions >= bundle.slots:
-            return False
-        if self._max_sessions is not None or not bundle.sessions:
-            return True
+    def free_slots(self, bundle: ServedBundle) -> int:
+        """Return how many more sessions of a bundle the server can accept. 0 before the bundle is loaded."""
+        free = bundle.slots - bundle.sessions
+        if self._max_sessions is not None:
+            return free
         # The measured number of slots needs the whole device, which all bundles share, including retired ones.
         share = sum(other.sessions / other.slots for other in self._served.values() if other.sessions)
-        return share + 1 / bundle.slots < 1 + 1e-9
+        return max(0, min(free, int((1 - share) * bundle.slots + 1e-6)))
 
     async def load(self, bundle: ServedBundle) -> None:
         """Load a bundle if it is not loaded. This can take seconds.

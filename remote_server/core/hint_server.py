@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from knowledge_boosting.common.addresses import host_of
+from knowledge_boosting.common.addresses import host_of, is_loopback
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import PROTOCOL_VERSION
 from knowledge_boosting.remote_server.core.access import Caller, Denied
@@ -160,25 +160,36 @@ class HintServer:
                     "pip install 'knowledge-boosting[enroll]'",
                     Status.UNIMPLEMENTED,
                 )
-            self._count_enrollment(host_of(peer))
-            embedding = await self._speakers.embed(speech)
+            self._count_enrollment(caller, host_of(peer))
+            try:
+                embedding = await self._speakers.embed(speech)
+            except ValueError as error:
+                raise Refused(f"pcm: contains no speech that can be used ({error})") from None
         except Refused as error:
             self.refused(caller, peer, "Enroll", error)
             raise
-        except ValueError as error:
-            raise Refused(f"pcm: contains no speech that can be used ({error})") from None
         except Exception:
             _log.exception("enrollment failed")
             raise Refused("an error of the server ended the enrollment; see its log", Status.INTERNAL) from None
         return pb.EnrollResponse(speaker_embedding=embedding.tolist())
 
-    def describe(self, request: pb.DescribeModelRequest, caller: Caller) -> pb.DescribeModelResponse:
+    def describe(self, request: pb.DescribeModelRequest, caller: Caller, peer: str) -> pb.DescribeModelResponse:
         """Describe a bundle of this server.
 
         Raises:
             Refused: There is no such bundle, or the caller has no permission to use it.
         """
+        try:
+            return self._description(request, caller)
+        except Refused as error:
+            self.refused(caller, peer, "DescribeModel", error)
+            raise
+
+    def _description(self, request: pb.DescribeModelRequest, caller: Caller) -> pb.DescribeModelResponse:
         allowed = self._admission.allowed(caller)
+        if not request.bundle and not allowed:  # the names of the bundles are not for this caller
+            text = f"the token of {caller.name} is for no bundle of this server; ask the operator of this server"
+            raise Denied(text, Status.PERMISSION_DENIED, "not enough")
         bundle = self.bundles.find(request.bundle) if request.bundle or not allowed else allowed[0]
         if bundle is None:
             names = ", ".join(served.manifest.name for served in allowed)
@@ -203,6 +214,7 @@ class HintServer:
             enrolls=self._speakers is not None,
             sessions=bundle.sessions,
             max_sessions=bundle.slots,
+            free_sessions=max(0, self.bundles.free_slots(bundle)),
             bundles=[served.manifest.name for served in allowed],
             on_arrival=model.on_arrival,
         )
@@ -219,18 +231,20 @@ class HintServer:
             raise Refused("request: the stream ended before its configuration")
         return read_config(request)
 
-    def _count_enrollment(self, host: str) -> None:
+    def _count_enrollment(self, caller: Caller, host: str) -> None:
         limit, now = self._limits.enrollments_per_minute, time.monotonic()
-        if not limit:
+        # This machine can be a proxy for others. Those with a token can still be told apart.
+        if not limit or (not caller.name and is_loopback(host)):
             return
-        for other_host, times in list(self._enrollments.items()):
+        source = caller.name or host
+        for other, times in list(self._enrollments.items()):
             while times and now - times[0] > 60:
                 times.popleft()
             if not times:
-                del self._enrollments[other_host]
-        times = self._enrollments.setdefault(host, deque())
+                del self._enrollments[other]
+        times = self._enrollments.setdefault(source, deque())
         if len(times) >= limit:
-            text = f"this host has made {limit} enrollments within a minute; try again in a minute"
+            text = f"{source} has made {limit} enrollments within a minute; try again in a minute"
             raise Refused(text, Status.RESOURCE_EXHAUSTED)
         times.append(now)
 

@@ -15,7 +15,10 @@ class Limits(Strict):
     """The limits of each session and each peer. A peer is a host, so that its ports do not matter."""
 
     message_bytes: int = Field(
-        default=2 * 1024 * 1024, ge=1024, description="maximum size of a message; 30 s of enrollment need 1.9 MB"
+        default=2 * 1024 * 1024,
+        ge=1024,
+        le=2**31 - 1,
+        description="maximum size of a message; 30 s of enrollment need 1.9 MB",
     )
     chunks: int = Field(
         default=MAX_CHUNKS_PER_MESSAGE,

@@ -18,6 +18,7 @@ from knowledge_boosting.protos.codec import (
 )
 from knowledge_boosting.remote_server.core.refusals import Refused, Status
 
+_LARGEST_EMBEDDING = 10_000  # values of d-vectors are at most 1; far larger ones let networks overflow
 MAX_FIRST_FRAME = 2**62  # so that all later indexes are within an int64
 
 
@@ -63,6 +64,8 @@ def check_config(config: pb.SessionConfig, model: ModelConfig) -> None:
         raise Refused(f"config.speaker_embedding: has {len(config.speaker_embedding)} values, must have {size}")
     if not np.isfinite(config.speaker_embedding).all():
         raise Refused("config.speaker_embedding: has values that are NaN or infinite")
+    if np.abs(config.speaker_embedding).max(initial=0) > _LARGEST_EMBEDDING:
+        raise Refused(f"config.speaker_embedding: has values above {_LARGEST_EMBEDDING}; scale its norm to 1")
     if not 0 <= config.first_frame <= MAX_FIRST_FRAME:
         raise Refused(f"config.first_frame: is {config.first_frame}, must be 0 to {MAX_FIRST_FRAME}")
     try:
@@ -101,6 +104,11 @@ class AudioReader:
             raise Refused(
                 f"audio.first_frame: is {audio.first_frame}, must be {self.next_frame}; open a new session after a gap"
             )
+        # Decoding takes time and memory, so it comes after this check.
+        samples_per_channel = len(audio.pcm) // (self._channels * pcm_sample_size(self._encoding))
+        chunks = (samples_per_channel - self._lead) // self._chunk
+        if chunks > self._max_chunks:
+            raise Refused(f"audio.pcm: has {chunks} chunks, must have at most {self._max_chunks}")
         try:
             samples = decode_pcm(audio.pcm, self._encoding, self._channels)
         except ValueError as error:
@@ -111,8 +119,6 @@ class AudioReader:
             raise Refused(
                 f"audio.pcm: has {samples.shape[1]} samples per channel, must have a multiple of {self._chunk}{extra}"
             )
-        if length > self._max_chunks * self._chunk:
-            raise Refused(f"audio.pcm: has {length // self._chunk} chunks, must have at most {self._max_chunks}")
         first = self.next_frame
         self.next_frame += length // self._chunk
         self._lead = 0

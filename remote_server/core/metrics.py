@@ -66,7 +66,7 @@ class Metrics:
         """
         try:
             server = _Server(host, port)
-        except (OSError, UnicodeError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             text = f"--metrics-port {port}: cannot listen on {host} ({reason(error)}); give another port or address"
             raise InputError(text) from None
         server.set_app(make_wsgi_app(self._registry))

@@ -51,7 +51,7 @@ class Reloading(Generic[T]):
         names = ", ".join(map(str, self._paths))
         try:
             self._value = self._read()
-        except InputError as error:
+        except (InputError, OSError) as error:
             _log.error("%s: the change is invalid and has no effect (%s)", names, error)
         else:
             _log.info("%s: changed and read again", names)

@@ -139,6 +139,11 @@ def test_check_finds_what_was_changed(
     for part in ("small", "large"):
         digest = hashlib.sha256((copy / f"{part}.safetensors").read_bytes()).hexdigest()
         assert f"{part}.safetensors: sha256:{digest}" in result.stdout
+    graph = copy / "small.onnx"
+    content = graph.read_bytes()
+    graph.write_bytes(content + b"\0")
+    assert "small.onnx: digest differs" in refusal_here("kb-export", capsys, "--check", copy)
+    graph.write_bytes(content)
     weights = copy / "large.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     assert "large.safetensors: digest differs" in refusal_here("kb-export", capsys, "--check", copy)

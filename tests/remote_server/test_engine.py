@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from knowledge_boosting.models.bundle import Bundle
+from knowledge_boosting.models.networks import load_large
 from knowledge_boosting.models.pair import LargeModel
 from knowledge_boosting.models.slots import CompiledStep
 from knowledge_boosting.protos.codec import Samples
@@ -240,6 +242,23 @@ def test_a_session_that_overflows_does_not_affect_others_in_its_step(large: Larg
 
     stream = asyncio.run(together())
     assert worst(np.stack(stream.hints), offline(large, stream.samples, stream.speaker)) < TOLERANCE
+
+
+def test_an_overflow_of_the_level_reaches_the_hints(new_engine: NewEngine) -> None:
+    """Otherwise the level would stay infinite, and all later hints would be finite and wrong."""
+    large = load_large(Bundle("ss-compact"))
+
+    async def overflow() -> Stream:
+        engine = new_engine(large, slots=1)
+        stream = Stream(engine, large, 10, seed=1)
+        stream.samples[0, 5 * large.config.framing.chunk + 100] = 1e20
+        await stream.open()
+        stream.send(10)
+        await stream.end()
+        engine.close()
+        return stream
+
+    assert not np.isfinite(np.stack(asyncio.run(overflow()).hints)).all()
 
 
 def test_a_backlog_does_not_delay_a_live_session(large: LargeModel, new_engine: NewEngine) -> None:
