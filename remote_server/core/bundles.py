@@ -151,6 +151,10 @@ class Bundles:
             for path in self._paths():
                 manifest = Bundle(path).manifest
                 if manifest.id not in scanned:
+                    for other in scanned.values():
+                        if other.manifest.name == manifest.name:
+                            text = f"{path}: has the same name, {manifest.name}, as {other.path}; leave out one of them"
+                            raise InputError(text)
                     bundle = self._served.get(manifest.id) or ServedBundle(manifest, path, self._max_sessions or 0)
                     if bundle.loaded is None and not (self._on_demand and scanned):
                         self._load(bundle)

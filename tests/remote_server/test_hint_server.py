@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.remote_server.core.access import ANONYMOUS, Caller
 from knowledge_boosting.remote_server.core.bundles import Bundles
@@ -14,8 +16,10 @@ from knowledge_boosting.remote_server.core.hint_server import HintServer
 from knowledge_boosting.remote_server.core.limits import Limits
 from knowledge_boosting.remote_server.core.metrics import Metrics
 from knowledge_boosting.remote_server.core.refusals import Refused
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, run
 from tests.remote_server.driver import Material, Request
+
+CONFIG = Path(__file__).parents[2] / "configs/demo/ss-48ms.json"
 
 
 async def first_frame(ss: Material) -> AsyncIterator[Request]:
@@ -67,6 +71,19 @@ def test_bundles_share_the_measured_number_of_sessions(golden_bundle: Callable[[
         assert (bundles.free_slots(one), bundles.free_slots(other)) == (0, 0)
     finally:
         server.close()
+
+
+def test_two_bundles_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Devices, the log and the metrics could not tell them apart. The same bundle may be in two folders."""
+    paths = list[Path]()
+    for seed in (1, 1, 2):
+        paths.append(tmp_path / f"{len(paths)}" / "own")
+        flags = ["--untrained", "--seed", seed, "--config", CONFIG, "--output", paths[-1]]
+        assert run("kb-export", *flags).returncode == 0
+    for given, refused in ((paths[:2], False), (paths[1:], True)):
+        names, metrics = [str(path) for path in given], Metrics()
+        with pytest.raises(InputError, match="own: has the same name, own, as") if refused else nullcontext():
+            Bundles(names, torch.device("cpu"), max_sessions=1, max_wait=0, metrics=metrics).close()
 
 
 def test_refusals_of_every_call_are_counted(golden_bundle: Callable[[str], Path]) -> None:
