@@ -16,7 +16,7 @@ from knowledge_boosting.remote_server.core.hint_server import HintServer
 from knowledge_boosting.remote_server.core.limits import Limits
 from knowledge_boosting.remote_server.core.metrics import Metrics
 from knowledge_boosting.remote_server.core.refusals import Refused
-from tests.processes import PATIENCE, run
+from tests.processes import PATIENCE, call_here
 from tests.remote_server.driver import Material, Request
 
 CONFIG = Path(__file__).parents[2] / "configs/demo/ss-48ms.json"
@@ -79,7 +79,7 @@ def test_two_bundles_of_one_name_are_refused(tmp_path: Path) -> None:
     for seed in (1, 1, 2):
         paths.append(tmp_path / f"{len(paths)}" / "own")
         flags = ["--untrained", "--seed", seed, "--config", CONFIG, "--output", paths[-1]]
-        assert run("kb-export", *flags).returncode == 0
+        assert call_here("kb-export", *flags) == 0
     for given, refused in ((paths[:2], False), (paths[1:], True)):
         names, metrics = [str(path) for path in given], Metrics()
         with pytest.raises(InputError, match="own: has the same name, own, as") if refused else nullcontext():
