@@ -247,6 +247,7 @@ def test_the_description_of_a_separation_bundle(ss_server: Server, ss: Material)
         hint_bins=97,
         max_chunks_per_message=MAX_CHUNKS_PER_MESSAGE,
         max_sessions=16,
+        free_sessions=16,
         bundles=["ss_delay6_compression2"],
     )
 
