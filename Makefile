@@ -2,7 +2,7 @@
 # make test      all tests
 # make lint      ruff and mypy
 # make lint-deploy   the files of deploy/, with what tools are here
-# make results   the tables of docs/results.md, into out/results/
+# make results   the tables of docs/results.md, into out/results/; RUNS names runs for separation that are measured too
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +38,7 @@ results: validation
 	$(BIN)/python -m benchmarks.quality_by_delay out/results/listeners-ss out/results/listeners-more-ss \
 		--titles "five speakers" "38 speakers" --output out/results/quality-by-delay.png
 
-measure-%-ss: MODELS = ss-alone ss-compact $(ARRIVAL)
+measure-%-ss: MODELS = ss-alone ss-compact $(RUNS) $(ARRIVAL)
 measure-%-tse: MODELS = tse-alone tse-48ms-compact
 measure-%:
 	$(BIN)/kb-evaluate $(MODELS) --data data/$* --split val --metrics si_sdri,snri --output out/results/$*

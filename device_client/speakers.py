@@ -70,10 +70,9 @@ def read_embedding(path: Path) -> Samples:
         raise
     except Exception as error:  # the header is parsed as a Python literal, which can raise many exceptions
         raise InputError(f"{path}: not readable as an array ({reason(error)})") from None
-    if embedding.shape != (SPEAKER_EMBEDDING_SIZE,) or not np.isfinite(embedding).all():
-        raise InputError(f"{path}: must contain {SPEAKER_EMBEDDING_SIZE} finite numbers")
-    if not embedding.any():
-        raise InputError(f"{path}: contains only zeros; create it again with 'kb-client enroll'")
+    if not is_embedding(embedding):
+        text = f"must contain {SPEAKER_EMBEDDING_SIZE} finite numbers, not all of them zero"
+        raise InputError(f"{path}: {text}; create it again with 'kb-client enroll'")
     return np.ascontiguousarray(embedding)
 
 

@@ -1,10 +1,11 @@
 """Loads the initial weights of a run, and finds its best checkpoint."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.bundle import Bundle
@@ -128,21 +129,21 @@ def warm_start(model: nn.Module, path: Path, config: ModelConfig) -> list[str]:
     return sorted(own.keys() - fitting.keys())
 
 
-def continue_layers(layers: nn.Module, name: str, path: Path) -> bool:
-    """Load the weights of layers that only training has from the checkpoint of an earlier run.
+def load_if_it_fits(layers: nn.Module, state: Mapping[str, Tensor], path: Path) -> bool:
+    """Load the weights of layers that only training has.
 
     Args:
         layers: the layers, whose weights change.
-        name: the name of the layers in a run.
-        path: the checkpoint.
+        state: weights by name, among them those of the layers.
+        path: the checkpoint that they come from.
 
     Returns:
-        Whether the checkpoint has weights of these names and shapes. Otherwise nothing changes.
+        Whether there are weights of all names and shapes. Otherwise nothing changes.
 
     Raises:
-        InputError: the file is no checkpoint, or the weights in it are damaged.
+        InputError: a tensor is not finite.
     """
-    state, own = read_weights(path, name), layers.state_dict()
+    own = layers.state_dict()
     if not all(name in state and state[name].shape == value.shape for name, value in own.items()):
         return False
     load_exactly(layers, {name: state[name] for name in own}, path)

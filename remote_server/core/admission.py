@@ -95,7 +95,7 @@ class Admission:
             self._loading -= 1
         if bundle.retired:  # it can have been retired while it was loaded
             raise unknown_bundle(config, [served.manifest for served in self.allowed(caller)])
-        if self._bundles.free_slots(bundle) <= 0:
+        if not self._bundles.free_slots(bundle):
             text = "all sessions of this server are in use; try again later, or try another server"
             raise Refused(text, Status.RESOURCE_EXHAUSTED)
         return bundle

@@ -89,7 +89,10 @@ class Bundles:
         return None
 
     def free_slots(self, bundle: ServedBundle) -> int:
-        """Return how many more sessions of a bundle the server can accept. 0 before the bundle is loaded."""
+        """Return how many more sessions of a bundle the server can accept.
+
+        Before a bundle is loaded, this is 0 if the number is measured.
+        """
         free = bundle.slots - bundle.sessions
         if self._max_sessions is not None:
             return free

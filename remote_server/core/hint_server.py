@@ -214,7 +214,7 @@ class HintServer:
             enrolls=self._speakers is not None,
             sessions=bundle.sessions,
             max_sessions=bundle.slots,
-            free_sessions=max(0, self.bundles.free_slots(bundle)),
+            free_sessions=self.bundles.free_slots(bundle),
             bundles=[served.manifest.name for served in allowed],
             on_arrival=model.on_arrival,
         )

@@ -116,7 +116,10 @@ def test_flags_that_cannot_be_used(
         (["-o", out, "--bundle", ss, "--enrollment", mixture], "leave out --enrollment"),
         (["-o", out, "--bundle", tse], "give --enrollment"),
         (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "short.npy"], "256 finite numbers"),
-        (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "zeros.npy"], "contains only zeros"),
+        (
+            ["-o", out, "--bundle", tse, "--enrollment", tmp_path / "zeros.npy"],
+            "256 finite numbers, not all of them zero",
+        ),
         (["-o", out, "--bundle", tse, "--enrollment", tmp_path / "long.wav"], "31.0 s; give 1 to 30 s"),
         (["-o", out, "--bundle", ss, "--reference", mixture], "give it 2 times"),
         (["-o", out, "--bundle", ss, "--server", "nowhere"], "must be HOST:PORT"),

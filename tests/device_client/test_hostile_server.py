@@ -169,6 +169,19 @@ def test_a_server_whose_hints_are_all_late_is_replaced(
     assert hints.events[-1].text == f"hints come from {ss_server.address}"
 
 
+class RecordedHints(LiveHints):
+    """Hints that record at every frame whether one was used."""
+
+    def __init__(self, servers: Sequence[str], manifest: Manifest) -> None:
+        super().__init__(servers, manifest, encodings=Encodings("f32", "f32"))
+        self.used: list[bool] = []
+
+    def take(self, frame: int, now: int) -> list[Hint]:
+        hints = super().take(frame, now)
+        self.used.append(bool(hints))
+        return hints
+
+
 def test_a_server_gives_no_hints_for_what_it_did_not_hear() -> None:
     """A stream can begin without a server. What came before is silence for the server, and so are its hints for it."""
     manifest = read_manifest(Bundle("ss-compact").directory)
@@ -199,14 +212,7 @@ def test_late_hints_of_the_next_server_do_not_replace_those_of_a_draining_one(
 ) -> None:
     bundle = golden_bundle(SS)
     manifest = read_manifest(bundle)
-    used: list[bool] = []
     late_hints: list[int] = []
-
-    class RecordedHints(LiveHints):
-        def take(self, frame: int, now: int) -> list[Hint]:
-            hints = super().take(frame, now)
-            used.append(bool(hints))
-            return hints
 
     def drains(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
         for frame in range(audio.first_frame, audio.first_frame + frames):
@@ -217,13 +223,13 @@ def test_late_hints_of_the_next_server_do_not_replace_those_of_a_draining_one(
     def late(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
         for frame in range(audio.first_frame, audio.first_frame + frames):
             # Frame + 6 is the last that can use it.
-            while 6 + len(used) < frame + 10 and len(late_hints) <= 200:
+            while 6 + len(hints.used) < frame + 10 and len(late_hints) <= 200:
                 time.sleep(0.002)
             late_hints.append(frame)
             yield hint(manifest, frame)
 
     with hostile(manifest, drains) as first, hostile(manifest, late) as second:
-        hints = RecordedHints([first, second], manifest, encodings=Encodings("f32", "f32"))
+        hints = RecordedHints([first, second], manifest)
 
         def pace(frame: int) -> None:
             real_time(frame)
@@ -234,7 +240,7 @@ def test_late_hints_of_the_next_server_do_not_replace_those_of_a_draining_one(
         hints.start()
         LiveLoop(load_model(Bundle(bundle), "onnx").session(None), manifest.model, audio, hints, "1").run()
         hints.close()
-    during = used[late_hints[0] + 80 : late_hints[-1]]
+    during = hints.used[late_hints[0] + 80 : late_hints[-1]]
     assert np.mean(during) > 0.5, during
 
 
@@ -284,13 +290,6 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
     """The draining server sends hints until the first hint of the next server arrives, even if that takes a while."""
     bundle = golden_bundle(SS)
     manifest = read_manifest(bundle)
-    used: list[bool] = []
-
-    class RecordedHints(LiveHints):
-        def take(self, frame: int, now: int) -> list[Hint]:
-            hints = super().take(frame, now)
-            used.append(bool(hints))
-            return hints
 
     def slow_to_begin(audio: Any, frames: int) -> Iterator[pb.StreamHintsResponse]:
         if frames > 20:  # the backfill at the start of a session
@@ -300,13 +299,13 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
 
     stopping: list[threading.Thread] = []
     with running_server(bundle) as first, hostile(manifest, slow_to_begin) as second:
-        hints = RecordedHints([first.address, second], manifest, encodings=Encodings("f32", "f32"))
+        hints = RecordedHints([first.address, second], manifest)
         moved: list[int] = []
 
         def pace(frame: int) -> None:
             # Like the audio of a real device, this keeps its pace.
             time.sleep(max(0.0, started + 0.008 * frame - time.monotonic()))
-            if not stopping and len(used) > 400 and used[-1]:
+            if not stopping and len(hints.used) > 400 and hints.used[-1]:
                 stopping.append(threading.Thread(target=first.stop))
                 stopping[0].start()
             if hints.server == second and not moved:
@@ -320,7 +319,7 @@ def test_a_drain_loses_no_hints(golden_bundle: Callable[[str], Path]) -> None:
         LiveLoop(load_model(Bundle(bundle), "onnx").session(None), manifest.model, audio, hints, "1").run()
         hints.close()
         stopping[0].join(PATIENCE)
-    after = used[used.index(True) + 50 :]
+    after = hints.used[hints.used.index(True) + 50 :]
     # A gap of half a second would have 62 frames. On a busy machine, some hints can be late.
     assert after.count(False) < 20, [index for index, was_used in enumerate(after) if not was_used]
     assert [event.connected for event in hints.events] == [True, False, True], hints.events

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from knowledge_boosting.common.errors import Failure
 from knowledge_boosting.models.arrival_fusion import NEVER
-from knowledge_boosting.models.checkpoint import OUTPUT_GAIN, TRAINING_SPEAKERS
+from knowledge_boosting.models.checkpoint import OUTPUT_GAIN, TRAINING_SPEAKERS, read_weights
 from knowledge_boosting.models.config import SPEAKER_EMBEDDING_SIZE
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, LargeModel, SmallModel
@@ -31,7 +31,7 @@ from knowledge_boosting.training.learning.guidance import (
 from knowledge_boosting.training.learning.losses import level_error, negative_si_sdr
 from knowledge_boosting.training.learning.separation import Separation
 from knowledge_boosting.training.learning.speaker_whitening import SpeakerWhitening
-from knowledge_boosting.training.weights import continue_layers, initial_model, initial_speakers
+from knowledge_boosting.training.weights import initial_model, initial_speakers, load_if_it_fits
 
 MONITOR = "validation/si_sdri"
 
@@ -66,7 +66,7 @@ class TrainingModule(lightning.LightningModule):
         self.guidance = Guidance(self._small) if config.guidance else None
         earlier = config.initial_checkpoint
         if self.guidance is not None and earlier is not None and Path(earlier).is_file():  # a bundle has no such layers
-            continue_layers(self.guidance, "guidance", Path(earlier))
+            load_if_it_fits(self.guidance, read_weights(Path(earlier), "guidance"), Path(earlier))
         self.separation = Separation(self._small) if config.separation else None
         source = config.warm_start or config.initial_checkpoint
         if self.separation is not None and source is not None and Path(source).is_file():

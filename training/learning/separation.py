@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowledge_boosting.models.checkpoint import load_exactly, read_weights
+from knowledge_boosting.models.checkpoint import read_weights
 from knowledge_boosting.models.layers import CausalConv2d
 from knowledge_boosting.models.pair import SmallModel
 from knowledge_boosting.training.evaluation.si_sdr import permuted_si_sdr
-from knowledge_boosting.training.weights import continue_layers
+from knowledge_boosting.training.weights import load_if_it_fits
 
 
 class Separation(nn.Module):
@@ -40,12 +40,10 @@ class Separation(nn.Module):
         Raises:
             InputError: the file is no checkpoint, or the layer in it is damaged.
         """
-        if continue_layers(self, "separation", path):
+        if load_if_it_fits(self, read_weights(path, "separation"), path):
             return
-        state = {name.removeprefix("small.network."): value for name, value in read_weights(path).items()}
-        own = self.state_dict()
-        if all(name in state and state[name].shape == value.shape for name, value in own.items()):
-            load_exactly(self, {name: state[name] for name in own}, path)
+        separated = {name.removeprefix("small.network."): value for name, value in read_weights(path).items()}
+        load_if_it_fits(self, separated, path)
 
     def _record_features(self, module: nn.Module, inputs: Any) -> None:
         self._features = inputs[0] if module.training else None
