@@ -78,7 +78,10 @@ def test_training_continues_from_its_own_checkpoint(packed: Path, tmp_path: Path
         written = results(tmp_path / "out", "train")
         assert written["updates"]["before"] == before
         assert written["updates"]["now"] > before
-        assert written["curve"]["train/loss"]
+        steps = [step for step, _ in written["curve"]["validation/si_sdri"]]
+        assert steps == sorted(set(steps))
+        assert steps[-1] >= before
+        assert not before or steps[0] < before  # the curve of the first call is still there
         before = written["updates"]["now"]
     assert torch.load(tmp_path / "out/last.ckpt", weights_only=True)["global_step"] == before
     size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*"))
@@ -114,6 +117,27 @@ def test_what_was_measured_before_the_memory_was_full_is_kept(tmp_path: Path, mo
     steps = results(tmp_path, "serve")["steps"]["float32"]
     assert list(steps) == ["1", "2", "4"]
     assert steps["4"] == "not enough memory"
+
+
+def test_packed_corpora_stay_apart_and_lack_all_voices_of_excluded_speakers(packed: Path, tmp_path: Path) -> None:
+    utterance = next((ROOT / "tests/training/speech").glob("*.ogg"))
+    for voice in ("one/anna", "one/anna~1", "one/bert", "other/cleo"):
+        (tmp_path / voice).mkdir(parents=True)
+        shutil.copy(utterance, tmp_path / voice / "speech.ogg")
+    (tmp_path / "excluded.txt").write_text("anna\n")
+    speech = ["--speech", tmp_path / "one", "--speech", tmp_path / "other", "--excluded", tmp_path / "excluded.txt"]
+    room = ["--noise", packed / "noise", "--responses", packed.parent / "bank.safetensors"]
+    result = run("pack", tmp_path / "packed", *speech, *room, module="benchmarks.gpu_data")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "packed/speech"
+    assert {path.parent.relative_to(folder).as_posix() for path in folder.rglob("*.opus")} == {"0/bert", "1/cleo"}
+
+
+def test_extraction_cannot_be_trained_on_packed_data(packed: Path, tmp_path: Path) -> None:
+    stage = ["--stage", "tse-large"]
+    result = run("train", tmp_path / "out", "--device", "cpu", "--minutes", 1, "--small", "--data", packed, *stage)
+    assert result.returncode == 2
+    assert result.stderr == "warning: --stage tse-large: needs speaker embeddings, which the packed data do not have\n"
 
 
 @pytest.mark.parametrize("damage", ["no such folder", "another folder", "damaged responses"])

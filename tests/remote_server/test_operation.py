@@ -4,12 +4,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knowledge_boosting.protos import hints_pb2 as pb
 from knowledge_boosting.protos.codec import SERVICE_NAME
 from knowledge_boosting.protos.hints_pb2_grpc import HintServiceStub
+from knowledge_boosting.remote_server.workers import run_workers
 from tests.golden_cases import TOLERANCE, Golden, worst
 from tests.processes import PATIENCE, Server, command, environment, free_port, refusal, running_server, threads
 from tests.remote_server.driver import Device, Material, material, wait_until_free
@@ -260,6 +262,42 @@ def children(parent: int) -> list[int]:
         if int(fields[1]) == parent:
             processes.append(int(status.parent.name))
     return processes
+
+
+def test_a_signal_while_workers_start_reaches_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while the second of three workers starts. This one is told to stop, and the third does not start."""
+    started: list[Any] = []
+    deadline = time.monotonic() + PATIENCE
+
+    class Worker:
+        def __init__(self, *_: object, **__: object) -> None:
+            started.append(self)
+            self.stopped = False
+            if len(started) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def send_signal(self, number: int) -> None:
+            self.stopped = self.stopped or number == signal.SIGTERM
+
+        def terminate(self) -> None:
+            self.send_signal(signal.SIGTERM)
+
+        def wait(self, timeout: float) -> int:
+            if not self.stopped:
+                assert time.monotonic() < deadline
+                time.sleep(timeout)
+                raise subprocess.TimeoutExpired("worker", timeout)
+            return 0
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    monkeypatch.setattr(subprocess, "Popen", Worker)
+    try:
+        with socket.create_server(("127.0.0.1", 0), reuse_port=True) as listening:
+            assert run_workers(3, "127.0.0.1", listening.getsockname()[1], []) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert [worker.stopped for worker in started] == [True, True]
 
 
 def test_auto_measures_the_number_of_sessions(golden_bundle: Callable[[str], Path]) -> None:

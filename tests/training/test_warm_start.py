@@ -1,5 +1,6 @@
 """Initial weights from a related model, of the other task or without hints."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from knowledge_boosting.models.checkpoint import apply_output_gains, build
 from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.models.framing import pad_to_frames
 from knowledge_boosting.models.pair import BoostedPair, SmallModel
+from knowledge_boosting.training.evaluation.systems import load_models
 from knowledge_boosting.training.weights import average_with, warm_start
 
+ROOT = Path(__file__).parents[2]
 SIZE = {"channels": 6, "hidden": 5, "blocks": 3}
 SS = MODEL.validate_python({"task": "ss", "small": SIZE})
 TSE = MODEL.validate_python({"task": "tse", "small": SIZE})
@@ -89,6 +92,24 @@ def test_only_weights_that_fit_are_averaged(separation: Path, tmp_path: Path) ->
     other = MODEL.validate_python({"task": "ss", "small": {**SIZE, "channels": 7}})
     with pytest.raises(InputError, match=r"ss\.pt: tensor \S+ has shape \[.*\], expected \["):
         average_with(build(other), separation)
+
+
+def test_a_run_is_evaluated_at_the_level_of_the_sources(separation: Path, tmp_path: Path) -> None:
+    """As the bundle is that it becomes. The level and sign of a trained network are arbitrary."""
+    gains, weights = [2.0, 0.5, -3.0, 1.0], torch.load(separation, weights_only=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save({"state_dict": weights, "output_gain": {"small": gains}}, run / "last.ckpt")
+    config = json.loads((ROOT / "configs/baselines/SM-BS-25.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"model": {"task": "ss", "network": SIZE}}))
+    (evaluated,) = load_models([str(run)])
+    trained = build(SS)
+    trained.load_state_dict(weights)
+    samples = pad_to_frames(torch.randn(1, 2, 1000), SS.framing)
+    with torch.inference_mode():
+        before, _ = small_of(trained)(samples, small_of(trained).initial_state(1))
+        after, _ = evaluated.small.eval()(samples, evaluated.small.initial_state(1))
+    torch.testing.assert_close(after, before * torch.tensor(gains).view(1, 2, 2, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
