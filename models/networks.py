@@ -73,7 +73,8 @@ def _pair(bundle: Bundle) -> Pair:
 def initial_weights(bundle: Bundle, config: ModelConfig) -> nn.Module:
     """Build the model of a configuration with the weights of a bundle, for further training.
 
-    The configuration must be that of the bundle, or that of its large network alone.
+    The configuration must be that of the bundle, or that of its large network alone. Only the running level may differ,
+    because it has no weights.
 
     Returns:
         A model as from :func:`models.checkpoint.build`.
@@ -83,11 +84,12 @@ def initial_weights(bundle: Bundle, config: ModelConfig) -> nn.Module:
     """
     model = build(config)
     small = model.get_submodule("small")
-    if bundle.model == config and isinstance(model, BoostedPair):
+    own = bundle.model.model_copy(update={"running_level": config.running_level})
+    if own == config and isinstance(model, BoostedPair):
         load_exactly(model, load_pair(bundle).state_dict(), bundle.directory)
-    elif bundle.model == config:
+    elif own == config:
         load_exactly(small, load_small(bundle).state_dict(), bundle.directory)
-    elif isinstance(bundle.model, Pair) and config == bundle.model.large_alone():
+    elif isinstance(own, Pair) and config == own.large_alone():
         large = load_large(bundle).network.state_dict()
         load_exactly(small.get_submodule("network"), large, bundle.directory)
     else:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from knowledge_boosting.common.errors import InputError
+from knowledge_boosting.models.bundle import Bundle
 from knowledge_boosting.models.checkpoint import read_checkpoint, read_training_speakers
 from knowledge_boosting.models.manifest import validate
+from knowledge_boosting.models.networks import initial_weights
 from knowledge_boosting.training.config import DynamicData, StoredData, TrainingConfig
 from knowledge_boosting.training.data.corpus import read_speaker_names
 from knowledge_boosting.training.recipes import Recipe
@@ -52,11 +54,18 @@ def test_initial_checkpoints_fit_their_stages() -> None:
             assert config.train.excluded_speakers == "configs/kept-for-validation.txt"
         for source in config.weight_sources():
             if not source.startswith("runs/"):  # an earlier stage
-                speakers = read_training_speakers(ROOT / source)
+                speakers = (
+                    read_training_speakers(ROOT / source)
+                    if source.endswith(".pt")
+                    else Bundle(source).manifest.provenance.training_speakers
+                )
                 assert speakers
                 assert not kept & set(speakers)
-        if (checkpoint := config.initial_checkpoint) is not None and not checkpoint.startswith("runs/"):
-            read_checkpoint(ROOT / checkpoint, config.model)
+        if (start := config.initial_checkpoint) is not None and not start.startswith("runs/"):
+            if start.endswith(".pt"):
+                read_checkpoint(ROOT / start, config.model)
+            else:
+                initial_weights(Bundle(start), config.model)
 
 
 @pytest.mark.parametrize("folder", ["compact", "full_size"])

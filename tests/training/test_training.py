@@ -253,7 +253,7 @@ def test_a_run_can_start_from_a_bundle(dataset: Path, tmp_path: Path) -> None:
     whole, expected = started("whole", PAIR), pair.state_dict()
     assert whole.keys() == expected.keys()
     assert all(torch.equal(whole[name], expected[name]) for name in expected)
-    alone = started("alone", {"task": "ss", "small": PAIR["large"]})
+    alone = started("alone", {"task": "ss", "small": PAIR["large"], "running_level": True})
     for name, value in pair.large.network.state_dict().items():
         assert torch.equal(alone[f"small.network.{name}"], value)
     for other in ({"task": "ss", "small": PAIR["small"]}, {"task": "tse", "small": PAIR["large"]}):
