@@ -14,10 +14,10 @@ import torch
 
 from knowledge_boosting.common.errors import InputError
 from knowledge_boosting.models.bundle import Bundle
-from knowledge_boosting.models.checkpoint import read_config
+from knowledge_boosting.models.checkpoint import build, read_config
 from knowledge_boosting.models.config import MODEL
 from knowledge_boosting.models.manifest import bundle_id, read_manifest
-from knowledge_boosting.models.networks import load_large, load_pair, load_small, record_quality
+from knowledge_boosting.models.networks import load_large, load_pair, load_small, record_quality, write_bundle
 from tests.golden_cases import FOLDER, TOLERANCE, Golden, worst
 from tests.processes import refusal_here, run
 
@@ -170,23 +170,28 @@ def test_recorded_figures_are_in_manifest_and_card_once(golden_bundle: Callable[
     load_pair(Bundle(copy))
 
 
-def test_bundles_and_configurations_of_schema_version_1_are_read(tmp_path: Path) -> None:
-    """``tse-alone`` and ``tse-48ms-compact`` were first written with schema version 1."""
-    size = {"channels": 16, "hidden": 16, "blocks": 3, "heads": 4, "self_attention": False, "window": 50}
+def test_bundles_and_configurations_of_schema_version_1_are_read(
+    golden_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    size = {"channels": 8, "hidden": 8, "blocks": 3, "heads": 4, "self_attention": False, "window": 50}
     framing = {"sample_rate": 16000, "chunk": 128, "lookahead": 64}
-    alone = {"task": "tse", "microphones": 2, "framing": framing, "small": size, "large": None, "boosting": None}
-    for name, identity in (("tse-alone", "28be4c33f286d090"), ("tse-48ms-compact", None)):
-        now, folder = Bundle(name), tmp_path / name
-        shutil.copytree(now.directory, folder)
-        document = json.loads((folder / "bundle.json").read_text()) | {"schema_version": 1}
-        if identity is not None:
-            document |= {"model": alone, "id": identity}
-        (folder / "bundle.json").write_text(json.dumps(document))
-        before = Bundle(folder)
-        assert (before.id, before.model) == (now.id, now.model)
-        (load_small if identity is not None else load_pair)(before)
+    alone = {"task": "ss", "microphones": 2, "framing": framing, "small": size, "large": None, "boosting": None}
     (tmp_path / "model.json").write_text(json.dumps(alone))
-    assert read_config(tmp_path / "model.json") == Bundle("tse-alone").model
+    model = read_config(tmp_path / "model.json")
+    assert model == MODEL.validate_python({"task": "ss", "framing": framing, "network": size})
+    write_bundle(tmp_path / "alone", build(model), model, untrained=True, source="none", configuration="model.json")
+    for folder, changes in ((tmp_path / "alone", {"model": alone}), (golden_bundle(CASE), {})):
+        now, before = Bundle(folder), tmp_path / "before" / folder.name
+        shutil.copytree(folder, before)
+        document = json.loads((folder / "bundle.json").read_text())
+        (before / "bundle.json").write_text(json.dumps(document | changes | {"schema_version": 1}))
+        assert (Bundle(before).id, Bundle(before).model) == (now.id, now.model)
+        (load_small if changes else load_pair)(Bundle(before))
+    # The id of ``tse-alone`` as it was first shipped.
+    first = {**alone, "task": "tse", "small": {**size, "channels": 16, "hidden": 16}}
+    (tmp_path / "model.json").write_text(json.dumps(first))
+    digest = "sha256:defba0bd550bf68af3fb3f7c1e8e10bac527e00c3e7e3db9dae23bcb9f816075"
+    assert bundle_id(read_config(tmp_path / "model.json"), {"small": digest}) == "28be4c33f286d090"
     (tmp_path / "model.json").write_text(json.dumps({**alone, "large": size}))
     with pytest.raises(InputError, match="large and boosting must be given both"):
         read_config(tmp_path / "model.json")
