@@ -44,9 +44,8 @@ measure-%:
 	$(BIN)/kb-evaluate $(MODELS) --data data/$* --split val --metrics si_sdri,snri --output out/results/$*
 	$(BIN)/python -m benchmarks.conditions out/results/$* data/$*/val --json out/results/$*/conditions.json
 
-# Many tests wait for other processes, so three at a time keep two cores busy.
 test: $(VENV)/.development
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.development
 	$(BIN)/ruff format --check .
