@@ -138,7 +138,7 @@ def step_rates(threads: int, steps: int) -> dict[str, float]:
     }
 
 
-def command_rates(speech: Path, steps: int, threads: int) -> dict[str, float]:
+def command_rates(steps: int, threads: int) -> dict[str, float]:
     """Measure ``steps`` steps of ``kb-train``, without its start and end."""
     scripts = Path(sys.executable).parent
     make = [scripts / "kb-make-dataset", "--sofa", "samples/hrtf/mit_kemar_normal_pinna.sofa", "--anechoic", 1]
@@ -153,7 +153,7 @@ def command_rates(speech: Path, steps: int, threads: int) -> dict[str, float]:
                 "model": {"task": "ss", "small": NETWORKS["compact"].model_dump()},
                 "train": {
                     "kind": "dynamic",
-                    "speech": str(speech),
+                    "speech": "samples/speech/valid",
                     "responses": str(folder / "rooms" / "responses.safetensors"),
                     "items": COMMAND_BATCH * count,
                     "seconds": SECONDS,
@@ -189,9 +189,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=4, help="number of measurements, of which the fastest is reported")
     parser.add_argument("--steps", type=int, default=40, help="number of steps of kb-train")
-    parser.add_argument(
-        "--speech", type=Path, default=Path("samples/speech/valid"), help="folder of speech for kb-train"
-    )
     parser.add_argument("--json", type=Path, default=Path("out/train_step.json"))
     parser.add_argument("--part", choices=["measure", "bare"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -204,7 +201,7 @@ def main() -> None:
         for name in instruction_sets()
     ]
     bare = run_in_process(__file__, "--part", "bare", "--steps", arguments.steps // 2)
-    command = command_rates(arguments.speech, arguments.steps, 2)
+    command = command_rates(arguments.steps, 2)
     results: dict[str, object] = {
         "torch": torch.__version__,
         "processor": processor(),

@@ -250,9 +250,11 @@ def test_a_run_can_start_from_a_bundle(dataset: Path, tmp_path: Path) -> None:
         config = write_config(tmp_path / name, dataset, model=model, initial_checkpoint=str(bundle))
         return TrainingModule(read_training_config(config)).model.state_dict()
 
-    whole, expected = started("whole", PAIR), pair.state_dict()
-    assert whole.keys() == expected.keys()
-    assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    expected = pair.state_dict()
+    for level in (False, True):  # which has no weights
+        whole = started(f"whole-{level}", {**PAIR, "running_level": level})
+        assert whole.keys() == expected.keys()
+        assert all(torch.equal(whole[name], expected[name]) for name in expected)
     alone = started("alone", {"task": "ss", "small": PAIR["large"], "running_level": True})
     for name, value in pair.large.network.state_dict().items():
         assert torch.equal(alone[f"small.network.{name}"], value)
