@@ -188,7 +188,7 @@ def run(call: list[object], *, threads: int = 1) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=4, help="number of measurements, of which the fastest is reported")
-    parser.add_argument("--steps", type=int, default=40, help="number of steps of kb-train")
+    parser.add_argument("--steps", type=int, default=160, help="number of steps of kb-train")
     parser.add_argument("--json", type=Path, default=Path("out/train_step.json"))
     parser.add_argument("--part", choices=["measure", "bare"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
